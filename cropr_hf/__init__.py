@@ -1,0 +1,35 @@
+"""Token Cropr for Hugging Face Transformers: prune the image patches that do not matter.
+
+Importing the package registers its models with the Auto classes.
+"""
+
+from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification
+
+from .configuration_cropr_vit import CroprViTConfig
+from .modeling_cropr_vit import (
+    CroprViTBackbone,
+    CroprViTForImageClassification,
+    CroprViTModel,
+    CroprViTPreTrainedModel,
+)
+from .token_reduction import TOKEN_REDUCERS, TokenReducer, TokenState, register_token_reducer
+from .version import __version__
+
+
+AutoConfig.register(CroprViTConfig.model_type, CroprViTConfig, exist_ok=True)
+AutoModel.register(CroprViTConfig, CroprViTModel, exist_ok=True)
+AutoModelForImageClassification.register(CroprViTConfig, CroprViTForImageClassification, exist_ok=True)
+AutoBackbone.register(CroprViTConfig, CroprViTBackbone, exist_ok=True)
+
+__all__ = [
+    "TOKEN_REDUCERS",
+    "CroprViTBackbone",
+    "CroprViTConfig",
+    "CroprViTForImageClassification",
+    "CroprViTModel",
+    "CroprViTPreTrainedModel",
+    "TokenReducer",
+    "TokenState",
+    "__version__",
+    "register_token_reducer",
+]

@@ -1,0 +1,375 @@
+# Copyright 2026 The cropr_hf authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Configuration of a plain vision transformer with token pruning."""
+
+# No `from __future__ import annotations` here: it would switch the type checks of `@strict` off.
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.backbone_utils import BackboneConfigMixin
+
+
+POOLING_MODES = ("mean", "patch_mean", "cls", "cls_patch_mean")
+ROPE_COORDINATES = ("index", "centered")
+PROBLEM_TYPES = (None, "single_label_classification", "multi_label_classification")
+DEFAULT_PRUNING_RATE = 8
+
+# Sizes of the original ViT and DeiT papers.
+VIT_SIZES = {
+    "tiny": {"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3, "intermediate_size": 768},
+    "small": {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "intermediate_size": 1536},
+    "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
+    "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
+    "huge": {
+        "hidden_size": 1280,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 16,
+        "intermediate_size": 5120,
+        "patch_size": 14,
+    },
+}
+
+
+@strict
+class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
+    r"""
+    Configuration of the `CroprViT*` models: one plain ViT that covers ViT, DeiT, ViT-MAE, DINOv2, DINOv3 and EVA-02 as
+    points of one configuration space, and the token reduction that runs inside it.
+
+    Fields that every vision model of Transformers has (`hidden_size`, `num_hidden_layers`, `image_size`, ...) mean
+    here what they mean there. The others:
+
+    Backbone:
+        query_bias, key_bias, value_bias, proj_bias, mlp_bias (`bool`): biases of the projections.
+        use_gated_mlp (`bool`): `down(act(gate(x)) * up(x))` instead of `fc2(act(fc1(x)))`.
+        use_mlp_norm (`bool`): LayerNorm on the inner activations of the MLP (EVA-02).
+        layerscale_value (`float`, *optional*): initial layer scale; `None` is no layer scale.
+        use_cls_token (`bool`), num_register_tokens (`int`): prefix tokens, which are never pruned.
+        use_absolute_position_embeddings (`bool`): learned table for the grid of `image_size`, interpolated to others.
+        interpolate_antialias (`bool`): how the source family interpolates that table.
+        rope_theta (`float`, *optional*): base period of 2-D rotary positions on patch tokens; `None` is no rotation.
+        rope_coordinates (`str`): `"index"`: patch index, scaled so that any grid spans `rope_reference_grid` units
+            (EVA-02); `"centered"`: patch centre in [-1, 1], times 2 pi (DINOv3).
+        pooling (`str`): `"mean"` over all tokens, `"patch_mean"`, `"cls"`, or `"cls_patch_mean"` (both, concatenated).
+        norm_before_pooling (`bool`): final LayerNorm on every token before pooling, or on the pooled vector after it.
+        drop_path_rate (`float`): stochastic depth of the last block, growing linearly from 0 at the first; when the
+            model prunes, the last block has none (as in the reference code of the paper).
+        apply_layernorm (`bool`): whether `CroprViTBackbone` applies the final norm to its feature maps.
+
+    Token reduction:
+        token_reducer (`str`, *optional*): `"cropr"`, `"random"` (the baseline of the paper), or `None`: unpruned.
+        pruning_rate (`int`, *optional*): patch tokens removed by each module, R in the paper. One module follows
+            every block but the last (but the last two with fusion). 8 when no schedule is given either.
+        pruning_schedule (`list[int]`, *optional*): patch tokens kept after each block, one entry per block; a module
+            stands where the number falls, so the last entry (the last two with fusion) repeats the one before.
+        last_layer_fusion (`bool`): put the pruned tokens back before the last block (section 3.3 of the paper).
+        align_first_module (`bool`): with a CLS token, the first module of `pruning_rate` removes one token more, so
+            that the sequence length, CLS included, stays a multiple of 4 or 8 (197 -> 188 -> 180 ...).
+        num_queries (`int`): queries per module, N in the paper.
+        scorer_num_heads (`int`), scorer_query_projection, scorer_key_projection, scorer_pre_norm (`bool`),
+        aggregator_value_projection (`bool`), aggregator_mlp_ratio (`float`, *optional*; `None` is no MLP): the
+            cross-attention variants of the paper's ablation; the defaults are its best and simplest values.
+
+    Training:
+        use_auxiliary_heads (`bool`): whether aggregators, auxiliary heads and unfolded scorers exist. They are what
+            trains the scorers; published checkpoints have none.
+        auxiliary_loss_weight (`float`): weight of the sum of the auxiliary losses.
+        label_smoothing (`float`, in [0, 1)): of the main and the auxiliary classification losses. (The argument of
+            `TrainingArguments` would take the labels away from the model, and with them the auxiliary losses.)
+
+    Raises:
+        `ValueError` when a value is out of range or two fields contradict; the `StrictDataclassError` of
+        huggingface_hub when a value has the wrong type.
+
+    Example:
+
+    ```python
+    >>> from cropr_hf import CroprViTConfig, CroprViTForImageClassification
+
+    >>> config = CroprViTConfig.from_size("large", pruning_rate=8)
+    >>> config.kept_patches()[:3], config.kept_patches()[-1]
+    ([187, 179, 171], 19)
+    >>> model = CroprViTForImageClassification(config)
+    ```"""
+
+    model_type = "cropr_vit"
+    attribute_map = {
+        "attention_dropout": "attention_probs_dropout_prob",
+        "hidden_dropout": "hidden_dropout_prob",
+    }
+
+    # Backbone
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float | int = 0.0
+    attention_probs_dropout_prob: float | int = 0.0
+    drop_path_rate: float | int = 0.0
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-6
+    image_size: int | list[int] | tuple[int, int] = 224
+    patch_size: int = 16
+    num_channels: int = 3
+    query_bias: bool = True
+    key_bias: bool = True
+    value_bias: bool = True
+    proj_bias: bool = True
+    mlp_bias: bool = True
+    use_gated_mlp: bool = False
+    use_mlp_norm: bool = False
+    layerscale_value: float | int | None = None
+    use_cls_token: bool = True
+    num_register_tokens: int = 0
+    use_absolute_position_embeddings: bool = True
+    interpolate_antialias: bool = False
+    rope_theta: float | int | None = None
+    rope_coordinates: str = "index"
+    rope_reference_grid: int = 16
+    pooling: str = "mean"
+    norm_before_pooling: bool = False
+    apply_layernorm: bool = True
+    # Token reduction
+    token_reducer: str | None = "cropr"
+    pruning_rate: int | None = None
+    pruning_schedule: list[int] | tuple[int, ...] | None = None
+    last_layer_fusion: bool = True
+    align_first_module: bool = True
+    num_queries: int = 1
+    scorer_num_heads: int = 1
+    scorer_query_projection: bool = False
+    scorer_key_projection: bool = False
+    scorer_pre_norm: bool = False
+    aggregator_value_projection: bool = False
+    aggregator_mlp_ratio: float | int | None = 4.0
+    # Training
+    use_auxiliary_heads: bool = False
+    auxiliary_loss_weight: float | int = 1.0
+    label_smoothing: float | int = 0.0
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any):
+        if self.token_reducer is not None and self.pruning_rate is None and self.pruning_schedule is None:
+            self.pruning_rate = DEFAULT_PRUNING_RATE
+        self.stage_names = ["stem"] + [f"stage{i}" for i in range(1, self.num_hidden_layers + 1)]
+        self.set_output_features_output_indices(
+            out_features=kwargs.pop("out_features", None), out_indices=kwargs.pop("out_indices", None)
+        )
+        super().__post_init__(**kwargs)
+        # `@strict` runs these as well, but wraps what they raise; here a wrong value is a plain `ValueError`.
+        self.validate_backbone()
+        self.validate_training()
+        self.validate_token_reduction()
+
+    @classmethod
+    def from_size(cls, size: str, **kwargs: Any) -> "CroprViTConfig":
+        """A ViT of a standard size: `"tiny"`, `"small"`, `"base"`, `"large"` or `"huge"`; `kwargs` override fields.
+
+        Raises:
+            `ValueError`: for another size.
+        """
+        if size not in VIT_SIZES:
+            raise ValueError(f"Unknown size {size!r}; choose one of {', '.join(VIT_SIZES)}, or give the fields.")
+        return cls(**{**VIT_SIZES[size], **kwargs})
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Rows and columns of patches at `image_size`."""
+        size = self.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return height // self.patch_size, width // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """Patch tokens at `image_size`."""
+        rows, columns = self.grid_size
+        return rows * columns
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """CLS and register tokens, which stand before the patches and are never pruned."""
+        return int(self.use_cls_token) + self.num_register_tokens
+
+    @property
+    def pruning_blocks(self) -> list[int]:
+        """Blocks (1 to L) that a module follows; which parameters exist depends on it, not on the rate."""
+        if self.token_reducer is None:
+            return []
+        if self.pruning_schedule is None:
+            return list(range(1, self._last_prunable_block + 1))
+        before = [self.num_patches, *self.pruning_schedule]
+        return [block for block, kept in enumerate(self.pruning_schedule, start=1) if kept < before[block - 1]]
+
+    @property
+    def _last_prunable_block(self) -> int:
+        return self.num_hidden_layers - (2 if self.last_layer_fusion else 1)
+
+    def kept_patches(self, num_patches: int | None = None, pruning: int | Sequence[int] | None = None) -> list[int]:
+        """Patch tokens kept after each of the L blocks, before fusion puts the pruned ones back.
+
+        Every part of the project that needs token counts (model, benchmark, cards) calls this method.
+
+        Args:
+            num_patches: patch tokens of the input; those of `image_size` by default.
+            pruning: a rate or a schedule instead of the configured one, as `set_pruning` takes it.
+
+        Raises:
+            `ValueError`: when the schedule leaves no patch, increases, does not have L entries, keeps more tokens
+            than the input has, or prunes after a block that has no module.
+        """
+        num_patches = self.num_patches if num_patches is None else num_patches
+        if pruning is None:
+            pruning = self.pruning_rate if self.pruning_schedule is None else self.pruning_schedule
+        if self.token_reducer is None or pruning is None:
+            return [num_patches] * self.num_hidden_layers
+        if isinstance(pruning, int):
+            return self._kept_by_rate(num_patches, pruning)
+        return self._kept_by_schedule(num_patches, list(pruning))
+
+    def _kept_by_rate(self, num_patches: int, rate: int) -> list[int]:
+        if rate < 0:
+            raise ValueError(f"The pruning rate is {rate}; it must be 0 or more patch tokens per module.")
+        modules = self.pruning_blocks
+        kept, remaining = [], num_patches
+        for block in range(1, self.num_hidden_layers + 1):
+            if block in modules:
+                aligned = self.align_first_module and self.use_cls_token and rate > 0 and block == modules[0]
+                remaining -= rate + aligned
+            kept.append(remaining)
+        if remaining < 1:
+            limit = max(num_patches - 2, 0) // max(len(modules), 1)
+            raise ValueError(
+                f"A pruning rate of {rate} at {len(modules)} modules leaves {remaining} of {num_patches} patch "
+                f"tokens; at least 1 must stay: use a rate of at most {limit} or a larger "
+                " image."
+            )
+        return kept
+
+    def _kept_by_schedule(self, num_patches: int, schedule: list[int]) -> list[int]:
+        if len(schedule) != self.num_hidden_layers:
+            raise ValueError(
+                f"The pruning schedule has {len(schedule)} entries; it needs one per block, {self.num_hidden_layers}."
+            )
+        if any(later > earlier for earlier, later in pairwise(schedule)):
+            raise ValueError(f"The pruning schedule {schedule} increases; pruned tokens cannot come back.")
+        if schedule[-1] < 1:
+            raise ValueError(f"The pruning schedule {schedule} leaves no patch token; keep at least 1.")
+        modules, kept, remaining = self.pruning_blocks, [], num_patches
+        for block, entry in enumerate(schedule, start=1):
+            if block in modules:
+                if entry > remaining:
+                    raise ValueError(
+                        f"The pruning schedule keeps {entry} patch tokens after block {block}, but the input has only "
+                        f"{remaining} there; use a larger image, or `set_pruning` with a schedule for this size."
+                    )
+                remaining = entry
+            elif block > 1 and entry < schedule[block - 2]:
+                raise ValueError(
+                    f"The pruning schedule {schedule} falls after block {block}, where there is no module; modules "
+                    f"follow the blocks {modules}."
+                )
+            kept.append(remaining)
+        return kept
+
+    def validate_backbone(self):
+        """Checks of the plain ViT, across fields."""
+        positive = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size")
+        for name in (*positive, "num_channels", "rope_reference_grid", "num_queries", "scorer_num_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least 1.")
+        if self.num_register_tokens < 0:
+            raise ValueError(f"`num_register_tokens` is {self.num_register_tokens}; it must be 0 or more.")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"`hidden_size` {self.hidden_size} is not divisible by `num_attention_heads` "
+                f"{self.num_attention_heads}."
+            )
+        size = self.image_size
+        if not isinstance(size, int) and len(size) != 2:
+            raise ValueError(f"`image_size` is {size}; give one number, or height and width.")
+        for length in [size] if isinstance(size, int) else size:
+            if length < self.patch_size or length % self.patch_size:
+                raise ValueError(f"`image_size` {size} is not a multiple of `patch_size` {self.patch_size}.")
+        if self.pooling not in POOLING_MODES:
+            raise ValueError(f"`pooling` is {self.pooling!r}; choose one of {', '.join(POOLING_MODES)}.")
+        if "cls" in self.pooling and not self.use_cls_token:
+            raise ValueError(f"`pooling` {self.pooling!r} needs `use_cls_token=True`, or choose `mean`.")
+        if self.pooling == "cls_patch_mean" and not self.norm_before_pooling:
+            raise ValueError("`pooling` 'cls_patch_mean' needs `norm_before_pooling=True`.")
+        if self.rope_theta is not None and (self.hidden_size // self.num_attention_heads) % 4:
+            raise ValueError(
+                f"Rotary positions need a head size divisible by 4, not "
+                f"{self.hidden_size // self.num_attention_heads}; change `num_attention_heads`."
+            )
+        if self.rope_coordinates not in ROPE_COORDINATES:
+            raise ValueError(f"`rope_coordinates` is {self.rope_coordinates!r}; choose 'index' or 'centered'.")
+
+    def validate_training(self):
+        """Checks of rates and of the loss."""
+        rates = ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "label_smoothing")
+        for name in rates:
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be in [0, 1).")
+        if self.auxiliary_loss_weight < 0:
+            raise ValueError(f"`auxiliary_loss_weight` is {self.auxiliary_loss_weight}; it must be 0 or more.")
+        problem_type = getattr(self, "problem_type", None)
+        if problem_type not in PROBLEM_TYPES:
+            raise ValueError(
+                f"`problem_type` is {problem_type!r}; image classification here is 'single_label_classification' "
+                "(also for soft targets) or 'multi_label_classification'."
+            )
+
+    def validate_token_reduction(self):
+        """Checks of the pruning fields and of the schedule at `image_size`."""
+        if self.token_reducer is None:
+            for name in ("pruning_rate", "pruning_schedule"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"`{name}` is {getattr(self, name)} but `token_reducer` is None; name a reducer, such as "
+                        f"'cropr', or leave `{name}` out."
+                    )
+            if self.use_auxiliary_heads:
+                raise ValueError("`use_auxiliary_heads=True` needs a `token_reducer` that has them, such as 'cropr'.")
+            return
+        if self.pruning_rate is not None and self.pruning_schedule is not None:
+            raise ValueError("Give `pruning_rate` or `pruning_schedule`, not both.")
+        if self._last_prunable_block < 1:
+            raise ValueError(
+                f"{self.num_hidden_layers} blocks leave no block to prune after"
+                f"{' with last layer fusion' if self.last_layer_fusion else ''}; use more blocks or "
+                "`token_reducer=None`."
+            )
+        if self.hidden_size % self.scorer_num_heads:
+            raise ValueError(
+                f"`hidden_size` {self.hidden_size} is not divisible by `scorer_num_heads` {self.scorer_num_heads}."
+            )
+        if self.aggregator_mlp_ratio is not None and self.aggregator_mlp_ratio <= 0:
+            raise ValueError("`aggregator_mlp_ratio` must be positive; `None` is no MLP.")
+        self.kept_patches()
+        if self.pruning_schedule is not None:
+            blocks = self.pruning_blocks
+            if not blocks or blocks[-1] > self._last_prunable_block:
+                raise ValueError(
+                    f"The pruning schedule {list(self.pruning_schedule)} prunes after the blocks {blocks}; it must "
+                    f"prune at least once, and last after block {self._last_prunable_block} of "
+                    f"{self.num_hidden_layers}{' (last layer fusion needs a block before the last)' if self.last_layer_fusion else ''}."
+                )
+
+
+__all__ = ["CroprViTConfig"]

@@ -1,0 +1,820 @@
+# Copyright 2026 The cropr_hf authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""A plain vision transformer that prunes tokens between its blocks, and its task heads."""
+
+import copy
+import math
+import os
+import re
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from safetensors import SafetensorError
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BackboneOutput, ModelOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_cropr_vit import CroprViTConfig
+from .token_reduction import (
+    AuxiliaryHead,
+    FoldedScorer,
+    Scorer,
+    TokenReducer,
+    TokenState,
+    build_token_reducers,
+    strip_state_dict,
+)
+
+
+logger = logging.get_logger(__name__)
+
+TRAINING_CONFIG_FOLDER = "training_config"
+Rotation = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass
+class CroprViTModelOutput(ModelOutput):
+    """Output of `CroprViTModel`.
+
+    Attributes:
+        last_hidden_state: (B, T, D), prefix tokens, then the patch tokens that are left, in raster order (all of them
+            with last layer fusion); after the final norm if `config.norm_before_pooling`.
+        pooler_output: (B, D), or (B, 2 D) with `cls_patch_mean`; pooled and normalised.
+        pruned_after_block: (B, patches), with `output_pruning=True`: the block (1 to L) after which each patch was
+            pruned, L if it never was.
+        auxiliary_logits: one (B, N, C) per module, in training with auxiliary heads.
+        hidden_states: L + 1 tensors (B, tokens there, D): shorter where tokens were pruned.
+        attentions: L tensors (B, heads, tokens there, tokens there), with eager attention.
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    pooler_output: torch.Tensor | None = None
+    pruned_after_block: torch.Tensor | None = None
+    auxiliary_logits: tuple[torch.Tensor, ...] | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class CroprViTImageClassifierOutput(ModelOutput):
+    """Output of `CroprViTForImageClassification`; what belongs to training alone is `None` in evaluation.
+
+    Attributes:
+        loss: main loss + `config.auxiliary_loss_weight` * sum of the auxiliary losses, with labels.
+        logits: (B, C)
+        main_loss: loss of `logits`, detached, in training.
+        auxiliary_losses: (modules,), detached, in training with auxiliary heads.
+        pruned_after_block, hidden_states, attentions: see `CroprViTModelOutput`.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    main_loss: torch.Tensor | None = None
+    auxiliary_losses: torch.Tensor | None = None
+    pruned_after_block: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+class CroprViTEmbeddings(nn.Module):
+    """Patches, absolute positions, CLS and register tokens."""
+
+    def __init__(self, config: CroprViTConfig):
+        super().__init__()
+        self.config = config
+        size = config.hidden_size
+        self.patch_embeddings = nn.Conv2d(
+            config.num_channels, size, kernel_size=config.patch_size, stride=config.patch_size
+        )
+        # Prefix tokens have no position of their own: whatever a source family adds to them is a constant.
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, size)) if config.use_cls_token else None
+        self.register_tokens = None
+        if config.num_register_tokens:
+            self.register_tokens = nn.Parameter(torch.zeros(1, config.num_register_tokens, size))
+        self.position_embeddings = None
+        if config.use_absolute_position_embeddings:
+            self.position_embeddings = nn.Parameter(torch.zeros(1, config.num_patches, size))
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def init_weights(self) -> None:
+        """Truncated normal, as in the families that this model covers."""
+        for parameter in (self.cls_token, self.register_tokens, self.position_embeddings):
+            if parameter is not None:
+                init.trunc_normal_(parameter, mean=0.0, std=self.config.initializer_range)
+
+    def interpolate_positions(self, table: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
+        """The position table (1, rows * columns, D) for a grid, from the one for `config.image_size`."""
+        if grid_size == self.config.grid_size:
+            return table
+        return resample_positions(table, self.config.grid_size, grid_size, self.config.interpolate_antialias)
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+        """(B, channels, height, width) -> (B, prefix + rows * columns, D), and (rows, columns)."""
+        channels, height, width = pixel_values.shape[1:]
+        patch_size = self.config.patch_size
+        if channels != self.config.num_channels:
+            raise ValueError(
+                f"`pixel_values` has {channels} channels, the model takes {self.config.num_channels}; convert the "
+                "images (for instance to RGB), or build the model with another `num_channels`."
+            )
+        if height % patch_size or width % patch_size or not height or not width:
+            raise ValueError(
+                f"`pixel_values` is {height} x {width}, not a multiple of the patch size {patch_size}; resize or pad "
+                "the images."
+            )
+        grid_size = (height // patch_size, width // patch_size)
+        patches = self.patch_embeddings(pixel_values.to(self.patch_embeddings.weight.dtype))
+        # (B, D, rows, columns) -> (B, D, rows * columns) -> (B, rows * columns, D)
+        patches = patches.flatten(2).transpose(1, 2)
+        if self.position_embeddings is not None:
+            patches = patches + self.interpolate_positions(self.position_embeddings, grid_size)
+        prefix = [token for token in (self.cls_token, self.register_tokens) if token is not None]
+        tokens = torch.cat([*(token.expand(len(patches), -1, -1) for token in prefix), patches], dim=1)
+        return self.dropout(tokens), grid_size
+
+
+def resample_positions(
+    table: torch.Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int], antialias: bool
+) -> torch.Tensor:
+    """Bicubic interpolation of a position table (1, old rows * old columns, D) to another grid, in float32."""
+    # (1, rows * columns, D) -> (1, D, rows, columns) and back
+    grid = table.float().unflatten(1, old_grid).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=new_grid, mode="bicubic", align_corners=False, antialias=antialias)
+    return grid.flatten(2).transpose(1, 2).to(table.dtype)
+
+
+class CroprViTRotaryEmbedding(nn.Module):
+    """2-D rotary positions: half of the rotated channel pairs turn with the row, half with the column.
+
+    Prefix tokens are not rotated; their entries are the identity (cos 1, sin 0), so that cos and sin line up with the
+    tokens and move with them.
+    """
+
+    inverse_frequencies: torch.Tensor
+
+    def __init__(self, config: CroprViTConfig):
+        super().__init__()
+        self.config = config
+        self.theta = float(config.rope_theta or 1.0)
+        self.register_buffer("inverse_frequencies", self._frequencies(), persistent=False)
+
+    def _frequencies(self) -> torch.Tensor:
+        num_frequencies = self.config.hidden_size // self.config.num_attention_heads // 4
+        exponents = torch.arange(num_frequencies, dtype=torch.float32) / num_frequencies
+        return 1.0 / self.theta**exponents
+
+    def init_weights(self) -> None:
+        """Loading builds the model on the meta device, so that even a constant has to be set here."""
+        init.copy_(self.inverse_frequencies, self._frequencies())
+
+    def _coordinates(self, length: int) -> torch.Tensor:
+        places = torch.arange(length, dtype=torch.float32, device=self.inverse_frequencies.device)
+        if self.config.rope_coordinates == "index":
+            return places / length * self.config.rope_reference_grid
+        return ((places + 0.5) / length * 2.0 - 1.0) * 2.0 * math.pi
+
+    def forward(self, grid_size: tuple[int, int], dtype: torch.dtype) -> Rotation:
+        """Cosine and sine for a grid, each (1, prefix + rows * columns, head size / 2)."""
+        rows, columns = grid_size
+        # (rows, F), (columns, F) -> (rows, columns, 2 F) -> (1, rows * columns, 2 F)
+        by_row = self._coordinates(rows)[:, None] * self.inverse_frequencies.float()
+        by_column = self._coordinates(columns)[:, None] * self.inverse_frequencies.float()
+        angles = torch.cat(
+            [by_row[:, None].expand(-1, columns, -1), by_column[None].expand(rows, -1, -1)], dim=-1
+        ).flatten(0, 1)[None]
+        angles = F.pad(angles, (0, 0, self.config.num_prefix_tokens, 0))  # cos 0 = 1, sin 0 = 0
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turns channel pairs (i, i + d / 2) of queries or keys (B, heads, T, d) by angles (B or 1, T, d / 2)."""
+    first, second = states.chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain attention, which also returns its weights: (B, T, heads, d) and (B, heads, T, T)."""
+    weights = query @ key.transpose(-2, -1) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    output = F.dropout(weights, p=dropout, training=module.training) @ value
+    return output.transpose(1, 2).contiguous(), weights
+
+
+class CroprViTAttention(nn.Module):
+    """Self-attention through the attention interface of Transformers (sdpa, eager, flash, flex)."""
+
+    def __init__(self, config: CroprViTConfig):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_probs_dropout_prob
+        self.is_causal = False
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.query_bias)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.key_bias)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.value_bias)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.proj_bias)
+
+    def forward(
+        self, hidden_states: torch.Tensor, position_embeddings: Rotation | None = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, T, D) -> (B, T, D), and the weights if the implementation returns them."""
+        # (B, T, D) -> (B, T, heads, d) -> (B, heads, T, d)
+        query, key, value = (
+            projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if position_embeddings is not None:
+            query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            None,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        # (B, T, heads, d) -> (B, T, D)
+        return self.o_proj(output.flatten(2)), weights
+
+
+class CroprViTMLP(nn.Module):
+    """Two linear layers with an activation, and an optional norm, between."""
+
+    def __init__(self, config: CroprViTConfig):
+        super().__init__()
+        self.activation = ACT2FN[config.hidden_act]
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.norm = _inner_norm(config)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, T, D) -> (B, T, D)"""
+        return self.fc2(self.norm(self.activation(self.fc1(hidden_states))))
+
+
+class CroprViTGatedMLP(nn.Module):
+    """Gated linear unit (SwiGLU with the activation `silu`), with an optional norm before the last layer."""
+
+    def __init__(self, config: CroprViTConfig):
+        super().__init__()
+        self.activation = ACT2FN[config.hidden_act]
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.norm = _inner_norm(config)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, T, D) -> (B, T, D)"""
+        gated = self.activation(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
+        return self.down_proj(self.norm(gated))
+
+
+def _inner_norm(config: CroprViTConfig) -> nn.Module:
+    return nn.LayerNorm(config.intermediate_size, eps=config.layer_norm_eps) if config.use_mlp_norm else nn.Identity()
+
+
+class CroprViTLayerScale(nn.Module):
+    """A learned factor per channel on the output of a residual branch."""
+
+    def __init__(self, config: CroprViTConfig):
+        super().__init__()
+        self.value = float(config.layerscale_value or 0.0)
+        self.lambda1 = nn.Parameter(torch.full((config.hidden_size,), self.value))
+
+    def init_weights(self) -> None:
+        """The configured value in every channel."""
+        init.constant_(self.lambda1, self.value)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, T, D) -> (B, T, D)"""
+        return hidden_states * self.lambda1
+
+
+class CroprViTDropPath(nn.Module):
+    """Stochastic depth: in training, drops the residual branch of an image with probability `rate`."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, T, D) -> (B, T, D)"""
+        if not self.training or self.rate == 0.0:
+            return hidden_states
+        kept = torch.rand(len(hidden_states), 1, 1, device=hidden_states.device) >= self.rate
+        return hidden_states * kept.to(hidden_states.dtype) / (1.0 - self.rate)
+
+
+class CroprViTLayer(GradientCheckpointingLayer):
+    """One pre-norm block. It treats tokens alike wherever they stand, so any subset of them can pass through."""
+
+    def __init__(self, config: CroprViTConfig, drop_path_rate: float = 0.0):
+        super().__init__()
+        self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = CroprViTAttention(config)
+        self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = CroprViTGatedMLP(config) if config.use_gated_mlp else CroprViTMLP(config)
+        has_scale = config.layerscale_value is not None
+        self.layer_scale1 = CroprViTLayerScale(config) if has_scale else nn.Identity()
+        self.layer_scale2 = CroprViTLayerScale(config) if has_scale else nn.Identity()
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.drop_path = CroprViTDropPath(drop_path_rate)
+
+    def forward(
+        self, hidden_states: torch.Tensor, position_embeddings: Rotation | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """(B, T, D) -> (B, T, D)"""
+        attended, _ = self.attention(self.layernorm_before(hidden_states), position_embeddings, **kwargs)
+        hidden_states = hidden_states + self.drop_path(self.layer_scale1(self.dropout(attended)))
+        transformed = self.mlp(self.layernorm_after(hidden_states))
+        return hidden_states + self.drop_path(self.layer_scale2(self.dropout(transformed)))
+
+
+class CroprViTPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation of all `CroprViT*` models.
+
+    Weights are stored in two forms: complete (queries, aggregators, auxiliary heads) or stripped (one vector per
+    module). `config.use_auxiliary_heads` says which one a model or a folder holds; loading and saving convert.
+    """
+
+    config: CroprViTConfig
+    base_model_prefix = "cropr_vit"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)  # type: ignore[assignment]
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["CroprViTEmbeddings", "CroprViTLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": CroprViTLayer, "attentions": CroprViTAttention}
+    _input_embed_layer = "patch_embeddings"
+    # The loss is a mean over the batch, not over `num_items_in_batch`, which miscounts soft targets.
+    accepts_loss_kwargs = False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        own = (CroprViTEmbeddings, CroprViTRotaryEmbedding, CroprViTLayerScale, Scorer, FoldedScorer, AuxiliaryHead)
+        if isinstance(module, own):
+            module.init_weights()
+
+    @classmethod
+    def from_vit(cls, source: str | os.PathLike | nn.Module, **kwargs: Any):
+        """A prunable model from any pretrained ViT of a supported family; see `cropr_hf.conversion.convert_vit`."""
+        try:
+            from cropr_hf.conversion import convert_vit
+        except ImportError as error:
+            raise ImportError("`from_vit` needs the package itself: pip install cropr_hf") from error
+        return convert_vit(cls, source, **kwargs)
+
+    def set_pruning(self, pruning: int | Sequence[int] | None) -> None:
+        """Changes how much the loaded model prunes; its weights stay.
+
+        This is a setting of the model in memory (a curriculum changes it during training) and is not saved:
+        `config.pruning_rate` and `config.pruning_schedule` are.
+
+        Args:
+            pruning: patch tokens removed per module, or patch tokens kept after each block, or `None` for the
+                configured schedule.
+
+        Raises:
+            `ValueError`: when the model does not prune, or the schedule is impossible at `config.image_size`.
+        """
+        if self.config.token_reducer is None:
+            raise ValueError(
+                "The model has no token reducer; load it with `token_reducer='cropr'` and train it, or use 'random'."
+            )
+        self.config.kept_patches(pruning=pruning)
+        self.base_model.pruning = pruning if pruning is None or isinstance(pruning, int) else list(pruning)
+
+    def remove_auxiliary_heads(self) -> None:
+        """Turns the model in memory into the stripped one, which gives the same outputs in evaluation."""
+        for module in self.modules():
+            if isinstance(module, TokenReducer):
+                module.remove_auxiliary_heads()
+        self.config.use_auxiliary_heads = False
+
+    def add_auxiliary_heads(self) -> None:
+        """Makes a stripped model trainable: new heads, and queries whose sum is the folded vector (same ranking).
+
+        Raises:
+            `ValueError`: when the token reducer has no auxiliary heads.
+        """
+        reducers = [module for module in self.modules() if isinstance(module, TokenReducer)]
+        if not any(reducer.has_auxiliary_heads for reducer in reducers):
+            raise ValueError(
+                f"The token reducer {self.config.token_reducer!r} has no auxiliary heads to add; "
+                "`token_reducer='cropr'` has."
+            )
+        self.config.use_auxiliary_heads = True
+        for reducer in reducers:
+            reducer.add_auxiliary_heads(self.config, lambda module: module.apply(self._init_weights))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
+        """Loads a folder or a Hub repository; see `PreTrainedModel.from_pretrained`.
+
+        `use_auxiliary_heads=True` makes a stripped checkpoint trainable again, `False` strips a complete one.
+
+        Raises:
+            `ValueError`: when the checkpoint is of another model type, is truncated, or lacks weights of the backbone.
+        """
+        path = pretrained_model_name_or_path
+        if path is None:
+            return super().from_pretrained(path, *model_args, config=config, **kwargs)
+        stored_heads = _stored_auxiliary_heads(path, kwargs)
+        if config is not None and not isinstance(config, PreTrainedConfig):
+            config = CroprViTConfig.from_pretrained(config)
+        wanted_heads = kwargs.pop("use_auxiliary_heads", config.use_auxiliary_heads if config else stored_heads)
+        if config is None:
+            kwargs["use_auxiliary_heads"] = stored_heads
+        elif config.use_auxiliary_heads != stored_heads:
+            config = copy.deepcopy(config)
+            config.use_auxiliary_heads = stored_heads
+        return_info = kwargs.pop("output_loading_info", False)
+        try:
+            loaded: Any = super().from_pretrained(path, *model_args, config=config, output_loading_info=True, **kwargs)
+        except SafetensorError as error:
+            raise ValueError(f"The weights in {path} are damaged or truncated ({error}); save them again.") from error
+        model, info = loaded
+        model._check_loaded(path, info["missing_keys"], wanted_heads)
+        if wanted_heads and not stored_heads:
+            model.add_auxiliary_heads()
+        elif stored_heads and not wanted_heads:
+            model.remove_auxiliary_heads()
+        return (model, info) if return_info else model
+
+    def _check_loaded(self, path: str | os.PathLike, missing_keys: Sequence[str], trainable: bool) -> None:
+        """A new task head is usual, new token reducers are if they will be trained; a new backbone is an error."""
+        prefix = "" if self.base_model is self else self.base_model_prefix + "."
+        names = sorted(name for name in missing_keys if name.startswith(prefix))
+        names = [name for name in names if not (trainable and "token_reducers." in name)]
+        if names:
+            raise ValueError(
+                f"The checkpoint {path} lacks {len(names)} weights of the model, such as {', '.join(names[:3])}: "
+                "it is incomplete, belongs to another configuration, or is not a Cropr ViT (`from_vit` starts from "
+                "other ViTs). New token reducers need `use_auxiliary_heads=True`, and training."
+            )
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        *args: Any,
+        strip_auxiliary_heads: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Saves for publishing: stripped weights, with `training_config/config.json` to train them again.
+
+        A folder that the Trainer resumes from (`checkpoint-<step>`) gets the complete weights. The model in memory
+        does not change. All files are written beside the old ones first, and `config.json` comes last: an interrupted
+        save leaves the old folder, or one that does not load. See `PreTrainedModel.save_pretrained` for the rest.
+
+        Args:
+            strip_auxiliary_heads: `None` is as above; `True` and `False` decide.
+
+        Raises:
+            `ValueError`: for a distributed checkpoint, which can only be complete.
+        """
+        save_directory = os.fspath(save_directory)
+        if strip_auxiliary_heads is None:
+            folder = os.path.basename(os.path.abspath(save_directory))
+            strip_auxiliary_heads = re.fullmatch(r"checkpoint-\d+", folder) is None
+        strip = strip_auxiliary_heads and self.config.use_auxiliary_heads
+        if strip and kwargs.get("distributed_checkpoint"):
+            raise ValueError("A distributed checkpoint cannot be stripped; pass `strip_auxiliary_heads=False`.")
+        if os.path.isfile(save_directory):
+            raise ValueError(f"{save_directory} is a file; give a folder to save to.")
+        if strip:
+            state_dict = strip_state_dict(self.state_dict() if state_dict is None else state_dict)
+        hub_kwargs = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if push_to_hub and name in kwargs}
+        if not is_main_process:
+            super().save_pretrained(save_directory, False, state_dict, False, *args, **kwargs)
+            return
+
+        os.makedirs(save_directory, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="_saving_", dir=save_directory) as staging:
+            if strip:
+                self.config.architectures = [type(self).__name__]
+                self.config.save_pretrained(os.path.join(staging, TRAINING_CONFIG_FOLDER))
+            self.config.use_auxiliary_heads = self.config.use_auxiliary_heads and not strip
+            try:
+                super().save_pretrained(staging, True, state_dict, False, *args, **kwargs)
+            finally:
+                self.config.use_auxiliary_heads = self.config.use_auxiliary_heads or strip
+            if push_to_hub:
+                _upload(staging, hub_kwargs.pop("repo_id", os.path.basename(save_directory)), **hub_kwargs)
+            _replace_files(staging, save_directory, weights_variant=kwargs.get("variant"))
+
+
+HUB_ARGUMENTS = ("repo_id", "commit_message", "private", "token", "create_pr", "revision")
+
+
+def _stored_auxiliary_heads(path: str | os.PathLike, kwargs: dict[str, Any]) -> bool:
+    """Which form the checkpoint at `path` has; raises `ValueError` if it is of another model type."""
+    names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+    stored, _ = CroprViTConfig.get_config_dict(path, **{name: kwargs[name] for name in names if name in kwargs})
+    model_type = stored.get("model_type", CroprViTConfig.model_type)
+    if model_type != CroprViTConfig.model_type:
+        raise ValueError(
+            f"{path} holds a model of type {model_type!r}, not {CroprViTConfig.model_type!r}; `from_vit` starts from "
+            "another family."
+        )
+    return stored.get("use_auxiliary_heads", False)
+
+
+def _upload(folder: str, repo_id: str, private: bool | None = None, token: Any = None, **kwargs: Any) -> None:
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs)
+
+
+def _replace_files(source: str, target: str, weights_variant: str | None) -> None:
+    """Moves a saved model over an older one so that no mixture of the two can be loaded: without config, then with."""
+    config_name = "config.json"
+    if os.path.exists(os.path.join(target, config_name)):
+        os.remove(os.path.join(target, config_name))
+    variant = f"\\.{re.escape(weights_variant)}" if weights_variant else ""
+    stale = re.compile(rf"model(\.safetensors\.index)?{variant}(-\d{{5}}-of-\d{{5}})?\.(safetensors|json)")
+    for name in os.listdir(target):
+        if stale.fullmatch(name):
+            os.remove(os.path.join(target, name))
+    for folder, _, names in os.walk(source):
+        destination = os.path.join(target, os.path.relpath(folder, source))
+        os.makedirs(destination, exist_ok=True)
+        for name in names:
+            if folder != source or name != config_name:
+                os.replace(os.path.join(folder, name), os.path.join(destination, name))
+    os.replace(os.path.join(source, config_name), os.path.join(target, config_name))
+
+
+class CroprViTModel(CroprViTPreTrainedModel):
+    """The backbone: embeddings, blocks with token reducers between them, final norm and pooling."""
+
+    def __init__(self, config: CroprViTConfig):
+        super().__init__(config)
+        self.embeddings = CroprViTEmbeddings(config)
+        self.rotary_embedding = CroprViTRotaryEmbedding(config) if config.rope_theta is not None else None
+        self.token_reducers = build_token_reducers(config)
+        num_blocks = config.num_hidden_layers
+        drop_path_rates = [config.drop_path_rate * index / max(num_blocks - 1, 1) for index in range(num_blocks)]
+        if self.token_reducers:
+            drop_path_rates[-1] = 0.0
+        self.layers = nn.ModuleList([CroprViTLayer(config, rate) for rate in drop_path_rates])
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.pruning: int | list[int] | None = None  # see `set_pruning`
+        self.post_init()
+
+    @property
+    def has_untrained_scorers(self) -> bool:
+        """Whether it prunes by a learned score, and nothing here would train that score."""
+        reducers = self.token_reducers.values()
+        return not self.config.use_auxiliary_heads and any(reducer.has_auxiliary_heads for reducer in reducers)
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(self, pixel_values: torch.Tensor, output_pruning: bool = False, **kwargs: Any) -> CroprViTModelOutput:
+        """
+        Args:
+            pixel_values: (B, channels, height, width), height and width multiples of the patch size.
+            output_pruning: also return `pruned_after_block`.
+            kwargs: `output_hidden_states`, `output_attentions`, and what the attention implementation takes.
+
+        Raises:
+            `ValueError`: wrong channels or size, or an image with too few patches for the schedule.
+        """
+        hidden_states, grid_size = self.embeddings(pixel_values)
+        rotation = self.rotary_embedding(grid_size, hidden_states.dtype) if self.rotary_embedding else None
+        state = TokenState(
+            hidden_states,
+            token_indices=torch.arange(hidden_states.shape[1], device=hidden_states.device)[None],
+            position_embeddings=rotation,
+            num_prefix_tokens=self.config.num_prefix_tokens,
+        )
+        kept_patches = self.config.kept_patches(state.num_patches, self.pruning)
+        num_blocks, auxiliary_logits, pruned_after_block = len(self.layers), [], None
+        for block, (layer, num_keep) in enumerate(zip(self.layers, kept_patches), start=1):
+            if block == num_blocks:
+                pruned_after_block = state.pruning_map(num_blocks) if output_pruning else None
+                state = state.fuse() if self.config.last_layer_fusion else state
+            state = replace(state, hidden_states=layer(state.hidden_states, state.position_embeddings, **kwargs))
+            if str(block) in self.token_reducers:
+                state, logits = self.token_reducers[str(block)](state, num_keep)
+                auxiliary_logits += [] if logits is None else [logits]
+        hidden_states, pooled = self.pool(state.hidden_states)
+        return CroprViTModelOutput(
+            last_hidden_state=hidden_states,
+            pooler_output=pooled,
+            pruned_after_block=pruned_after_block,
+            auxiliary_logits=tuple(auxiliary_logits) or None,
+        )
+
+    def pool(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens (B, T, D) -> tokens (B, T, D), normalised if the config says so, and the pooled vector."""
+        config = self.config
+        if config.norm_before_pooling:
+            hidden_states = self.layernorm(hidden_states)
+        pooled = [hidden_states[:, 0]] if "cls" in config.pooling else []
+        if "mean" in config.pooling:
+            first = 0 if config.pooling == "mean" else config.num_prefix_tokens
+            pooled.append(hidden_states[:, first:].mean(dim=1))
+        pooler_output = torch.cat(pooled, dim=-1)
+        return hidden_states, pooler_output if config.norm_before_pooling else self.layernorm(pooler_output)
+
+
+class CroprViTBackbone(BackboneMixin, CroprViTPreTrainedModel):
+    """Feature maps for dense-prediction models. A pruned patch shows the state in which it was pruned."""
+
+    def __init__(self, config: CroprViTConfig):
+        super().__init__(config)
+        self.cropr_vit = CroprViTModel(config)
+        self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The patch projection."""
+        return self.cropr_vit.get_input_embeddings()
+
+    @can_return_tuple
+    @filter_output_hidden_states
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> BackboneOutput:
+        """
+        Args:
+            pixel_values: (B, channels, height, width), height and width multiples of the patch size.
+
+        Returns:
+            `feature_maps`: (B, D, rows, columns) for each of `out_features`, after the final norm if
+            `config.apply_layernorm`.
+        """
+        outputs = self.cropr_vit(pixel_values, output_pruning=True, **kwargs)
+        patch_size = self.config.patch_size
+        grid_size = (pixel_values.shape[2] // patch_size, pixel_values.shape[3] // patch_size)
+        feature_maps = []
+        stages = complete_hidden_states(
+            outputs.hidden_states, outputs.pruned_after_block, self.config.num_prefix_tokens
+        )
+        for name, patches in zip(self.stage_names, stages):
+            if name in self.out_features:
+                if self.config.apply_layernorm:
+                    patches = self.cropr_vit.layernorm(patches)
+                # (B, rows * columns, D) -> (B, D, rows * columns) -> (B, D, rows, columns)
+                feature_maps.append(patches.transpose(1, 2).unflatten(2, grid_size).contiguous())
+        return BackboneOutput(
+            feature_maps=tuple(feature_maps), hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+def complete_hidden_states(
+    hidden_states: Sequence[torch.Tensor], pruned_after_block: torch.Tensor, num_prefix_tokens: int
+) -> list[torch.Tensor]:
+    """Hidden states on the whole grid: where a patch was pruned, the state in which it was.
+
+    Args:
+        hidden_states: L + 1 tensors (B, tokens there, D), embeddings first.
+        pruned_after_block: (B, patches), see `CroprViTModelOutput`.
+
+    Returns:
+        L + 1 tensors (B, patches, D), in raster order.
+    """
+    complete: list[torch.Tensor] = []
+    for block, states in enumerate(hidden_states):
+        patches = states[:, num_prefix_tokens:]
+        if patches.shape[1] < pruned_after_block.shape[1]:
+            # Places of the patches that passed this block, in raster order: a stable sort puts them first.
+            places = (pruned_after_block < block).int().argsort(dim=1, stable=True)[:, : patches.shape[1]]
+            patches = complete[-1].scatter(1, places[..., None].expand_as(patches), patches)
+        complete.append(patches)
+    return complete
+
+
+class CroprViTForImageClassification(CroprViTPreTrainedModel):
+    """Linear classifier on the pooled tokens; in training each Cropr module classifies the image as well."""
+
+    def __init__(self, config: CroprViTConfig):
+        super().__init__(config)
+        self.num_labels: int = config.num_labels or 0
+        self.cropr_vit = CroprViTModel(config)
+        pooled_size = config.hidden_size * (2 if config.pooling == "cls_patch_mean" else 1)
+        self.classifier = nn.Linear(pooled_size, self.num_labels) if self.num_labels else nn.Identity()
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        output_pruning: bool = False,
+        **kwargs: Any,
+    ) -> CroprViTImageClassifierOutput:
+        """
+        Args:
+            pixel_values: (B, channels, height, width), height and width multiples of the patch size.
+            labels: class indices (B,) in [0, C), -100 is ignored; or soft targets (B, C) that sum to 1 (mixup); with
+                `config.problem_type` "multi_label_classification", presence (B, C) in [0, 1].
+            output_pruning: also return `pruned_after_block`.
+
+        Raises:
+            `ValueError`: labels of the wrong shape or out of range, and as `CroprViTModel.forward`.
+        """
+        outputs = self.cropr_vit(pixel_values, output_pruning=output_pruning, **kwargs)
+        logits = self.classifier(outputs.pooler_output)
+        loss = main_loss = auxiliary_losses = None
+        if labels is not None:
+            self._check_labels(labels, batch_size=len(logits))
+            loss = main_loss = self.classification_loss(logits, labels)
+            if outputs.auxiliary_logits is not None:
+                auxiliary_losses = torch.stack(
+                    [self.classification_loss(logits, labels) for logits in outputs.auxiliary_logits]
+                )
+                loss = main_loss + self.config.auxiliary_loss_weight * auxiliary_losses.sum()
+        return CroprViTImageClassifierOutput(
+            loss=loss,
+            logits=logits,
+            main_loss=main_loss.detach() if self.training and main_loss is not None else None,
+            auxiliary_losses=auxiliary_losses.detach() if auxiliary_losses is not None else None,
+            pruned_after_block=outputs.pruned_after_block,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def classification_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Mean loss of logits (B, C), or (B, N, C) from N queries that all predict the labels of the image."""
+        if logits.dim() == 3:
+            labels = labels.repeat_interleave(logits.shape[1], dim=0)
+            logits = logits.flatten(0, 1)
+        if self.config.problem_type == "multi_label_classification":
+            return F.binary_cross_entropy_with_logits(logits.float(), labels.float())
+        labels = labels.float() if labels.is_floating_point() else labels
+        return F.cross_entropy(logits.float(), labels, label_smoothing=self.config.label_smoothing)
+
+    def _check_labels(self, labels: torch.Tensor, batch_size: int) -> None:
+        if torch.compiler.is_compiling():
+            return  # a data-dependent check would break the graph
+        if self.training and self.cropr_vit.has_untrained_scorers:
+            logger.warning_once(
+                "The model prunes tokens but trains without auxiliary heads, so that its scorers stay as they are. "
+                "Load it with `use_auxiliary_heads=True` to train them."
+            )
+        multi_label = self.config.problem_type == "multi_label_classification"
+        if labels.is_floating_point() or multi_label:
+            if labels.shape != (batch_size, self.num_labels):
+                raise ValueError(
+                    f"Soft or multi-label `labels` have the shape {tuple(labels.shape)}; it must be (batch size, "
+                    f"classes) = ({batch_size}, {self.num_labels})."
+                )
+        elif labels.shape != (batch_size,):
+            raise ValueError(f"`labels` have the shape {tuple(labels.shape)}; it must be ({batch_size},).")
+        elif ((labels >= self.num_labels) | ((labels < 0) & (labels != -100))).any():
+            raise ValueError(
+                f"`labels` are between {labels.min().item()} and {labels.max().item()}; they must be in "
+                f"[0, {self.num_labels - 1}], or -100 to be ignored. Set `num_labels` to the number of classes."
+            )
+
+
+__all__ = ["CroprViTBackbone", "CroprViTForImageClassification", "CroprViTModel", "CroprViTPreTrainedModel"]

@@ -1,0 +1,539 @@
+# Copyright 2026 The cropr_hf authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Token Cropr (Bergner, Lippert, Mahendran, CVPR 2025, arXiv 2412.00965): the whole method, from top to bottom.
+
+1. Operations on token sequences: pure functions on tensors.
+2. `TokenState`: what travels through the encoder and moves together.
+3. `TokenReducer`: the interface of a pruning method, and the registry.
+4. `CroprModule`: router (scorer and selector), aggregator, auxiliary head.
+5. Stripping: from a trained module to the vector that inference needs.
+
+Symbols: B images, T tokens (prefix and patches), K tokens kept, N queries, H heads, D hidden size, C classes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.utils.generic import maybe_autocast
+
+from .configuration_cropr_vit import CroprViTConfig
+
+
+NORM_EPS = 1e-6  # of the norms inside a Cropr module, as in the reference code
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# 1. Operations on token sequences
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def gather_tokens(tokens: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Rows of a batch of token sequences.
+
+    Copying whole rows is several times faster on a CPU than `torch.gather` with an index expanded over the channels.
+
+    Args:
+        tokens: (B, T, ...), or (1, T, ...) when the batch shares one sequence.
+        indices: (B, K), in [0, T).
+
+    Returns:
+        (B, K, ...)
+    """
+    batch_size, length = indices.shape
+    if tokens.shape[0] != batch_size:
+        rows = indices.flatten()
+    else:
+        first_rows = torch.arange(batch_size, device=indices.device) * tokens.shape[1]
+        rows = (indices + first_rows[:, None]).flatten()
+    # (B, T, ...) -> (B * T, ...) -> (B * K, ...) -> (B, K, ...)
+    return tokens.flatten(0, 1).index_select(0, rows).unflatten(0, (batch_size, length))
+
+
+def score_tokens(hidden_states: torch.Tensor, query: torch.Tensor, pre_norm: bool = False) -> torch.Tensor:
+    """Scores of the router: a = X q, the attention logits summed over queries and heads (section 3.1).
+
+    Computed in float32 under any dtype or autocast, so that low precision ranks tokens nearly as float32 does.
+
+    Args:
+        hidden_states: (B, T, D)
+        query: (D,), the sum of the queries (see `fold_scorer`).
+        pre_norm: normalise the tokens first; the affine part of the norm is in `query`.
+
+    Returns:
+        (B, T), float32, on no particular scale.
+    """
+    with maybe_autocast(device_type=hidden_states.device.type, enabled=False):
+        hidden_states = hidden_states.float()
+        if pre_norm:
+            hidden_states = F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=NORM_EPS)
+        return hidden_states @ query.float()
+
+
+def select_tokens(
+    scores: torch.Tensor, num_keep: int, num_prefix_tokens: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Selector: the top patch tokens, and all prefix tokens, in the order in which they stand in the sequence.
+
+    Args:
+        scores: (B, T), those of prefix tokens are ignored.
+        num_keep: patch tokens to keep, in [1, T - num_prefix_tokens]. Equal scores: the earlier token is kept.
+        num_prefix_tokens: tokens at the start that always stay.
+
+    Returns:
+        Indices into the T tokens: kept (B, num_prefix_tokens + num_keep), ascending, and pruned (B, the others),
+        from the highest score to the lowest.
+    """
+    order = scores[:, num_prefix_tokens:].sort(dim=1, descending=True, stable=True).indices + num_prefix_tokens
+    kept = order[:, :num_keep].sort(dim=1).values
+    if num_prefix_tokens:
+        prefix = torch.arange(num_prefix_tokens, device=scores.device).expand(len(scores), -1)
+        kept = torch.cat([prefix, kept], dim=1)
+    return kept, order[:, num_keep:]
+
+
+def aggregate_tokens(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Cross-attention of the aggregator: Z = softmax(Q Kᵀ / √d) V, heads concatenated (section 3.1).
+
+    A fused kernel computes the same logits again rather than keep N x T of them: the sum over queries that scores
+    need is `score_tokens`.
+
+    Args:
+        queries: (1, H, N, D / H)
+        keys, values: (B, H, T, D / H)
+
+    Returns:
+        (B, N, D)
+    """
+    aggregated = F.scaled_dot_product_attention(queries.expand(keys.shape[0], -1, -1, -1), keys, values)
+    # (B, H, N, D / H) -> (B, N, H, D / H) -> (B, N, D)
+    return aggregated.transpose(1, 2).flatten(2)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# 2. The state that travels through the encoder
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TokenState:
+    """Token sequences and all that belongs to a token; `gather` moves everything at once.
+
+    Attributes:
+        hidden_states: (B, T, D), prefix tokens first, patches in raster order.
+        token_indices: (B or 1, T), place of each token in the unpruned sequence.
+        position_embeddings: rotary (cos, sin), each (B or 1, T, head size / 2), or `None`.
+        num_prefix_tokens: CLS and register tokens in `hidden_states`.
+        pruned: states of the pruned patch tokens, with the block (1 to L) after which each was pruned.
+    """
+
+    hidden_states: torch.Tensor
+    token_indices: torch.Tensor
+    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None
+    num_prefix_tokens: int = 0
+    pruned: tuple[tuple[int, TokenState], ...] = ()
+
+    @property
+    def num_patches(self) -> int:
+        """Patch tokens in the sequence now."""
+        return self.hidden_states.shape[1] - self.num_prefix_tokens
+
+    def gather(self, indices: torch.Tensor) -> TokenState:
+        """The state of the tokens at `indices` (B, K); it remembers no pruned tokens and no prefix."""
+        positions = self.position_embeddings
+        if positions is not None:
+            positions = (gather_tokens(positions[0], indices), gather_tokens(positions[1], indices))
+        return TokenState(
+            hidden_states=gather_tokens(self.hidden_states, indices),
+            token_indices=gather_tokens(self.token_indices, indices),
+            position_embeddings=positions,
+        )
+
+    def prune(self, kept: torch.Tensor, pruned: torch.Tensor, block: int) -> TokenState:
+        """Keeps the tokens at `kept` (B, K), prefix included, and sets those at `pruned` aside."""
+        return replace(
+            self.gather(kept),
+            num_prefix_tokens=self.num_prefix_tokens,
+            pruned=(*self.pruned, (block, self.gather(pruned))),
+        )
+
+    def fuse(self) -> TokenState:
+        """Last Layer Fusion (section 3.3): every pruned token, as it was when pruned, back at its place."""
+        if not self.pruned:
+            return self
+        states = [self, *(state for _, state in self.pruned)]
+        positions = self.position_embeddings
+        if positions is not None:
+            positions = tuple(  # type: ignore[assignment]
+                torch.cat([state.position_embeddings[i] for state in states], dim=1)  # type: ignore[index]
+                for i in range(2)
+            )
+        joined = TokenState(
+            hidden_states=torch.cat([state.hidden_states for state in states], dim=1),
+            token_indices=torch.cat([state.token_indices for state in states], dim=1),
+            position_embeddings=positions,
+        )
+        fused = joined.gather(joined.token_indices.argsort(dim=1))
+        return replace(fused, num_prefix_tokens=self.num_prefix_tokens)
+
+    def pruning_map(self, num_blocks: int) -> torch.Tensor:
+        """Block after which each patch was pruned, `num_blocks` if it never was: (B, patches in raster order)."""
+        states = [(num_blocks, self), *self.pruned]
+        length = sum(state.hidden_states.shape[1] for _, state in states)
+        batch_size = self.hidden_states.shape[0]
+        blocks = self.token_indices.new_full((batch_size, length), num_blocks)
+        for block, state in self.pruned:
+            blocks = blocks.scatter(1, state.token_indices, block)
+        return blocks[:, self.num_prefix_tokens :]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# 3. The interface of a pruning method
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class TokenReducer(nn.Module):
+    """A pruning method, as one module after one block.
+
+    The encoder calls `forward` after the block and never asks which method runs. A method that needs parameters for
+    training alone sets `has_auxiliary_heads` and implements the two methods that add and remove them.
+
+    Args:
+        config: settings of the method.
+        block: the block (1 to L) that the module follows.
+    """
+
+    name: str
+    has_auxiliary_heads = False
+
+    def __init__(self, config: CroprViTConfig, block: int):
+        super().__init__()
+        self.block = block
+
+    def forward(self, state: TokenState, num_keep: int) -> tuple[TokenState, torch.Tensor | None]:
+        """Reduces `state` to `num_keep` patch tokens; also auxiliary logits (B, N, C), in training with heads only."""
+        if num_keep < state.num_patches:
+            state = state.prune(*self.select(state, num_keep), self.block)
+        return state, None
+
+    def select(self, state: TokenState, num_keep: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Indices of the kept (with prefix) and the pruned tokens, as `select_tokens` returns them."""
+        raise NotImplementedError
+
+    def remove_auxiliary_heads(self) -> None:
+        """Drops what only training needs; selection stays the same."""
+
+    def add_auxiliary_heads(self, config: CroprViTConfig, initialize: Callable[[nn.Module], Any]) -> None:
+        """Adds what training needs; selection stays the same. `initialize` gives a new module its first weights."""
+
+
+TOKEN_REDUCERS: dict[str, type[TokenReducer]] = {}
+
+ReducerType = TypeVar("ReducerType", bound=type[TokenReducer])
+
+
+def register_token_reducer(reducer: ReducerType) -> ReducerType:
+    """Class decorator: makes a reducer available under its `name` as `config.token_reducer`.
+
+    Raises:
+        `ValueError`: when another class has that name.
+    """
+    if TOKEN_REDUCERS.setdefault(reducer.name, reducer) is not reducer:
+        raise ValueError(f"A token reducer named {reducer.name!r} is registered already; choose another name.")
+    return reducer
+
+
+def build_token_reducers(config: CroprViTConfig) -> nn.ModuleDict:
+    """The modules of a model, by the number of the block that each follows; empty when it does not prune.
+
+    Raises:
+        `ValueError`: for a reducer that is not registered, or one without heads when the config asks for them.
+    """
+    if config.token_reducer is None:
+        return nn.ModuleDict()
+    reducer = TOKEN_REDUCERS.get(config.token_reducer)
+    if reducer is None:
+        raise ValueError(
+            f"Unknown token reducer {config.token_reducer!r}; choose one of {', '.join(sorted(TOKEN_REDUCERS))}, or "
+            "None for the unpruned model."
+        )
+    if config.use_auxiliary_heads and not reducer.has_auxiliary_heads:
+        raise ValueError(
+            f"The token reducer {config.token_reducer!r} has no auxiliary heads; set `use_auxiliary_heads=False`."
+        )
+    return nn.ModuleDict({str(block): reducer(config, block) for block in config.pruning_blocks})
+
+
+@register_token_reducer
+class RandomReducer(TokenReducer):
+    """The baseline of the paper: keeps patch tokens drawn at random, in training and inference."""
+
+    name = "random"
+
+    def select(self, state: TokenState, num_keep: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `TokenReducer.select`."""
+        scores = torch.rand(state.hidden_states.shape[:2], device=state.hidden_states.device)
+        return select_tokens(scores, num_keep, state.num_prefix_tokens)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# 4. The Cropr module
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _init_truncated_normal(tensor: torch.Tensor, std: float) -> None:
+    init.trunc_normal_(tensor, mean=0.0, std=std, a=-2 * std, b=2 * std)
+
+
+class Scorer(nn.Module):
+    """Learnable queries and the optional parts of their attention to the tokens (training form).
+
+    The paper's best scorer is the plainest: queries alone. Projections and norm are its ablation.
+    """
+
+    def __init__(self, config: CroprViTConfig):
+        super().__init__()
+        size = config.hidden_size
+        self.num_heads = config.scorer_num_heads
+        self.queries = nn.Parameter(torch.empty(config.num_queries, size))
+        self.norm = nn.LayerNorm(size, eps=NORM_EPS) if config.scorer_pre_norm else nn.Identity()
+        self.query_projection = nn.Linear(size, size, bias=False) if config.scorer_query_projection else nn.Identity()
+        self.key_projection = nn.Linear(size, size, bias=False) if config.scorer_key_projection else nn.Identity()
+
+    def init_weights(self) -> None:
+        """Queries as in the paper: truncated normal, standard deviation D^(-1/2)."""
+        _init_truncated_normal(self.queries, std=self.queries.shape[-1] ** -0.5)
+
+    def query(self) -> torch.Tensor:
+        """The one vector (D,) that scores as all queries together do."""
+        with maybe_autocast(device_type=self.queries.device.type, enabled=False):
+            return fold_scorer(
+                self.queries,
+                query_projection=getattr(self.query_projection, "weight", None),
+                key_projection=getattr(self.key_projection, "weight", None),
+                norm_weight=getattr(self.norm, "weight", None),
+            )
+
+    @torch.no_grad()
+    def unfold(self, folded_query: torch.Tensor) -> None:
+        """Sets the weights so that `query()` is `folded_query` (D,); the queries keep their random differences."""
+        for projection in (self.query_projection, self.key_projection):
+            if isinstance(projection, nn.Linear):
+                nn.init.eye_(projection.weight)
+        self.queries.add_((folded_query - self.queries.sum(dim=0)) / len(self.queries))
+
+    def split_heads(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(B, T, D) -> (B, H, T, D / H)"""
+        return tokens.unflatten(-1, (self.num_heads, -1)).transpose(-3, -2)
+
+
+class FoldedScorer(nn.Module):
+    """The scorer of a stripped model: one vector, which nothing trains."""
+
+    def __init__(self, folded_query: torch.Tensor):
+        super().__init__()
+        self.folded_query = nn.Parameter(folded_query, requires_grad=False)
+
+    def init_weights(self) -> None:
+        """Spread of a single query."""
+        _init_truncated_normal(self.folded_query, std=self.folded_query.shape[-1] ** -0.5)
+
+    def query(self) -> torch.Tensor:
+        """The folded vector (D,)."""
+        return self.folded_query
+
+    def train(self, mode: bool = True) -> FoldedScorer:
+        """Stays frozen: loading replaces parameters, and no loss reaches this one."""
+        super().train(mode)
+        return self.requires_grad_(False)
+
+
+class Router(nn.Module):
+    """Scorer and selector (section 3.1): decides which tokens stay."""
+
+    def __init__(self, config: CroprViTConfig):
+        super().__init__()
+        self.pre_norm = config.scorer_pre_norm
+        self.scorer: Scorer | FoldedScorer
+        if config.use_auxiliary_heads:
+            self.scorer = Scorer(config)
+        else:
+            self.scorer = FoldedScorer(torch.empty(config.hidden_size))
+
+    def forward(self, hidden_states: torch.Tensor, num_keep: int, num_prefix_tokens: int):
+        """Kept and pruned indices for tokens (B, T, D); see `select_tokens`."""
+        scores = score_tokens(hidden_states, self.scorer.query(), self.pre_norm)
+        return select_tokens(scores, num_keep, num_prefix_tokens)
+
+
+class Aggregator(nn.Module):
+    """Gathers what the scorer attends to (training only): Z = softmax(Q Kᵀ / √d) V, then Z + MLP(LN(Z))."""
+
+    def __init__(self, config: CroprViTConfig):
+        super().__init__()
+        size = config.hidden_size
+        self.value_projection = (
+            nn.Linear(size, size, bias=False) if config.aggregator_value_projection else nn.Identity()
+        )
+        # Several heads are mixed by a projection, as in the reference code; a single one needs none.
+        self.output_projection = nn.Linear(size, size) if config.scorer_num_heads > 1 else nn.Identity()
+        self.mlp: nn.Module | None = None
+        if config.aggregator_mlp_ratio is not None:
+            inner = int(size * config.aggregator_mlp_ratio)
+            self.mlp = nn.Sequential(
+                nn.LayerNorm(size, eps=NORM_EPS), nn.Linear(size, inner), ACT2FN["gelu"], nn.Linear(inner, size)
+            )
+
+    def forward(self, scorer: Scorer, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, T, D) -> (B, N, D)"""
+        hidden_states = scorer.norm(hidden_states)
+        aggregated = aggregate_tokens(
+            scorer.split_heads(scorer.query_projection(scorer.queries)[None]),
+            scorer.split_heads(scorer.key_projection(hidden_states)),
+            scorer.split_heads(self.value_projection(hidden_states)),
+        )
+        aggregated = self.output_projection(aggregated)
+        return aggregated if self.mlp is None else aggregated + self.mlp(aggregated)
+
+
+class AuxiliaryHead(nn.Module):
+    """LayerNorm and classifier, whose loss trains the scorer (training only)."""
+
+    def __init__(self, config: CroprViTConfig):
+        super().__init__()
+        self.norm = nn.LayerNorm(config.hidden_size, eps=NORM_EPS)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels or 0)
+
+    def init_weights(self) -> None:
+        """Classifier as in the reference code: truncated normal 0.02, bias 0."""
+        _init_truncated_normal(self.classifier.weight, std=0.02)
+        init.zeros_(self.classifier.bias)
+
+    def forward(self, aggregated: torch.Tensor) -> torch.Tensor:
+        """(B, N, D) -> (B, N, C)"""
+        return self.classifier(self.norm(aggregated))
+
+
+@register_token_reducer
+class CroprModule(TokenReducer):
+    """Token Cropr after one block: router always, aggregator and auxiliary head for training.
+
+    The module sees tokens through a stop-gradient: auxiliary losses train it and not the backbone, and the main loss,
+    which reaches the backbone through the kept tokens, cannot reach it.
+    """
+
+    name = "cropr"
+    has_auxiliary_heads = True
+
+    def __init__(self, config: CroprViTConfig, block: int):
+        super().__init__(config, block)
+        self.router = Router(config)
+        self.aggregator = Aggregator(config) if config.use_auxiliary_heads else None
+        self.auxiliary_head = AuxiliaryHead(config) if config.use_auxiliary_heads else None
+
+    def select(self, state: TokenState, num_keep: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `TokenReducer.select`."""
+        with torch.no_grad():  # ranking has no gradient
+            return self.router(state.hidden_states, num_keep, state.num_prefix_tokens)
+
+    def forward(self, state: TokenState, num_keep: int) -> tuple[TokenState, torch.Tensor | None]:
+        """See `TokenReducer.forward`."""
+        auxiliary_logits = None
+        if self.training and self.aggregator is not None and self.auxiliary_head is not None:
+            aggregated = self.aggregator(self.router.scorer, state.hidden_states.detach())
+            auxiliary_logits = self.auxiliary_head(aggregated)
+        state, _ = super().forward(state, num_keep)
+        return state, auxiliary_logits
+
+    def remove_auxiliary_heads(self) -> None:
+        """See `TokenReducer.remove_auxiliary_heads`."""
+        self.router.scorer = FoldedScorer(self.router.scorer.query().detach().clone())
+        self.aggregator = self.auxiliary_head = None
+
+    def add_auxiliary_heads(self, config: CroprViTConfig, initialize: Callable[[nn.Module], Any]) -> None:
+        """See `TokenReducer.add_auxiliary_heads`."""
+        folded_query = self.router.scorer.query().detach()
+        scorer, aggregator, head = Scorer(config), Aggregator(config), AuxiliaryHead(config)
+        for module in (scorer, aggregator, head):
+            module.to(folded_query).train(self.training)
+            initialize(module)
+        scorer.unfold(folded_query)
+        self.router.scorer, self.aggregator, self.auxiliary_head = scorer, aggregator, head
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# 5. Stripping
+# --------------------------------------------------------------------------------------------------------------------
+
+
+TRAINING_PARTS = ("router.scorer.", "aggregator.", "auxiliary_head.")
+
+
+def fold_scorer(
+    queries: torch.Tensor,
+    query_projection: torch.Tensor | None = None,
+    key_projection: torch.Tensor | None = None,
+    norm_weight: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """One vector that ranks tokens as all queries do: Σₙ (W_q qₙ)ᵀ W_k (γ ⊙ x̂ + β) = fold · x̂ + constant.
+
+    Scores are linear in the queries, and a sum over heads of products is the product over all channels, so neither
+    the number of queries nor that of heads matters; the constant does not change a ranking.
+
+    Args:
+        queries: (N, D)
+        query_projection, key_projection: weights (D, D) of linear layers, if there are any.
+        norm_weight: (D,) scale of the norm before the attention, if there is one.
+
+    Returns:
+        (D,), in the dtype of `queries`, summed in float32.
+    """
+    folded = queries.float().sum(dim=0)
+    if query_projection is not None:
+        folded = query_projection.float() @ folded
+    if key_projection is not None:
+        folded = folded @ key_projection.float()
+    if norm_weight is not None:
+        folded = folded * norm_weight.float()
+    return folded.to(queries.dtype)
+
+
+def strip_state_dict(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights of the stripped model from those of a model with auxiliary heads; other tensors pass unchanged.
+
+    It reads nothing but `state_dict`, so it also serves gathered weights (FSDP, DeepSpeed).
+    """
+    stripped = {}
+    for name, tensor in state_dict.items():
+        match = re.fullmatch(r"(?P<module>(.*\.)?token_reducers\.\d+\.)(?P<part>.+)", name)
+        part = match["part"] if match else ""
+        if match and part == "router.scorer.queries":
+            scorer = match["module"] + "router.scorer."
+            stripped[scorer + "folded_query"] = fold_scorer(
+                tensor,
+                query_projection=state_dict.get(scorer + "query_projection.weight"),
+                key_projection=state_dict.get(scorer + "key_projection.weight"),
+                norm_weight=state_dict.get(scorer + "norm.weight"),
+            )
+        elif part == "router.scorer.folded_query" or not part.startswith(TRAINING_PARTS):
+            stripped[name] = tensor
+    return stripped
