@@ -364,11 +364,12 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
         self.kept_patches()
         if self.pruning_schedule is not None:
             blocks = self.pruning_blocks
-            if not blocks or blocks[-1] > self._last_prunable_block:
+            last = self._last_prunable_block
+            if not blocks or blocks[-1] > last:
+                reason = " (last layer fusion needs a block before the last)" if self.last_layer_fusion else ""
                 raise ValueError(
                     f"The pruning schedule {list(self.pruning_schedule)} prunes after the blocks {blocks}; it must "
-                    f"prune at least once, and last after block {self._last_prunable_block} of "
-                    f"{self.num_hidden_layers}{' (last layer fusion needs a block before the last)' if self.last_layer_fusion else ''}."
+                    f"prune at least once, and last after block {last} of {self.num_hidden_layers}{reason}."
                 )
 
 

@@ -429,7 +429,8 @@ class CroprViTPreTrainedModel(PreTrainedModel):
                 "The model has no token reducer; load it with `token_reducer='cropr'` and train it, or use 'random'."
             )
         self.config.kept_patches(pruning=pruning)
-        self.base_model.pruning = pruning if pruning is None or isinstance(pruning, int) else list(pruning)
+        runtime_pruning = pruning if pruning is None or isinstance(pruning, int) else list(pruning)
+        self.base_model.pruning = runtime_pruning  # type: ignore[assignment]
 
     def remove_auxiliary_heads(self) -> None:
         """Turns the model in memory into the stripped one, which gives the same outputs in evaluation."""

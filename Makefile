@@ -1,0 +1,53 @@
+# `make demo` and `make test` set up everything they need in a virtual environment of their own.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: help demo test test-common test-slow bench style quality clean
+
+help:
+	@echo "make demo         fine-tune, publish, load and compare pruned models on cluttered digits"
+	@echo "make test         the tests (CPU; no network needed after the installation)"
+	@echo "make test-common  the model test suite of the installed Transformers release"
+	@echo "make test-slow    tests that take more than a minute each"
+	@echo "make bench        ViT-L/16: Cropr against the unpruned model, a random pruner and Transformers' ViT"
+	@echo "make style        format and fix"
+	@echo "make quality      ruff and mypy"
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# One installation per set of extras, again when pyproject.toml changes.
+$(VENV)/.installed-%: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
+	@touch $@
+
+demo: $(VENV)/.installed-demo
+	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python examples/demo.py
+
+test: $(VENV)/.installed-dev
+	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-common: $(VENV)/.installed-dev
+	$(BIN)/python tests/transformers_common/fetch.py
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m common tests/transformers_common $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.installed-dev
+	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python -m cropr_hf.benchmark --size large --pruning_rate 8 --batch_size 8
+
+style: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+quality: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist outputs *.egg-info .pytest_cache .mypy_cache .ruff_cache .cache

@@ -1,0 +1,262 @@
+"""How fast is it? Models side by side in one process, round after round, as ratios.
+
+    python -m cropr_hf.benchmark --size large --pruning_rate 8 --batch_size 8
+
+compares the stripped Cropr model with the same model unpruned, with a random pruner of the same schedule, and with
+Transformers' own ViT, on random weights (speed does not depend on them).
+"""
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from transformers import HfArgumentParser, ViTConfig, ViTForImageClassification
+from transformers.utils import logging
+
+from .configuration_cropr_vit import CroprViTConfig
+from .modeling_cropr_vit import CroprViTForImageClassification
+
+
+logger = logging.get_logger(__name__)
+
+UNPRUNED = "unpruned"
+
+
+def multiply_adds(config: CroprViTConfig, num_patches: int | None = None) -> int:
+    """Multiply-adds of one image through patch embedding and blocks: linear layers and attention products.
+
+    Args:
+        config: any configuration; its schedule decides the tokens of each block.
+        num_patches: patch tokens of the input; those of `config.image_size` by default.
+    """
+    num_patches = config.num_patches if num_patches is None else num_patches
+    kept = config.kept_patches(num_patches)
+    patches_per_block = [num_patches, *kept[:-1]]
+    if config.last_layer_fusion:
+        patches_per_block[-1] = num_patches
+    size = config.hidden_size
+    weights = 4 * size**2 + (3 if config.use_gated_mlp else 2) * size * config.intermediate_size
+    total = num_patches * size * config.num_channels * config.patch_size**2
+    for tokens in (patches + config.num_prefix_tokens for patches in patches_per_block):
+        total += tokens * weights + 2 * tokens**2 * size
+    return total
+
+
+@dataclass
+class Timing:
+    """Seconds per call of one candidate over all rounds, and its speed relative to the reference.
+
+    Attributes:
+        seconds: one entry per round.
+        speedup: median over rounds of reference time / own time.
+        spread: half the interquartile range of these ratios.
+    """
+
+    seconds: list[float] = field(default_factory=list)
+    speedup: float = 1.0
+    spread: float = 0.0
+
+    @property
+    def median(self) -> float:
+        """Median seconds per call."""
+        return statistics.median(self.seconds)
+
+
+def compare(
+    candidates: dict[str, Callable[[], Any]],
+    reference: str,
+    min_rounds: int = 5,
+    max_rounds: int = 30,
+    tolerance: float = 0.01,
+    synchronize: Callable[[], Any] = lambda: None,
+) -> dict[str, Timing]:
+    """Times candidates in turn, each once per round, until their ratios to the reference are settled.
+
+    Machines drift; what is compared within one round drifts alike, so each ratio is taken within its round.
+
+    Args:
+        candidates: name -> a call to time.
+        reference: name of the candidate that the others are compared with.
+        min_rounds, max_rounds: it stops between them, when the standard error of every median ratio (1.25 times the
+            standard deviation, estimated from the interquartile range, by the root of rounds) is below `tolerance`,
+            as a share of the ratio.
+        synchronize: called before the clock is read (`torch.cuda.synchronize` on a GPU).
+
+    Raises:
+        `ValueError`: when the reference is not a candidate, or there are fewer than 3 rounds.
+    """
+    if reference not in candidates:
+        raise ValueError(f"The reference {reference!r} is not among the candidates {', '.join(candidates)}.")
+    if not 3 <= min_rounds <= max_rounds:
+        raise ValueError(f"`min_rounds` {min_rounds} and `max_rounds` {max_rounds} must be 3 or more, in this order.")
+    timings = {name: Timing() for name in candidates}
+    names = list(candidates)
+    for call in candidates.values():  # warm-up: allocations, kernel choices, compilation
+        call()
+    for round_index in logging.tqdm(range(max_rounds), desc="Benchmark rounds"):
+        # Each candidate comes first in its turn, so that none always runs after the same one.
+        shift = round_index % len(names)
+        for name in names[shift:] + names[:shift]:
+            synchronize()
+            start = time.perf_counter()
+            candidates[name]()
+            synchronize()
+            timings[name].seconds.append(time.perf_counter() - start)
+        if round_index + 1 >= min_rounds and _summarize(timings, reference) < tolerance:
+            break
+    return timings
+
+
+def _summarize(timings: dict[str, Timing], reference: str) -> float:
+    """Sets speed-ups and spreads; returns the largest relative standard error."""
+    errors = []
+    for timing in timings.values():
+        ratios = [base / own for base, own in zip(timings[reference].seconds, timing.seconds)]
+        lower, timing.speedup, upper = statistics.quantiles(ratios, n=4, method="inclusive")
+        timing.spread = (upper - lower) / 2
+        deviation = (upper - lower) / 1.349  # of a normal distribution
+        errors.append(1.253 * deviation / len(ratios) ** 0.5 / timing.speedup)
+    return max(errors)
+
+
+def pruning_candidates(config: CroprViTConfig) -> dict[str, torch.nn.Module]:
+    """The stripped model of `config`, its unpruned twin, and a random pruner with the same schedule."""
+    fields = config.to_dict() | {"use_auxiliary_heads": False}
+    unpruned = fields | {"token_reducer": None, "pruning_rate": None, "pruning_schedule": None}
+    configs = {UNPRUNED: unpruned, "cropr": fields | {"token_reducer": "cropr"}}
+    configs["random"] = fields | {"token_reducer": "random"}
+    return {name: CroprViTForImageClassification(CroprViTConfig(**fields)) for name, fields in configs.items()}
+
+
+def transformers_twin(config: CroprViTConfig) -> ViTForImageClassification | None:
+    """Transformers' own ViT of the same size, if the configuration is that of a ViT."""
+    is_vit = config.use_cls_token and config.use_absolute_position_embeddings and config.rope_theta is None
+    if not is_vit or config.use_gated_mlp or config.num_register_tokens or config.layerscale_value is not None:
+        return None
+    names = ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size"]
+    names += ["patch_size", "num_channels", "hidden_act", "num_labels"]
+    return ViTForImageClassification(ViTConfig(**{name: getattr(config, name) for name in names}))
+
+
+@dataclass
+class BenchmarkArguments:
+    """Arguments of the command.
+
+    Attributes:
+        model_name_or_path: a Cropr checkpoint whose configuration to time; else `size` and `config`.
+        size: a standard ViT: tiny, small, base, large or huge.
+        pruning_rate: patch tokens removed per module.
+        image_size: height and width in pixels.
+        config: further configuration fields, as JSON.
+        batch_size: images per call.
+        device, dtype: where and in which precision, for instance cuda and bfloat16.
+        compile: whether to run `torch.compile`.
+        min_rounds, max_rounds, tolerance: see `compare`.
+        output: a JSON file for the record.
+    """
+
+    model_name_or_path: str | None = None
+    size: str = "large"
+    pruning_rate: int | None = None
+    image_size: int | None = None
+    config: str = "{}"
+    batch_size: int = 8
+    device: str = "cpu"
+    dtype: str = "float32"
+    compile: bool = False
+    min_rounds: int = 7
+    max_rounds: int = 40
+    tolerance: float = 0.01
+    output: str | None = None
+
+
+def _config_from(args: BenchmarkArguments) -> CroprViTConfig:
+    overrides = json.loads(args.config)
+    for name in ("pruning_rate", "image_size"):
+        if getattr(args, name) is not None:
+            overrides[name] = getattr(args, name)
+    if args.model_name_or_path is not None:
+        return CroprViTConfig.from_pretrained(args.model_name_or_path, **overrides)
+    return CroprViTConfig.from_size(args.size, **{"num_labels": 1000, **overrides})
+
+
+def run(args: BenchmarkArguments) -> dict[str, Any]:
+    """Runs the comparison and returns the record: settings, versions, speed-ups, multiply-add bound."""
+    config = _config_from(args)
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    models: dict[str, torch.nn.Module] = pruning_candidates(config)
+    if (twin := transformers_twin(config)) is not None:
+        models["transformers ViT"] = twin
+    height, width = (rows * config.patch_size for rows in config.grid_size)
+    pixels = torch.randn(args.batch_size, config.num_channels, height, width, device=device, dtype=dtype)
+
+    def call(model: torch.nn.Module) -> Callable[[], Any]:
+        model = model.to(device, dtype).eval()
+        run_model = torch.compile(model, fullgraph=True) if args.compile else model
+        return lambda: run_model(pixels)
+
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    with torch.inference_mode():
+        timings = compare(
+            {name: call(model) for name, model in models.items()},
+            UNPRUNED,
+            args.min_rounds,
+            args.max_rounds,
+            args.tolerance,
+            synchronize,
+        )
+    bound = multiply_adds(models[UNPRUNED].config) / multiply_adds(config)  # type: ignore[arg-type]
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "arguments": asdict(args),
+        "machine": f"{machine}, {torch.get_num_threads()} threads",
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "patches_kept": config.kept_patches(),
+        "multiply_add_bound": bound,
+        "share_of_bound": timings["cropr"].speedup / bound,
+        "share_of_random": timings["cropr"].speedup / timings["random"].speedup,
+        "rounds": len(timings[UNPRUNED].seconds),
+        "results": {
+            name: {
+                "images_per_second": args.batch_size / timing.median,
+                "speedup": timing.speedup,
+                "spread": timing.spread,
+            }
+            for name, timing in timings.items()
+        },
+    }
+
+
+def format_table(record: dict[str, Any]) -> str:
+    """The results of `run` as a Markdown table."""
+    lines = ["| model | images/s | speed-up | ± half IQR |", "| --- | ---: | ---: | ---: |"]
+    for name, row in record["results"].items():
+        lines.append(f"| {name} | {row['images_per_second']:.2f} | {row['speedup']:.2f} | {row['spread']:.3f} |")
+    lines += [
+        "",
+        f"multiply-add bound {record['multiply_add_bound']:.2f}; Cropr reaches {record['share_of_bound']:.2f} of it, "
+        f"and {record['share_of_random']:.3f} of the random pruner's throughput",
+        f"{record['rounds']} rounds; {record['machine']}; torch {record['versions']['torch']}, transformers "
+        f"{record['versions']['transformers']}",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Entry point of `python -m cropr_hf.benchmark`."""
+    (args,) = HfArgumentParser(BenchmarkArguments).parse_args_into_dataclasses()  # type: ignore[arg-type]
+    record = run(args)
+    if args.output is not None:
+        with open(args.output, "w", encoding="utf-8") as file:
+            json.dump(record, file, indent=2)
+    print(format_table(record))
+
+
+if __name__ == "__main__":
+    main()

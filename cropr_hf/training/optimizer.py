@@ -1,0 +1,83 @@
+"""Layer-wise learning-rate decay, as the paper trains: deeper blocks learn faster."""
+
+import re
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from ..modeling_cropr_vit import CroprViTPreTrainedModel
+
+
+# Where a parameter of the base model stands; block 0 is the embeddings, L + 1 what comes after the blocks.
+EMBEDDINGS = re.compile(r"embeddings\..+")
+BLOCK = re.compile(r"layers\.(\d+)\..+")
+AFTER_BLOCKS = re.compile(r"(layernorm|token_reducers)\..+")
+NEVER_DECAYED = ("cls_token", "register_tokens", "position_embeddings")
+
+
+def layer_of(name: str, model: CroprViTPreTrainedModel) -> int:
+    """Depth of a parameter: 0 for embeddings, 1 to L for blocks, L + 1 for the final norm, Cropr modules and heads.
+
+    Raises:
+        `ValueError`: for a parameter of the base model that stands in none of them.
+    """
+    last = model.config.num_hidden_layers + 1
+    prefix = "" if model.base_model is model else model.base_model_prefix + "."
+    if not name.startswith(prefix):
+        return last  # a task head
+    name = name.removeprefix(prefix)
+    if EMBEDDINGS.fullmatch(name):
+        return 0
+    if block := BLOCK.fullmatch(name):
+        return int(block[1]) + 1
+    if AFTER_BLOCKS.fullmatch(name):
+        return last
+    raise ValueError(f"No layer is known for the parameter {name!r}; name its place in `cropr_hf.training.optimizer`.")
+
+
+def layer_decay_groups(
+    model: CroprViTPreTrainedModel, learning_rate: float, weight_decay: float, layer_decay: float
+) -> list[dict[str, Any]]:
+    """Parameter groups whose learning rate falls by `layer_decay` per block from the head down to the embeddings.
+
+    Cropr modules count as the head. One-dimensional parameters (biases, norms, layer scale), prefix tokens and
+    positions have no weight decay; queries do, as in the reference code of the paper.
+
+    Args:
+        model: any `CroprViT*` model.
+        learning_rate: of the head, at the peak of the schedule.
+        weight_decay: of all other parameters.
+        layer_decay: factor per block in (0, 1]; 1 is no decay.
+
+    Returns:
+        Groups, the head's first (the Trainer logs the rate of the first). Frozen parameters are in none.
+
+    Raises:
+        `ValueError`: for a factor out of range, or a parameter without a known place.
+    """
+    if not 0 < layer_decay <= 1:
+        raise ValueError(f"`layer_decay` is {layer_decay}; it must be in (0, 1], where 1 is no decay.")
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    last = model.config.num_hidden_layers + 1
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        layer = layer_of(name, model)
+        decayed = parameter.ndim > 1 and not name.endswith(NEVER_DECAYED)
+        group = {
+            "params": [],
+            "lr": learning_rate * layer_decay ** (last - layer),
+            "weight_decay": weight_decay if decayed else 0.0,
+        }
+        groups.setdefault((layer, decayed), group)["params"].append(parameter)
+    return [groups[key] for key in sorted(groups, reverse=True)]
+
+
+def layer_decay_optimizer(
+    model: CroprViTPreTrainedModel, args: TrainingArguments, layer_decay: float
+) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    """AdamW with layer-wise decay for `Trainer(optimizer_cls_and_kwargs=...)`, from the usual training arguments."""
+    groups = layer_decay_groups(model, args.learning_rate, args.weight_decay, layer_decay)
+    kwargs = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    return torch.optim.AdamW, {"params": groups, **kwargs}

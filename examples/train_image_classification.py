@@ -1,0 +1,288 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""Fine-tune any pretrained ViT with token pruning on image classification.
+
+The defaults are the ImageNet recipe of the paper (its learning rate is 1e-3 per 256 images: 4e-3 for 1024):
+
+    accelerate launch examples/train_image_classification.py --model_name_or_path facebook/vit-mae-large \\
+        --dataset_name ILSVRC/imagenet-1k --norm_before_pooling False --pruning_rate 8 --output_dir outputs/cropr-l \\
+        --per_device_train_batch_size 128 --learning_rate 4e-3 --fp16 --dataloader_num_workers 8
+
+`--dataset_name cluttered_digits` draws its images on the spot and needs no network:
+
+    python examples/train_image_classification.py --model_name_or_path examples/digits_vit \\
+        --dataset_name cluttered_digits --pruning_rate 20 --output_dir outputs/digits
+"""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import evaluate
+import numpy as np
+import torch
+from datasets import DatasetDict, Image, load_dataset
+from torchvision.transforms import v2
+from transformers import AutoConfig, AutoImageProcessor, HfArgumentParser, TrainingArguments, ViTImageProcessor
+from transformers import logging as transformers_logging
+from transformers import set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from cropr_hf import CroprViTConfig, CroprViTForImageClassification
+from cropr_hf.training import CroprTrainer, layer_decay_optimizer
+
+
+logger = transformers_logging.get_logger("transformers.examples.train_image_classification")
+
+ACCURACY = str(Path(__file__).parent / "metrics" / "accuracy" / "accuracy.py")
+CLUTTERED_DIGITS = "cluttered_digits"
+
+
+def argument(default: Any, text: str) -> Any:
+    """A dataclass field with a line of help."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class ModelArguments:
+    """Which model to start from, and how it prunes."""
+
+    model_name_or_path: str = argument("facebook/vit-mae-large", "A ViT of a supported family, or a Cropr checkpoint.")
+    image_processor_name: str | None = argument(None, "Image processor, if not that of the model.")
+    token_reducer: str | None = argument(None, "'cropr' (default for an unpruned source), 'random' or 'none'.")
+    pruning_rate: int | None = argument(None, "Patch tokens removed per module (R).")
+    pruning_schedule: list[int] | None = argument(None, "Patch tokens kept after each block, instead of a rate.")
+    last_layer_fusion: bool | None = argument(None, "Put pruned tokens back before the last block (default).")
+    pooling: str | None = argument(None, "'mean', 'patch_mean' or 'cls', if not that of the source.")
+    norm_before_pooling: bool | None = argument(None, "Final norm before or after pooling, if not as in the source.")
+    image_size: int | None = argument(None, "Input size in pixels, if not that of the source.")
+    drop_path_rate: float = argument(0.2, "Stochastic depth of the last but one block.")
+    label_smoothing: float = argument(0.1, "Of the main and the auxiliary losses.")
+    ignore_mismatched_sizes: bool = argument(False, "Accept another number of classes in a Cropr checkpoint.")
+    revision: str = argument("main", "Branch, tag or commit on the Hub.")
+    token: str | None = argument(None, "Hub token for private models and data sets.")
+
+
+@dataclass
+class DataArguments:
+    """Which images to train on, and how they are augmented."""
+
+    dataset_name: str | None = argument(None, f"Data set id on the Hub, or '{CLUTTERED_DIGITS}'.")
+    dataset_config_name: str | None = argument(None, "Configuration of that data set.")
+    train_dir: str | None = argument(None, "Folder with one folder of images per class.")
+    validation_dir: str | None = argument(None, "The same for validation.")
+    train_val_split: float = argument(0.15, "Share of the training images to validate on, if there are no others.")
+    max_train_samples: int | None = argument(None, "Use fewer training images.")
+    max_eval_samples: int | None = argument(None, "Use fewer validation images.")
+    image_column_name: str = argument("image", "Column of the images.")
+    label_column_name: str = argument("label", "Column of the classes.")
+    crop_min_scale: float = argument(0.08, "Smallest share of the image in a random crop; 1 is no crop.")
+    horizontal_flip: float = argument(0.5, "Probability of a mirror image.")
+    randaugment_magnitude: int = argument(9, "RandAugment with 2 operations of this magnitude (0 to 30); 0 is none.")
+    random_erasing: float = argument(0.25, "Probability of erasing a rectangle.")
+    mixup_alpha: float = argument(0.8, "Mixup; 0 is none.")
+    cutmix_alpha: float = argument(1.0, "Cutmix; 0 is none. A batch gets one of the two.")
+
+
+@dataclass
+class RecipeArguments(TrainingArguments):
+    """`TrainingArguments` with the defaults of the paper, and layer-wise decay."""
+
+    output_dir: str = argument("outputs/image_classification", "Where checkpoints and the stripped model go.")
+    num_train_epochs: float = argument(50, "Passes over the training images.")
+    learning_rate: float = argument(1e-3, "Peak learning rate of the head.")
+    weight_decay: float = argument(0.05, "Of matrices; vectors, prefix tokens and positions have none.")
+    layer_decay: float = argument(0.75, "Factor of the learning rate per block, from the head down.")
+    lr_scheduler_type: str = argument("cosine_with_min_lr", "Learning-rate schedule.")
+    lr_scheduler_kwargs: dict | str | None = field(default_factory=lambda: {"min_lr": 1e-6})
+    warmup_steps: float = argument(0.1, "Steps of linear warm-up, or their share if below 1.")
+    per_device_train_batch_size: int = argument(64, "Images per process and step.")
+    per_device_eval_batch_size: int = argument(64, "Images per process and evaluation step.")
+    eval_strategy: str = argument("epoch", "When to evaluate.")
+    save_strategy: str = argument("epoch", "When to write a checkpoint.")
+    logging_steps: float = argument(50, "Steps between logs.")
+    remove_unused_columns: bool | None = argument(False, "The transforms need the image column.")
+
+
+def load_images(args: DataArguments, token: str | None, seed: int) -> DatasetDict:
+    """The splits `train` and `validation`.
+
+    Raises:
+        `ValueError`: when no data set is named, or it lacks a column.
+    """
+    if args.dataset_name == CLUTTERED_DIGITS:
+        from cluttered_digits import cluttered_digits
+
+        splits = {"train": args.max_train_samples or 20_000, "validation": args.max_eval_samples or 2_000}
+        return DatasetDict({split: cluttered_digits(split, count, seed=seed) for split, count in splits.items()})
+    if args.dataset_name is not None:
+        images = load_dataset(args.dataset_name, args.dataset_config_name, token=token)
+    elif args.train_dir is not None:
+        folders = {"train": args.train_dir, "validation": args.validation_dir}
+        files = {split: os.path.join(folder, "**") for split, folder in folders.items() if folder is not None}
+        images = load_dataset("imagefolder", data_files=files)
+    else:
+        raise ValueError("Name the images: --dataset_name, or --train_dir.")
+    missing = {args.image_column_name, args.label_column_name} - set(images["train"].column_names)
+    if missing:
+        raise ValueError(
+            f"The data set has no column {', '.join(missing)}, only {', '.join(images['train'].column_names)}; name "
+            "them by --image_column_name and --label_column_name."
+        )
+    if "validation" not in images:
+        split = images["train"].train_test_split(args.train_val_split, seed=seed)
+        images = DatasetDict(train=split["train"], validation=split["test"])
+    for split, limit in {"train": args.max_train_samples, "validation": args.max_eval_samples}.items():
+        if limit is not None:
+            images[split] = images[split].shuffle(seed=seed).select(range(min(limit, len(images[split]))))
+    return images.cast_column(args.image_column_name, Image(mode="RGB"))
+
+
+def load_model(args: ModelArguments, label_names: list[str]) -> CroprViTForImageClassification:
+    """A prunable model from a Cropr checkpoint or from another pretrained ViT, with one output per label."""
+    given = ("token_reducer", "pruning_rate", "pruning_schedule", "last_layer_fusion")
+    given += ("pooling", "norm_before_pooling", "image_size")
+    overrides = {name: getattr(args, name) for name in given if getattr(args, name) is not None}
+    if args.token_reducer == "none":
+        overrides["token_reducer"] = None
+    overrides |= {
+        "drop_path_rate": args.drop_path_rate,
+        "label_smoothing": args.label_smoothing,
+        "use_auxiliary_heads": args.token_reducer in (None, "cropr"),
+        "id2label": dict(enumerate(label_names)),
+        "label2id": {name: index for index, name in enumerate(label_names)},
+    }
+    hub = {"revision": args.revision, "token": args.token}
+    if is_cropr_checkpoint(args.model_name_or_path, **hub):
+        return CroprViTForImageClassification.from_pretrained(
+            args.model_name_or_path, ignore_mismatched_sizes=args.ignore_mismatched_sizes, **overrides, **hub
+        )
+    return CroprViTForImageClassification.from_vit(args.model_name_or_path, **overrides, **hub)
+
+
+def is_cropr_checkpoint(name_or_path: str, **hub: Any) -> bool:
+    """Whether a folder or repository holds a Cropr ViT."""
+    try:
+        return AutoConfig.from_pretrained(name_or_path, **hub).model_type == CroprViTConfig.model_type
+    except (OSError, ValueError):  # a timm model has no Transformers configuration
+        return False
+
+
+def load_image_processor(args: ModelArguments, config: CroprViTConfig) -> Any:
+    """The image processor of the source model, for the input size of the new one."""
+    try:
+        processor = AutoImageProcessor.from_pretrained(
+            args.image_processor_name or args.model_name_or_path, revision=args.revision, token=args.token
+        )
+        mean, std = processor.image_mean, processor.image_std
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{args.model_name_or_path} has no image processor with a mean and a standard deviation; name another "
+            "model's by --image_processor_name."
+        ) from error
+    height, width = (length * config.patch_size for length in config.grid_size)
+    return ViTImageProcessor(size={"height": height, "width": width}, image_mean=mean, image_std=std)
+
+
+def build_transforms(args: DataArguments, processor: Any) -> tuple[v2.Compose, v2.Compose]:
+    """Transforms from an image to normalised pixels, for training and for evaluation."""
+    size = [processor.size["height"], processor.size["width"]]
+    tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+    tensor += [v2.Normalize(processor.image_mean, processor.image_std)]
+    bicubic = v2.InterpolationMode.BICUBIC
+    train: list[Any] = [v2.Resize(size, interpolation=bicubic)]
+    if args.crop_min_scale < 1:
+        train = [v2.RandomResizedCrop(size, scale=(args.crop_min_scale, 1.0), interpolation=bicubic)]
+    if args.horizontal_flip > 0:
+        train.append(v2.RandomHorizontalFlip(args.horizontal_flip))
+    if args.randaugment_magnitude > 0:
+        train.append(v2.RandAugment(num_ops=2, magnitude=args.randaugment_magnitude))
+    train += tensor
+    if args.random_erasing > 0:
+        train.append(v2.RandomErasing(args.random_erasing))
+    return v2.Compose(train), v2.Compose([v2.Resize(size, interpolation=bicubic), *tensor])
+
+
+def apply_transforms(images: DatasetDict, args: DataArguments, processor: Any) -> None:
+    """Transforms images as they are read; training images say so, for the collator."""
+    train_transform, eval_transform = build_transforms(args, processor)
+
+    def transformed(transform: v2.Compose, training: bool):
+        def apply(batch: dict[str, list]) -> dict[str, list]:
+            pixels = [transform(image) for image in batch[args.image_column_name]]
+            labels = batch[args.label_column_name]
+            return {"pixel_values": pixels, "labels": labels, "training": [training] * len(labels)}
+
+        return apply
+
+    images["train"].set_transform(transformed(train_transform, training=True))
+    images["validation"].set_transform(transformed(eval_transform, training=False))
+
+
+class Collator:
+    """Stacks examples; batches of training images get mixup or cutmix, and with it soft labels (B, C)."""
+
+    def __init__(self, args: DataArguments, num_labels: int):
+        mixes = [(v2.MixUp, args.mixup_alpha), (v2.CutMix, args.cutmix_alpha)]
+        active = [mix(alpha=alpha, num_classes=num_labels) for mix, alpha in mixes if alpha > 0]
+        self.mix = v2.RandomChoice(active) if active else None
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Examples -> `pixel_values` (B, channels, height, width) and `labels` (B,) or (B, C)."""
+        pixel_values = torch.stack([example["pixel_values"] for example in examples])
+        labels = torch.tensor([example["labels"] for example in examples])
+        if self.mix is not None and examples[0]["training"]:
+            pixel_values, labels = self.mix(pixel_values, labels)
+        return {"pixel_values": pixel_values, "labels": labels}
+
+
+def main(arguments: list[str] | None = None) -> dict[str, float]:
+    """Trains, evaluates and saves; returns the evaluation metrics. `arguments` are those of the command line."""
+    parser = HfArgumentParser((ModelArguments, DataArguments, RecipeArguments))
+    model_args, data_args, training_args = parser.parse_args_into_dataclasses(arguments)
+    transformers_logging.set_verbosity(training_args.get_process_log_level())
+    set_seed(training_args.seed)
+
+    images = load_images(data_args, model_args.token, training_args.seed)
+    label_names = images["train"].features[data_args.label_column_name].names
+    model = load_model(model_args, label_names)
+    processor = load_image_processor(model_args, model.config)
+    apply_transforms(images, data_args, processor)
+
+    accuracy = evaluate.load(ACCURACY)
+    trainer = CroprTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=images["train"],
+        eval_dataset=images["validation"],
+        data_collator=Collator(data_args, len(label_names)),
+        processing_class=processor,
+        compute_metrics=lambda p: accuracy.compute(
+            predictions=np.argmax(p.predictions, axis=1), references=p.label_ids
+        ),
+        optimizer_cls_and_kwargs=layer_decay_optimizer(model, training_args, training_args.layer_decay),
+    )
+    if training_args.do_train or not training_args.do_eval:
+        checkpoint = training_args.resume_from_checkpoint
+        if checkpoint is not None and checkpoint.lower() in ("true", "last"):
+            checkpoint = get_last_checkpoint(training_args.output_dir)
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()  # stripped: ready to publish
+        trainer.log_metrics("train", result.metrics)
+        trainer.save_metrics("train", result.metrics)
+        trainer.save_state()
+    metrics = trainer.evaluate()
+    trainer.log_metrics("eval", metrics)
+    trainer.save_metrics("eval", metrics)
+    if training_args.push_to_hub:
+        trainer.push_to_hub(finetuned_from=model_args.model_name_or_path, tasks="image-classification")
+    return metrics
+
+
+if __name__ == "__main__":
+    main()
