@@ -28,9 +28,15 @@ import numpy as np
 import torch
 from datasets import DatasetDict, Image, load_dataset
 from torchvision.transforms import v2
-from transformers import AutoConfig, AutoImageProcessor, HfArgumentParser, TrainingArguments, ViTImageProcessor
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    HfArgumentParser,
+    TrainingArguments,
+    ViTImageProcessor,
+    set_seed,
+)
 from transformers import logging as transformers_logging
-from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from cropr_hf import CroprViTConfig, CroprViTForImageClassification
@@ -94,6 +100,7 @@ class RecipeArguments(TrainingArguments):
     """`TrainingArguments` with the defaults of the paper, and layer-wise decay."""
 
     output_dir: str = argument("outputs/image_classification", "Where checkpoints and the stripped model go.")
+    do_train: bool = argument(True, "Whether to train, or only to evaluate.")
     num_train_epochs: float = argument(50, "Passes over the training images.")
     learning_rate: float = argument(1e-3, "Peak learning rate of the head.")
     weight_decay: float = argument(0.05, "Of matrices; vectors, prefix tokens and positions have none.")
@@ -267,7 +274,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         ),
         optimizer_cls_and_kwargs=layer_decay_optimizer(model, training_args, training_args.layer_decay),
     )
-    if training_args.do_train or not training_args.do_eval:
+    if training_args.do_train:
         checkpoint = training_args.resume_from_checkpoint
         if checkpoint is not None and checkpoint.lower() in ("true", "last"):
             checkpoint = get_last_checkpoint(training_args.output_dir)

@@ -1,0 +1,127 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""The whole workflow on cluttered digits, in minutes on a laptop CPU (`make demo`).
+
+A pretrained ViT is fine-tuned three times alike: as it is, with Cropr modules, and with tokens pruned at random. Each
+result is published to a folder (stripped), loaded again by the Auto classes in a process of its own, and measured on
+test digits that no model has seen. Then the three run side by side for speed.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import train_image_classification
+from transformers import AutoModelForImageClassification, HfArgumentParser
+from transformers import logging as transformers_logging
+
+from cropr_hf import CroprViTConfig
+from cropr_hf.benchmark import BenchmarkArguments, multiply_adds, run
+
+
+HERE = Path(__file__).parent
+MODELS = {"unpruned": "none", "Cropr": "cropr", "random": "random"}
+
+
+@dataclass
+class DemoArguments:
+    """Settings of the demo; the defaults take about five minutes on two CPU cores."""
+
+    pretrained: str = str(HERE / "digits_vit")
+    output_dir: str = "outputs/demo"
+    pruning_rate: int = 30
+    train_images: int = 6000
+    test_images: int = 2000
+    epochs: float = 1
+    learning_rate: float = 5e-4
+
+
+def fine_tune(args: DemoArguments, name: str) -> Path:
+    """Fine-tunes one of `MODELS` and returns the folder with the stripped result."""
+    folder = Path(args.output_dir) / name.lower()
+    command = {
+        "model_name_or_path": args.pretrained,
+        "dataset_name": train_image_classification.CLUTTERED_DIGITS,
+        "token_reducer": MODELS[name],
+        "max_train_samples": args.train_images,
+        "max_eval_samples": 500,
+        "output_dir": folder,
+        "num_train_epochs": args.epochs,
+        "learning_rate": args.learning_rate,
+        # Digits are not mirrored, and a short fine-tuning of a small model needs no strong regularisation.
+        "horizontal_flip": 0,
+        "crop_min_scale": 1,
+        "randaugment_magnitude": 0,
+        "random_erasing": 0,
+        "mixup_alpha": 0,
+        "cutmix_alpha": 0,
+        "drop_path_rate": 0,
+        "label_smoothing": 0,
+        "logging_steps": 20,
+        "save_strategy": "no",
+        "use_cpu": True,
+    }
+    if name != "unpruned":
+        command["pruning_rate"] = args.pruning_rate
+    train_image_classification.main([part for key, value in command.items() for part in (f"--{key}", str(value))])
+    return folder
+
+
+def accuracy_in_fresh_process(args: DemoArguments, model: str | Path, picture: Path | None = None) -> float:
+    """Accuracy of a folder on the test digits, in percent, loaded by the Auto classes in a new interpreter."""
+    command = [sys.executable, str(HERE / "evaluate_image_classification.py"), "--model_name_or_path", str(model)]
+    command += ["--max_samples", str(args.test_images)]
+    if picture is not None:
+        command += ["--picture", str(picture)]
+    result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return 100 * json.loads(result.stdout.splitlines()[-1])["accuracy"]
+
+
+def table(args: DemoArguments, folders: dict[str, Path], accuracies: dict[str, float], record: dict) -> str:
+    """What the demo found, as a Markdown table."""
+    lines = [
+        "| model | test accuracy | patches left | parameters | multiply-adds | images/s | speed-up |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, folder in folders.items():
+        config = CroprViTConfig.from_pretrained(folder)
+        parameters = AutoModelForImageClassification.from_pretrained(folder).num_parameters()
+        speed = record["results"][name.lower()]
+        lines.append(
+            f"| {name} | {accuracies[name]:.1f} % | {config.kept_patches()[-1]} of {config.num_patches} | "
+            f"{parameters:,} | {multiply_adds(config) / 1e6:.0f} M | {speed['images_per_second']:.0f} | "
+            f"{speed['speedup']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Runs everything and prints the table."""
+    (args,) = HfArgumentParser(DemoArguments).parse_args_into_dataclasses()
+    transformers_logging.disable_progress_bar()
+    start = time.perf_counter()
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    pretrained_accuracy = accuracy_in_fresh_process(args, args.pretrained)
+    print(f"\nThe pretrained ViT reaches {pretrained_accuracy:.1f} % on the test digits.\n", flush=True)
+    folders, accuracies = {}, {}
+    picture = Path(args.output_dir) / "pruning.png"
+    for name in MODELS:
+        print(f"Fine-tuning: {name}", flush=True)
+        folders[name] = fine_tune(args, name)
+        accuracies[name] = accuracy_in_fresh_process(args, folders[name], picture if name == "Cropr" else None)
+    print("\nBenchmark", flush=True)
+    record = run(BenchmarkArguments(model_name_or_path=str(folders["Cropr"]), batch_size=64, tolerance=0.02))
+    print("\n" + table(args, folders, accuracies, record))
+    print(f"\n{record['machine']}; multiply-add bound {record['multiply_add_bound']:.2f}; picture: {picture}")
+    print(f"Total {(time.perf_counter() - start) / 60:.1f} minutes.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""Measure a published classifier, loaded by the Auto classes, and show what it prunes.
+
+    python examples/evaluate_image_classification.py --model_name_or_path outputs/digits \\
+        --dataset_name cluttered_digits --split test --picture outputs/digits/pruning.png
+
+It prints one line of JSON with the accuracy.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import evaluate
+import torch
+from datasets import Dataset, load_dataset
+from train_image_classification import ACCURACY, CLUTTERED_DIGITS, argument
+from transformers import AutoImageProcessor, AutoModelForImageClassification, HfArgumentParser
+from transformers.utils import logging
+
+import cropr_hf  # noqa: F401 (registers the models with the Auto classes)
+from cropr_hf.visualization import plot_pruning
+
+
+@dataclass
+class Arguments:
+    """What to evaluate on what."""
+
+    model_name_or_path: str = argument("outputs/image_classification", "Folder or Hub id of a classifier.")
+    dataset_name: str = argument(CLUTTERED_DIGITS, f"Data set id on the Hub, or '{CLUTTERED_DIGITS}'.")
+    split: str = argument("test", "Split of the data set.")
+    max_samples: int = argument(2000, "Images to use at most.")
+    image_column_name: str = argument("image", "Column of the images.")
+    label_column_name: str = argument("label", "Column of the classes.")
+    batch_size: int = argument(64, "Images per step.")
+    device: str = argument("cpu", "Where to run.")
+    seed: int = argument(0, "Of the drawn images.")
+    picture: str | None = argument(None, "A PNG file for a picture of what was pruned.")
+    picture_images: int = argument(8, "Images in that picture.")
+
+
+def load_images(args: Arguments) -> Dataset:
+    """The images to evaluate on."""
+    if args.dataset_name == CLUTTERED_DIGITS:
+        from cluttered_digits import cluttered_digits
+
+        return cluttered_digits(args.split, args.max_samples, seed=args.seed)
+    images = load_dataset(args.dataset_name, split=args.split)
+    return images.select(range(min(args.max_samples, len(images))))
+
+
+@torch.inference_mode()
+def predict(model: Any, processor: Any, images: list, args: Arguments) -> torch.Tensor:
+    """Predicted classes (images,)."""
+    predictions = []
+    for start in logging.tqdm(range(0, len(images), args.batch_size), desc="Evaluation"):
+        batch = [image.convert("RGB") for image in images[start : start + args.batch_size]]
+        pixel_values = processor(batch, return_tensors="pt")["pixel_values"].to(args.device)
+        predictions.append(model(pixel_values).logits.argmax(dim=-1).cpu())
+    return torch.cat(predictions)
+
+
+@torch.inference_mode()
+def save_picture(model: Any, processor: Any, images: list, labels: list[int], args: Arguments) -> None:
+    """Draws the first images and their pruned patches."""
+    images = [image.convert("RGB") for image in images[: args.picture_images]]
+    pixel_values = processor(images, return_tensors="pt")["pixel_values"].to(args.device)
+    outputs = model(pixel_values, output_pruning=True)
+    names = model.config.id2label
+    titles = [
+        f"{names[label]}, predicted {names[guess]}" for label, guess in zip(labels, outputs.logits.argmax(-1).tolist())
+    ]
+    figure = plot_pruning(
+        images, outputs.pruned_after_block, model.config.num_hidden_layers, model.config.grid_size, titles
+    )
+    figure.savefig(args.picture, dpi=110)
+
+
+def main(arguments: list[str] | None = None) -> dict[str, float]:
+    """Evaluates and returns the metrics; `arguments` are those of the command line."""
+    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(arguments)
+    images = load_images(args)
+    pictures, labels = list(images[args.image_column_name]), list(images[args.label_column_name])
+    model = AutoModelForImageClassification.from_pretrained(args.model_name_or_path).to(args.device)
+    processor = AutoImageProcessor.from_pretrained(args.model_name_or_path)
+    predictions = predict(model, processor, pictures, args)
+    if args.picture is not None:
+        save_picture(model, processor, pictures, labels, args)
+    return evaluate.load(ACCURACY).compute(predictions=predictions, references=labels)
+
+
+if __name__ == "__main__":
+    print(json.dumps(main()))

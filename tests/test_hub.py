@@ -1,0 +1,83 @@
+"""Folders that work where the package is not installed."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import ViTImageProcessor
+
+from cropr_hf import CroprViTConfig, CroprViTForImageClassification
+from cropr_hf.hub import AUTO_MAP, save_for_hub
+
+
+# Runs in an interpreter that cannot import the package.
+LOADER = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "cropr_hf":
+            raise ModuleNotFoundError("No module named 'cropr_hf'", name="cropr_hf")
+sys.meta_path.insert(0, Block())
+import torch, transformers
+folder = sys.argv[1]
+results = {}
+for name in ("AutoModel", "AutoModelForImageClassification"):
+    model = getattr(transformers, name).from_pretrained(folder, trust_remote_code=True)
+    output = model(torch.load(folder + "/pixels.pt"))
+    results[name] = output.logits if "logits" in output else output.last_hidden_state
+config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
+transformers.AutoImageProcessor.from_pretrained(folder)
+trainable = transformers.AutoModelForImageClassification.from_pretrained(
+    folder, trust_remote_code=True, use_auxiliary_heads=True
+)
+results["trainable"] = trainable(torch.load(folder + "/pixels.pt")).logits
+trainable.save_pretrained(folder + "/again")
+torch.save(results, folder + "/results.pt")
+"""
+
+
+@pytest.fixture
+def model() -> CroprViTForImageClassification:
+    torch.manual_seed(0)
+    config = CroprViTConfig(
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=48,
+        image_size=32,
+        patch_size=8,
+        pruning_rate=3,
+        num_labels=3,
+        use_auxiliary_heads=True,
+        rope_theta=100.0,
+    )
+    return CroprViTForImageClassification(config).eval()
+
+
+def test_it_runs_without_the_package(model, tmp_path):
+    save_for_hub(model, tmp_path, ViTImageProcessor(size={"height": 32, "width": 32}))
+    assert getattr(model.config, "auto_map", None) is None and model.config.use_auxiliary_heads
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == AUTO_MAP
+    pixels = torch.randn(2, 3, 32, 32)
+    torch.save(pixels, tmp_path / "pixels.pt")
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", LOADER, str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    results = torch.load(tmp_path / "results.pt")
+    with torch.no_grad():
+        torch.testing.assert_close(results["AutoModelForImageClassification"], model(pixels).logits)
+        torch.testing.assert_close(results["trainable"], model(pixels).logits)
+        torch.testing.assert_close(results["AutoModel"], model.cropr_vit(pixels).last_hidden_state)
+    again = CroprViTForImageClassification.from_pretrained(tmp_path / "again")
+    assert not again.config.use_auxiliary_heads
+
+
+def test_foreign_reducers_are_refused(model, tmp_path):
+    model.config.token_reducer = "keep_first"
+    with pytest.raises(ValueError, match="keep_first"):
+        save_for_hub(model, tmp_path)
+    assert not (tmp_path / "config.json").exists()

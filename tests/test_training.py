@@ -1,0 +1,209 @@
+"""Training helpers, and training by the stock Trainer: losses in the logs, exact resumption, stripped results."""
+
+import json
+
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from cropr_hf import CroprViTConfig, CroprViTForImageClassification
+from cropr_hf.training import CroprTrainer, layer_decay_groups, layer_decay_optimizer
+from cropr_hf.training.optimizer import layer_of
+
+
+def tiny_model(**kwargs) -> CroprViTForImageClassification:
+    torch.manual_seed(0)
+    fields = {
+        "hidden_size": 32,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+        "image_size": 32,
+        "patch_size": 8,
+        "pruning_rate": 3,
+        "num_labels": 4,
+        "use_auxiliary_heads": True,
+        "drop_path_rate": 0.1,
+    }
+    return CroprViTForImageClassification(CroprViTConfig(**{**fields, **kwargs}))
+
+
+class ColouredSquares(torch.utils.data.Dataset):
+    """Class = colour channel (or none) of a bright square at a random place."""
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> dict:
+        generator = torch.Generator().manual_seed(index)
+        pixels = 0.1 * torch.randn(3, 32, 32, generator=generator)
+        row, column = torch.randint(0, 3, (2,), generator=generator).tolist()
+        if index % 4 < 3:
+            pixels[index % 4, 8 * row : 8 * row + 12, 8 * column : 8 * column + 12] += 2.0
+        return {"pixel_values": pixels, "labels": index % 4}
+
+
+def training_arguments(folder, **kwargs) -> TrainingArguments:
+    fields = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 8,
+        "num_train_epochs": 2,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 3,
+    }
+    return TrainingArguments(**{**fields, **kwargs})
+
+
+def losses(trainer: Trainer, name: str = "loss") -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+class TestLayerDecay:
+    def test_every_parameter_is_in_one_group_with_the_rate_of_its_depth(self):
+        model = tiny_model(num_register_tokens=1, layerscale_value=1.0)
+        groups = layer_decay_groups(model, learning_rate=1.0, weight_decay=0.05, layer_decay=0.5)
+        found = {id(parameter): group for group in groups for parameter in group["params"]}
+        assert len(found) == len(list(model.parameters())) == sum(len(group["params"]) for group in groups)
+        expected = {
+            "cropr_vit.embeddings.patch_embeddings.weight": (0.5**5, 0.05),
+            "cropr_vit.embeddings.cls_token": (0.5**5, 0.0),
+            "cropr_vit.embeddings.register_tokens": (0.5**5, 0.0),
+            "cropr_vit.embeddings.position_embeddings": (0.5**5, 0.0),
+            "cropr_vit.layers.0.attention.q_proj.weight": (0.5**4, 0.05),
+            "cropr_vit.layers.0.attention.q_proj.bias": (0.5**4, 0.0),
+            "cropr_vit.layers.3.layer_scale1.lambda1": (0.5, 0.0),
+            "cropr_vit.layers.3.mlp.fc2.weight": (0.5, 0.05),
+            "cropr_vit.layernorm.weight": (1.0, 0.0),
+            "cropr_vit.token_reducers.1.router.scorer.queries": (1.0, 0.05),
+            "classifier.weight": (1.0, 0.05),
+        }
+        parameters = dict(model.named_parameters())
+        for name, (rate, decay) in expected.items():
+            group = found[id(parameters[name])]
+            assert (group["lr"], group["weight_decay"]) == (rate, decay), name
+        assert groups[0]["lr"] == 1.0  # the rate that the Trainer logs
+
+    def test_frozen_parameters_are_left_out(self):
+        model = tiny_model(use_auxiliary_heads=False)
+        grouped = [p for group in layer_decay_groups(model, 1.0, 0.0, 1.0) for p in group["params"]]
+        assert len(grouped) == len([p for p in model.parameters() if p.requires_grad]) < len(list(model.parameters()))
+
+    def test_unknown_parameters_and_factors_are_errors(self):
+        model = tiny_model()
+        model.cropr_vit.adapter = torch.nn.Linear(2, 2)
+        with pytest.raises(ValueError, match=r"adapter\.weight"):
+            layer_decay_groups(model, 1.0, 0.0, 0.9)
+        with pytest.raises(ValueError, match=r"1\.5"):
+            layer_decay_groups(tiny_model(), 1.0, 0.0, 1.5)
+        assert layer_of("layers.2.mlp.fc1.weight", tiny_model().cropr_vit) == 3
+
+    def test_the_stock_trainer_uses_the_groups(self, tmp_path):
+        model, args = tiny_model(), training_arguments(tmp_path, max_steps=1, weight_decay=0.1)
+        trainer = Trainer(
+            model,
+            args,
+            train_dataset=ColouredSquares(),
+            optimizer_cls_and_kwargs=layer_decay_optimizer(model, args, layer_decay=0.5),
+        )
+        trainer.train()
+        rates = {group["initial_lr"] for group in trainer.optimizer.param_groups}
+        assert sorted(rates, reverse=True) == pytest.approx([1e-3 * 0.5**depth for depth in range(6)])
+
+
+class TestLossParts:
+    def test_logs_and_history_hold_the_parts_of_the_loss(self, tmp_path):
+        trainer = CroprTrainer(
+            tiny_model(auxiliary_loss_weight=0.5), training_arguments(tmp_path), train_dataset=ColouredSquares()
+        )
+        trainer.train()
+        total, main = losses(trainer), losses(trainer, "main_loss")
+        first, second = losses(trainer, "auxiliary_loss_1"), losses(trainer, "auxiliary_loss_2")
+        assert len(total) == len(main) == len(first) == len(second) == 16
+        for parts in zip(total, main, first, second):
+            assert parts[0] == pytest.approx(parts[1] + 0.5 * (parts[2] + parts[3]), abs=2e-3)
+
+    def test_parts_are_means_over_accumulated_and_unlogged_steps(self, tmp_path):
+        args = training_arguments(tmp_path, gradient_accumulation_steps=2, logging_steps=2, num_train_epochs=1)
+        trainer = CroprTrainer(tiny_model(), args, train_dataset=ColouredSquares())
+        trainer.train()
+        assert len(losses(trainer)) == 2
+        for total, *parts in zip(
+            losses(trainer),
+            losses(trainer, "main_loss"),
+            losses(trainer, "auxiliary_loss_1"),
+            losses(trainer, "auxiliary_loss_2"),
+        ):
+            assert total == pytest.approx(sum(parts), abs=2e-3)
+
+    def test_an_unpruned_model_logs_its_main_loss(self, tmp_path):
+        model = tiny_model(token_reducer=None, pruning_rate=None, use_auxiliary_heads=False)
+        trainer = CroprTrainer(model, training_arguments(tmp_path, max_steps=2), train_dataset=ColouredSquares())
+        trainer.train()
+        assert losses(trainer, "main_loss") == pytest.approx(losses(trainer), abs=1e-3)
+
+
+class TestStockTrainer:
+    def test_a_resumed_run_repeats_the_uninterrupted_one(self, tmp_path):
+        """With best-model loading: nothing of a checkpoint may be lost, and the published folder is stripped."""
+        kwargs = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 4, "save_steps": 4}
+        kwargs |= {"load_best_model_at_end": True}
+
+        def trainer(folder) -> Trainer:
+            return Trainer(
+                tiny_model(),
+                training_arguments(folder, **kwargs),
+                train_dataset=ColouredSquares(),
+                eval_dataset=ColouredSquares(),
+            )
+
+        whole = trainer(tmp_path / "whole")
+        whole.train()
+
+        class Interrupt(TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                if state.global_step == 10:  # two steps after the checkpoint
+                    raise KeyboardInterrupt
+
+        stopped = trainer(tmp_path / "resumed")
+        stopped.add_callback(Interrupt())
+        with pytest.raises(KeyboardInterrupt):
+            stopped.train()
+        resumed = trainer(tmp_path / "resumed")
+        resumed.train(resume_from_checkpoint=str(tmp_path / "resumed" / "checkpoint-8"))
+
+        assert len(losses(whole)) == 16
+        assert losses(resumed) == losses(whole)
+        assert losses(resumed, "eval_loss") == losses(whole, "eval_loss")
+        for name, tensor in whole.model.state_dict().items():
+            assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+
+        resumed.save_model()
+        config = json.loads((tmp_path / "resumed" / "config.json").read_text())
+        published = CroprViTForImageClassification.from_pretrained(tmp_path / "resumed")
+        assert config["use_auxiliary_heads"] is False
+        assert not any("aggregator" in name or "auxiliary" in name for name in published.state_dict())
+        pixels = torch.stack([ColouredSquares()[i]["pixel_values"] for i in range(4)])
+        with torch.no_grad():
+            torch.testing.assert_close(published(pixels).logits, resumed.model.eval()(pixels).logits)
+
+    def test_predictions_in_evaluation_are_the_logits_alone(self, tmp_path):
+        trainer = Trainer(tiny_model(), training_arguments(tmp_path), eval_dataset=ColouredSquares())
+        prediction = trainer.predict(ColouredSquares())
+        assert prediction.predictions.shape == (64, 4)
+        assert prediction.label_ids.shape == (64,)
+
+    def test_it_learns(self, tmp_path):
+        """Main and auxiliary losses fall well below chance (ln 4 = 1.39) with half of the patches pruned."""
+        trainer = CroprTrainer(
+            tiny_model(drop_path_rate=0.0),
+            training_arguments(tmp_path, num_train_epochs=12, learning_rate=3e-3),
+            train_dataset=ColouredSquares(),
+        )
+        trainer.train()
+        assert sum(losses(trainer, "main_loss")[-8:]) / 8 < 0.5
+        assert sum(losses(trainer, "auxiliary_loss_2")[-8:]) / 8 < 0.9
