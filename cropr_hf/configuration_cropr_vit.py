@@ -15,6 +15,7 @@
 
 # No `from __future__ import annotations` here: it would switch the type checks of `@strict` off.
 from collections.abc import Sequence
+from dataclasses import fields
 from itertools import pairwise
 from typing import Any
 
@@ -188,6 +189,23 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"Unknown size {size!r}; choose one of {', '.join(VIT_SIZES)}, or give the fields.")
         return cls(**{**VIT_SIZES[size], **kwargs})
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
+        """As `PreTrainedConfig.from_dict`, but fields in `kwargs` are checked together with the stored ones.
+
+        What `kwargs` say about pruning replaces the stored rate and schedule, and another depth the stored stages.
+        """
+        names = {field.name for field in fields(cls)} - {field.name for field in fields(PreTrainedConfig)}
+        overrides = {name: kwargs.pop(name) for name in (names | {"problem_type"}) & kwargs.keys()}
+        replaced: set[str] = set()
+        pruning = {"pruning_rate", "pruning_schedule"}
+        if pruning & overrides.keys() or overrides.get("token_reducer", "") is None:
+            replaced |= pruning
+        if "num_hidden_layers" in overrides:
+            replaced |= {"stage_names", "out_features", "out_indices"}
+        stored = {name: value for name, value in config_dict.items() if name not in replaced}
+        return super().from_dict({**stored, **overrides}, **kwargs)
+
     @property
     def grid_size(self) -> tuple[int, int]:
         """Rows and columns of patches at `image_size`."""
@@ -253,11 +271,11 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
                 remaining -= rate + aligned
             kept.append(remaining)
         if remaining < 1:
-            limit = max(num_patches - 2, 0) // max(len(modules), 1)
+            aligned = self.align_first_module and self.use_cls_token
+            limit = max(num_patches - 1 - aligned, 0) // len(modules)
             raise ValueError(
                 f"A pruning rate of {rate} at {len(modules)} modules leaves {remaining} of {num_patches} patch "
-                f"tokens; at least 1 must stay: use a rate of at most {limit} or a larger "
-                " image."
+                f"tokens; at least 1 must stay: use a rate of at most {limit} or a larger image."
             )
         return kept
 
@@ -279,7 +297,7 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
                         f"{remaining} there; use a larger image, or `set_pruning` with a schedule for this size."
                     )
                 remaining = entry
-            elif block > 1 and entry < schedule[block - 2]:
+            elif entry < (self.num_patches if block == 1 else schedule[block - 2]):
                 raise ValueError(
                     f"The pruning schedule {schedule} falls after block {block}, where there is no module; modules "
                     f"follow the blocks {modules}."
@@ -317,6 +335,8 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"Rotary positions need a head size divisible by 4, not "
                 f"{self.hidden_size // self.num_attention_heads}; change `num_attention_heads`."
             )
+        if self.rope_theta is not None and self.rope_theta <= 0:
+            raise ValueError(f"`rope_theta` is {self.rope_theta}; it must be positive, or `None` for no rotation.")
         if self.rope_coordinates not in ROPE_COORDINATES:
             raise ValueError(f"`rope_coordinates` is {self.rope_coordinates!r}; choose 'index' or 'centered'.")
 
@@ -365,6 +385,11 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
         if self.pruning_schedule is not None:
             blocks = self.pruning_blocks
             last = self._last_prunable_block
+            if self.pruning_schedule[0] > self.num_patches:
+                raise ValueError(
+                    f"The pruning schedule keeps {self.pruning_schedule[0]} patch tokens after block 1, but "
+                    f"`image_size` {self.image_size} has only {self.num_patches}."
+                )
             if not blocks or blocks[-1] > last:
                 reason = " (last layer fusion needs a block before the last)" if self.last_layer_fusion else ""
                 raise ValueError(

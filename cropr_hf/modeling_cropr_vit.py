@@ -14,9 +14,12 @@
 """A plain vision transformer that prunes tokens between its blocks, and its task heads."""
 
 import copy
+import inspect
+import json
 import math
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -40,7 +43,8 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_cropr_vit import CroprViTConfig
 from .token_reduction import (
-    AuxiliaryHead,
+    TOKEN_REDUCERS,
+    AuxiliaryClassifier,
     FoldedScorer,
     Scorer,
     TokenReducer,
@@ -134,6 +138,11 @@ class CroprViTEmbeddings(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
         """(B, channels, height, width) -> (B, prefix + rows * columns, D), and (rows, columns)."""
+        if pixel_values.dim() != 4:
+            raise ValueError(
+                f"`pixel_values` has the shape {tuple(pixel_values.shape)}; it must be (batch, channels, height, "
+                "width)."
+            )
         channels, height, width = pixel_values.shape[1:]
         patch_size = self.config.patch_size
         if channels != self.config.num_channels:
@@ -174,35 +183,27 @@ class CroprViTRotaryEmbedding(nn.Module):
     tokens and move with them.
     """
 
-    inverse_frequencies: torch.Tensor
-
     def __init__(self, config: CroprViTConfig):
         super().__init__()
         self.config = config
         self.theta = float(config.rope_theta or 1.0)
-        self.register_buffer("inverse_frequencies", self._frequencies(), persistent=False)
+        self.num_frequencies = config.hidden_size // config.num_attention_heads // 4
 
-    def _frequencies(self) -> torch.Tensor:
-        num_frequencies = self.config.hidden_size // self.config.num_attention_heads // 4
-        exponents = torch.arange(num_frequencies, dtype=torch.float32) / num_frequencies
-        return 1.0 / self.theta**exponents
-
-    def init_weights(self) -> None:
-        """Loading builds the model on the meta device, so that even a constant has to be set here."""
-        init.copy_(self.inverse_frequencies, self._frequencies())
-
-    def _coordinates(self, length: int) -> torch.Tensor:
-        places = torch.arange(length, dtype=torch.float32, device=self.inverse_frequencies.device)
+    def _coordinates(self, length: int, device: torch.device) -> torch.Tensor:
+        places = torch.arange(length, dtype=torch.float32, device=device)
         if self.config.rope_coordinates == "index":
             return places / length * self.config.rope_reference_grid
         return ((places + 0.5) / length * 2.0 - 1.0) * 2.0 * math.pi
 
-    def forward(self, grid_size: tuple[int, int], dtype: torch.dtype) -> Rotation:
+    def forward(self, grid_size: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Rotation:
         """Cosine and sine for a grid, each (1, prefix + rows * columns, head size / 2)."""
         rows, columns = grid_size
         # (rows, F), (columns, F) -> (rows, columns, 2 F) -> (1, rows * columns, 2 F)
-        by_row = self._coordinates(rows)[:, None] * self.inverse_frequencies.float()
-        by_column = self._coordinates(columns)[:, None] * self.inverse_frequencies.float()
+        # Computed, not stored: a buffer would be rounded when the model is cast to half precision.
+        exponents = torch.arange(self.num_frequencies, dtype=torch.float32, device=device) / self.num_frequencies
+        frequencies = 1.0 / self.theta**exponents
+        by_row = self._coordinates(rows, device)[:, None] * frequencies
+        by_column = self._coordinates(columns, device)[:, None] * frequencies
         angles = torch.cat(
             [by_row[:, None].expand(-1, columns, -1), by_column[None].expand(rows, -1, -1)], dim=-1
         ).flatten(0, 1)[None]
@@ -372,6 +373,16 @@ class CroprViTLayer(GradientCheckpointingLayer):
         return hidden_states + self.drop_path(self.layer_scale2(self.dropout(transformed)))
 
 
+# What Transformers cannot initialise by itself. Each holds parameters directly: a module that has none is passed over.
+OWN_WEIGHTS = (
+    CroprViTEmbeddings,
+    CroprViTLayerScale,
+    Scorer,
+    FoldedScorer,
+    AuxiliaryClassifier,
+)
+
+
 class CroprViTPreTrainedModel(PreTrainedModel):
     """Loading, saving and initialisation of all `CroprViT*` models.
 
@@ -398,8 +409,7 @@ class CroprViTPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        own = (CroprViTEmbeddings, CroprViTRotaryEmbedding, CroprViTLayerScale, Scorer, FoldedScorer, AuxiliaryHead)
-        if isinstance(module, own):
+        if isinstance(module, OWN_WEIGHTS):
             module.init_weights()
 
     @classmethod
@@ -442,6 +452,8 @@ class CroprViTPreTrainedModel(PreTrainedModel):
     def add_auxiliary_heads(self) -> None:
         """Makes a stripped model trainable: new heads, and queries whose sum is the folded vector (same ranking).
 
+        A model that has heads keeps them.
+
         Raises:
             `ValueError`: when the token reducer has no auxiliary heads.
         """
@@ -451,6 +463,8 @@ class CroprViTPreTrainedModel(PreTrainedModel):
                 f"The token reducer {self.config.token_reducer!r} has no auxiliary heads to add; "
                 "`token_reducer='cropr'` has."
             )
+        if self.config.use_auxiliary_heads:
+            return
         self.config.use_auxiliary_heads = True
         for reducer in reducers:
             reducer.add_auxiliary_heads(self.config, lambda module: module.apply(self._init_weights))
@@ -467,9 +481,14 @@ class CroprViTPreTrainedModel(PreTrainedModel):
         path = pretrained_model_name_or_path
         if path is None:
             return super().from_pretrained(path, *model_args, config=config, **kwargs)
-        stored_heads = _stored_auxiliary_heads(path, kwargs)
+        stored = _stored_config(path, kwargs)
         if config is not None and not isinstance(config, PreTrainedConfig):
             config = CroprViTConfig.from_pretrained(config)
+        reducer_name = stored.get("token_reducer", CroprViTConfig.token_reducer)
+        reducer_name = config.token_reducer if config else kwargs.get("token_reducer", reducer_name)
+        # A complete checkpoint can be loaded with another reducer, which has no place for its heads.
+        has_place = reducer_name in TOKEN_REDUCERS and TOKEN_REDUCERS[reducer_name].has_auxiliary_heads
+        stored_heads = stored.get("use_auxiliary_heads", False) and has_place
         wanted_heads = kwargs.pop("use_auxiliary_heads", config.use_auxiliary_heads if config else stored_heads)
         if config is None:
             kwargs["use_auxiliary_heads"] = stored_heads
@@ -541,33 +560,50 @@ class CroprViTPreTrainedModel(PreTrainedModel):
 
         os.makedirs(save_directory, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="_saving_", dir=save_directory) as staging:
-            if strip:
-                self.config.architectures = [type(self).__name__]
-                self.config.save_pretrained(os.path.join(staging, TRAINING_CONFIG_FOLDER))
             self.config.use_auxiliary_heads = self.config.use_auxiliary_heads and not strip
             try:
                 super().save_pretrained(staging, True, state_dict, False, *args, **kwargs)
             finally:
                 self.config.use_auxiliary_heads = self.config.use_auxiliary_heads or strip
+            if strip:
+                _save_training_config(staging, type(self.config))
             if push_to_hub:
-                _upload(staging, hub_kwargs.pop("repo_id", os.path.basename(save_directory)), **hub_kwargs)
+                folder = os.path.basename(os.path.abspath(save_directory))
+                _upload(staging, hub_kwargs.pop("repo_id", folder), **hub_kwargs)
             _replace_files(staging, save_directory, weights_variant=kwargs.get("variant"))
 
 
 HUB_ARGUMENTS = ("repo_id", "commit_message", "private", "token", "create_pr", "revision")
 
 
-def _stored_auxiliary_heads(path: str | os.PathLike, kwargs: dict[str, Any]) -> bool:
-    """Which form the checkpoint at `path` has; raises `ValueError` if it is of another model type."""
+def _stored_config(path: str | os.PathLike, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The configuration stored at `path`; raises `ValueError` if there is none, or one of another model type."""
     names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
     stored, _ = CroprViTConfig.get_config_dict(path, **{name: kwargs[name] for name in names if name in kwargs})
-    model_type = stored.get("model_type", CroprViTConfig.model_type)
+    model_type = stored.get("model_type")
+    if model_type is None:  # Transformers would go on with default values
+        raise ValueError(
+            f"{path} holds no `config.json` of a model: it is not a saved model, or saving it was interrupted; save "
+            "it again."
+        )
     if model_type != CroprViTConfig.model_type:
         raise ValueError(
             f"{path} holds a model of type {model_type!r}, not {CroprViTConfig.model_type!r}; `from_vit` starts from "
             "another family."
         )
-    return stored.get("use_auxiliary_heads", False)
+    return stored
+
+
+def _save_training_config(folder: str, config_class: type[PreTrainedConfig]) -> None:
+    """Beside a stripped `config.json`, the same with heads on, and for remote code the file that reads it."""
+    with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+        stored = json.load(file)
+    training_folder = os.path.join(folder, TRAINING_CONFIG_FOLDER)
+    os.makedirs(training_folder)
+    with open(os.path.join(training_folder, "config.json"), "w", encoding="utf-8") as file:
+        json.dump({**stored, "use_auxiliary_heads": True}, file, indent=2, sort_keys=True)
+    if "auto_map" in stored:
+        shutil.copy(inspect.getfile(config_class), training_folder)
 
 
 def _upload(folder: str, repo_id: str, private: bool | None = None, token: Any = None, **kwargs: Any) -> None:
@@ -581,6 +617,7 @@ def _replace_files(source: str, target: str, weights_variant: str | None) -> Non
     config_name = "config.json"
     if os.path.exists(os.path.join(target, config_name)):
         os.remove(os.path.join(target, config_name))
+    shutil.rmtree(os.path.join(target, TRAINING_CONFIG_FOLDER), ignore_errors=True)
     variant = f"\\.{re.escape(weights_variant)}" if weights_variant else ""
     stale = re.compile(rf"model(\.safetensors\.index)?{variant}(-\d{{5}}-of-\d{{5}})?\.(safetensors|json)")
     for name in os.listdir(target):
@@ -631,7 +668,9 @@ class CroprViTModel(CroprViTPreTrainedModel):
             `ValueError`: wrong channels or size, or an image with too few patches for the schedule.
         """
         hidden_states, grid_size = self.embeddings(pixel_values)
-        rotation = self.rotary_embedding(grid_size, hidden_states.dtype) if self.rotary_embedding else None
+        rotation = None
+        if self.rotary_embedding is not None:
+            rotation = self.rotary_embedding(grid_size, hidden_states.dtype, hidden_states.device)
         state = TokenState(
             hidden_states,
             token_indices=torch.arange(hidden_states.shape[1], device=hidden_states.device)[None],
@@ -693,6 +732,7 @@ class CroprViTBackbone(BackboneMixin, CroprViTPreTrainedModel):
             `feature_maps`: (B, D, rows, columns) for each of `out_features`, after the final norm if
             `config.apply_layernorm`.
         """
+        kwargs["output_hidden_states"] = True  # the decorator does so in newer releases of Transformers only
         outputs = self.cropr_vit(pixel_values, output_pruning=True, **kwargs)
         patch_size = self.config.patch_size
         grid_size = (pixel_values.shape[2] // patch_size, pixel_values.shape[3] // patch_size)

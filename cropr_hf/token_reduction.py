@@ -415,18 +415,22 @@ class Aggregator(nn.Module):
         return aggregated if self.mlp is None else aggregated + self.mlp(aggregated)
 
 
+class AuxiliaryClassifier(nn.Linear):
+    """Linear layer with first weights of its own; Transformers initialises only modules that hold parameters."""
+
+    def init_weights(self) -> None:
+        """As in the reference code: truncated normal 0.02, bias 0."""
+        _init_truncated_normal(self.weight, std=0.02)
+        init.zeros_(self.bias)
+
+
 class AuxiliaryHead(nn.Module):
     """LayerNorm and classifier, whose loss trains the scorer (training only)."""
 
     def __init__(self, config: CroprViTConfig):
         super().__init__()
         self.norm = nn.LayerNorm(config.hidden_size, eps=NORM_EPS)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels or 0)
-
-    def init_weights(self) -> None:
-        """Classifier as in the reference code: truncated normal 0.02, bias 0."""
-        _init_truncated_normal(self.classifier.weight, std=0.02)
-        init.zeros_(self.classifier.bias)
+        self.classifier = AuxiliaryClassifier(config.hidden_size, config.num_labels or 0)
 
     def forward(self, aggregated: torch.Tensor) -> torch.Tensor:
         """(B, N, D) -> (B, N, C)"""

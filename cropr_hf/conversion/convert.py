@@ -1,0 +1,205 @@
+# Copyright 2026 The cropr_hf authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""From a pretrained ViT to a `CroprViT*`: load, describe, configure, fill, check."""
+
+import dataclasses
+import difflib
+import os
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..configuration_cropr_vit import CroprViTConfig
+from ..modeling_cropr_vit import (
+    CroprViTBackbone,
+    CroprViTForImageClassification,
+    CroprViTModel,
+    CroprViTPreTrainedModel,
+)
+from ..token_reduction import TOKEN_REDUCERS
+from . import hf, timm
+from .table import Recipe, Weights, audit_weights, convert_weights
+
+
+SUPPORTED_FAMILIES = (*hf.FAMILIES, "timm vit", "timm deit", "timm eva02")
+
+LOADING_ARGUMENTS = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "revision",
+    "subfolder",
+    "token",
+    "use_safetensors",
+    "variant",
+)
+# The weights of the source decide these fields.
+FIXED_FIELDS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "num_channels",
+    "patch_size",
+    "query_bias",
+    "key_bias",
+    "value_bias",
+    "proj_bias",
+    "mlp_bias",
+    "use_gated_mlp",
+    "use_mlp_norm",
+    "use_cls_token",
+    "num_register_tokens",
+    "use_absolute_position_embeddings",
+)
+# What `CroprViTConfig` takes besides its fields.
+FURTHER_ARGUMENTS = ("num_labels", "out_features", "out_indices", "attn_implementation")
+
+
+def convert_vit(cls: type[CroprViTPreTrainedModel], source: str | os.PathLike | nn.Module, **kwargs: Any) -> Any:
+    """A Cropr ViT with the weights of a pretrained ViT; `cls.from_vit` calls it.
+
+    With `token_reducer=None` it computes what the source computes. Otherwise it prunes by a score that is still
+    random, so it has to be trained: task classes get auxiliary heads unless `use_auxiliary_heads=False`.
+
+    The classifier comes along when the source has a linear one, `cls` is an image classifier, and `num_labels` and
+    `pooling` stay; otherwise it is new. Its labels stay while their number does. What the source has for its
+    pre-training (mask token, decoder, second pooler) and the averaged classifiers of a distilled DeiT stay behind.
+
+    ViT-MAE: the encoder, without masking. The final norm comes before the mean over all tokens, so that
+    `last_hidden_state` is that of the source; for the recipe of the paper pass `norm_before_pooling=False`.
+    DINOv2: pooling is that of the source class, CLS alone or, with a classifier, CLS and the mean of the patches.
+
+    Args:
+        cls: the class to build.
+        source: a Hub repository or folder of a Transformers model, a name of timm (`"timm/..."`, `"hf-hub:..."`,
+            `"vit_base_patch16_224"`), or a model of either library in memory, which stays as it is.
+        kwargs: fields of the config to override (`pruning_rate`, `num_labels`, `image_size`, `drop_path_rate`, ...),
+            and for a source that is loaded `revision`, `token`, `cache_dir` and the like. With another `image_size`
+            the position table is resampled.
+
+    Returns:
+        A model of the class `cls`, in evaluation mode, with the dtype and on the device of the source.
+
+    Raises:
+        `ValueError`: an unknown keyword, a family or variant that is not supported, an override that the weights
+            contradict, weights that are missing, left over or of the wrong shape.
+        `ImportError`: a timm source without timm.
+    """
+    loading = {name: kwargs.pop(name) for name in LOADING_ARGUMENTS if name in kwargs}
+    config_class: Any = cls.config_class  # Transformers declares it with the type of all configs
+    _check_names(config_class, kwargs)
+    model_in_memory = _load(source, loading)
+    if isinstance(model_in_memory, PreTrainedModel):
+        recipe = hf.describe_transformers(model_in_memory)
+    else:
+        recipe = timm.describe_timm(model_in_memory)
+    _check_fixed_fields(recipe, kwargs)
+    config = _build_config(cls, config_class, recipe, kwargs)
+    config.name_or_path = (
+        getattr(model_in_memory, "name_or_path", "") if isinstance(source, nn.Module) else str(source)
+    )
+
+    weights = convert_weights(model_in_memory.state_dict(), recipe, config)
+    first = next(model_in_memory.parameters())
+    config.dtype = config.dtype or first.dtype
+    # Building under the dtype, instead of casting, keeps rotary frequencies in float32.
+    model = cls._from_config(config)
+    _fill(model, weights, _keeps_classifier(cls, recipe, config))
+    return model.to(first.device).eval()
+
+
+def _check_names(config_class: type[CroprViTConfig], overrides: dict[str, Any]) -> None:
+    fields = [field.name for field in dataclasses.fields(config_class) if not field.name.startswith("_")]
+    known = [*fields, *config_class.attribute_map, *FURTHER_ARGUMENTS]
+    for name in overrides:
+        if name not in known:
+            near = difflib.get_close_matches(name, [*known, *LOADING_ARGUMENTS], n=3, cutoff=0.5)
+            raise ValueError(
+                f"`from_vit` does not know {name!r}; it takes fields of {config_class.__name__} and "
+                f"{', '.join(LOADING_ARGUMENTS)}." + (f" Near matches: {', '.join(near)}." if near else "")
+            )
+
+
+def _load(source: Any, loading: dict[str, Any]) -> nn.Module:
+    if isinstance(source, nn.Module):
+        if loading:
+            raise ValueError(f"{', '.join(loading)} say how to load a source, but it is in memory; leave them out.")
+        return source
+    if not isinstance(source, (str, os.PathLike)):
+        raise ValueError(f"The source is a {type(source).__name__}; give a name, a folder, or a model.")
+    name = os.fspath(source)
+    is_of_timm = name.startswith(("timm/", "hf-hub:", "local-dir:")) or "/" not in name
+    if is_of_timm and not os.path.isdir(name):
+        return timm.load_timm(name, **loading)
+    return hf.load_transformers(name, **loading)
+
+
+def _check_fixed_fields(recipe: Recipe, overrides: dict[str, Any]) -> None:
+    defaults = CroprViTConfig(**recipe.fields, token_reducer=None)
+    for name in FIXED_FIELDS:
+        native = getattr(defaults, name)
+        if overrides.get(name, native) != native:
+            remedy = "another patch size is not supported yet" if name == "patch_size" else "leave it out"
+            raise ValueError(f"`{name}` is {overrides[name]}, but the weights of the source have {native}; {remedy}.")
+
+
+def _build_config(
+    cls: type[CroprViTPreTrainedModel],
+    config_class: type[CroprViTConfig],
+    recipe: Recipe,
+    overrides: dict[str, Any],
+) -> CroprViTConfig:
+    fields = {**recipe.fields, **_labels(cls, recipe, overrides), **overrides}
+    if "out_indices" in overrides and "out_features" not in overrides:
+        fields.pop("out_features", None)
+    config = config_class(**fields)
+    if "use_auxiliary_heads" not in overrides and not issubclass(cls, (CroprViTModel, CroprViTBackbone)):
+        reducer = TOKEN_REDUCERS.get(config.token_reducer or "")
+        config.use_auxiliary_heads = reducer is not None and reducer.has_auxiliary_heads
+    return config
+
+
+def _labels(cls: type, recipe: Recipe, overrides: dict[str, Any]) -> dict[str, Any]:
+    """Fields for the labels of the source, where they stay: the names, unless they are overridden, and the number."""
+    if not recipe.labels or not issubclass(cls, CroprViTForImageClassification):
+        return {}
+    named = overrides.get("id2label")
+    number = overrides.get("num_labels", len(named) if named else recipe.labels["num_labels"])
+    if named or number != recipe.labels["num_labels"]:
+        return {}
+    return recipe.labels
+
+
+def _keeps_classifier(cls: type, recipe: Recipe, config: CroprViTConfig) -> bool:
+    """Whether the classifier of the source fits: as many labels, and the same pooled vector."""
+    return (
+        issubclass(cls, CroprViTForImageClassification)
+        and config.num_labels == recipe.labels.get("num_labels")
+        and all(getattr(config, name) == recipe.fields[name] for name in ("pooling", "norm_before_pooling"))
+    )
+
+
+@torch.no_grad()
+def _fill(model: CroprViTPreTrainedModel, weights: Weights, keeps_classifier: bool) -> None:
+    """Copies the converted weights after the audit."""
+    base_prefix = "" if isinstance(model, CroprViTModel) else f"{model.base_model_prefix}."
+    heads = {name: tensor for name, tensor in weights.items() if name.startswith("classifier.")}
+    named = {f"{base_prefix}{name}": tensor for name, tensor in weights.items() if name not in heads}
+    if keeps_classifier:
+        named |= heads
+    audit_weights(named, model.state_dict(), base_prefix)
+    model.load_state_dict(named, strict=False)

@@ -1,0 +1,222 @@
+# Copyright 2026 The cropr_hf authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Recipes for models of Transformers: ViT, DeiT, ViT-MAE, DINOv2, DINOv2 with registers, DINOv3 ViT.
+
+Read in the source of Transformers 5.10.1, 5.17.0 and 5.23.0 (`models/<family>/modeling_<family>.py`). The patterns
+accept the names of all of them: 5.23 renamed the attention and the SwiGLU layers of DINOv2.
+"""
+
+import os
+from copy import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+
+from .table import Recipe, Rule
+
+
+@dataclass(frozen=True)
+class Family:
+    """A `model_type` of Transformers.
+
+    Attributes:
+        prefix: before the names of the backbone, in a model with a task head.
+        dropped: weights that have no place in ours.
+        fields: what the source code of the family, and not its config, says.
+        classifier_pooling: what its classifier sees, when that is not the pooling in `fields`.
+    """
+
+    prefix: str
+    dropped: tuple[str, ...]
+    fields: dict[str, Any] = field(default_factory=dict)
+    classifier_pooling: str | None = None
+
+
+MASK_TOKEN = r"embeddings\.mask_token"  # of masked image modelling
+POOLER = r"pooler\.dense\.(weight|bias)"  # a second projection after the CLS token, which classifiers do not use
+DECODER = r"decoder\..+"  # of masked image modelling
+# The mean of two classifiers on two tokens is no linear layer on one pooled vector.
+DISTILLATION = r"(cls|distillation)_classifier\.(weight|bias)"
+
+FAMILIES = {
+    "vit": Family("vit.", (MASK_TOKEN, POOLER, DECODER), {"pooling": "cls"}),
+    # The distillation token is a register: never pruned, not pooled.
+    "deit": Family("deit.", (MASK_TOKEN, POOLER, DECODER, DISTILLATION), {"pooling": "cls", "num_register_tokens": 1}),
+    "vit_mae": Family("vit.", (DECODER,), {"pooling": "mean"}),
+    "dinov2": Family("dinov2.", (MASK_TOKEN,), {"pooling": "cls"}, classifier_pooling="cls_patch_mean"),
+    "dinov2_with_registers": Family(
+        "dinov2_with_registers.",
+        (MASK_TOKEN,),
+        {"pooling": "cls", "interpolate_antialias": True},
+        classifier_pooling="cls_patch_mean",
+    ),
+    "dinov3_vit": Family(
+        "",
+        (MASK_TOKEN,),
+        {"pooling": "cls", "use_absolute_position_embeddings": False, "rope_coordinates": "centered"},
+    ),
+}
+
+# Fields with the same name and meaning as ours, where a family has them.
+SAME_FIELDS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "hidden_act",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "initializer_range",
+    "layer_norm_eps",
+    "num_channels",
+    "query_bias",
+    "key_bias",
+    "value_bias",
+    "proj_bias",
+    "mlp_bias",
+    "use_gated_mlp",
+    "layerscale_value",
+    "num_register_tokens",
+    "rope_theta",
+    "apply_layernorm",
+    "out_features",
+)
+
+LAYER = r"(?:layers|encoder\.layer|model\.layer)\.(\d+)\."
+RULES: tuple[Rule, ...] = (
+    (r"embeddings\.cls_token", "embeddings.cls_token"),
+    (r"embeddings\.(?:register_tokens|distillation_token)", "embeddings.register_tokens"),
+    (r"embeddings\.position_embeddings", "embeddings.position_embeddings"),
+    (r"embeddings\.patch_embeddings\.(?:projection\.)?(weight|bias)", r"embeddings.patch_embeddings.\1"),
+    (LAYER + r"(?:layernorm_before|norm1)\.(weight|bias)", r"layers.\1.layernorm_before.\2"),
+    (LAYER + r"(?:layernorm_after|norm2)\.(weight|bias)", r"layers.\1.layernorm_after.\2"),
+    (LAYER + r"attention\.(?:q_proj|attention\.query)\.(weight|bias)", r"layers.\1.attention.q_proj.\2"),
+    (LAYER + r"attention\.(?:k_proj|attention\.key)\.(weight|bias)", r"layers.\1.attention.k_proj.\2"),
+    (LAYER + r"attention\.(?:v_proj|attention\.value)\.(weight|bias)", r"layers.\1.attention.v_proj.\2"),
+    (LAYER + r"attention\.(?:o_proj|output\.dense)\.(weight|bias)", r"layers.\1.attention.o_proj.\2"),
+    (LAYER + r"layer_scale([12])\.lambda1", r"layers.\1.layer_scale\2.lambda1"),
+    (LAYER + r"mlp\.fc([12])\.(weight|bias)", r"layers.\1.mlp.fc\2.\3"),
+    (LAYER + r"mlp\.gate_proj\.(weight|bias)", r"layers.\1.mlp.gate_proj.\2"),
+    (LAYER + r"mlp\.up_proj\.(weight|bias)", r"layers.\1.mlp.up_proj.\2"),
+    (LAYER + r"mlp\.(?:down_proj|weights_out)\.(weight|bias)", r"layers.\1.mlp.down_proj.\2"),
+    (LAYER + r"mlp\.weights_in\.(weight|bias)", (r"layers.\1.mlp.gate_proj.\2", r"layers.\1.mlp.up_proj.\2")),
+    (r"(?:layernorm|norm)\.(weight|bias)", r"layernorm.\1"),
+    (r"classifier\.(weight|bias)", r"classifier.\1"),
+)
+# The plain MLP of DINOv3 has the names of a gated one.
+PLAIN_MLP_RULES: tuple[Rule, ...] = (
+    (LAYER + r"mlp\.up_proj\.(weight|bias)", r"layers.\1.mlp.fc1.\2"),
+    (LAYER + r"mlp\.down_proj\.(weight|bias)", r"layers.\1.mlp.fc2.\2"),
+)
+
+
+def describe_transformers(source: PreTrainedModel) -> Recipe:
+    """The recipe for a model in memory.
+
+    Raises:
+        `ValueError`: when its family or patch shape is not supported.
+    """
+    config = source.config
+    family = find_family(config)
+    fields: dict[str, Any] = {"norm_before_pooling": True, **family.fields}
+    fields |= {name: getattr(config, name) for name in SAME_FIELDS if hasattr(config, name)}
+    if hasattr(config, "qkv_bias"):
+        fields |= dict.fromkeys(("query_bias", "key_bias", "value_bias"), config.qkv_bias)
+    if hasattr(config, "mlp_ratio"):
+        fields |= _dinov2_mlp(config)
+    if hasattr(config, "attention_dropout"):
+        fields["attention_probs_dropout_prob"] = config.attention_dropout
+    fields |= image_fields(_pair(config.image_size), _pair(config.patch_size))
+    classifier = getattr(source, "classifier", None)
+    labels: dict[str, Any] = {}
+    if isinstance(classifier, nn.Linear):
+        labels = {name: copy(getattr(config, name)) for name in ("id2label", "label2id", "problem_type")}
+        labels["num_labels"] = classifier.out_features
+        fields["pooling"] = family.classifier_pooling or fields["pooling"]
+    return Recipe(
+        fields,
+        RULES if fields.get("use_gated_mlp") else PLAIN_MLP_RULES + RULES,
+        dropped=family.dropped,
+        prefix=family.prefix,
+        labels=labels,
+    )
+
+
+def find_family(config: PreTrainedConfig) -> Family:
+    """The family of a config.
+
+    Raises:
+        `ValueError`: when it is not supported.
+    """
+    if config.model_type not in FAMILIES:
+        raise ValueError(
+            f"The source is a model of type {config.model_type!r}; conversion supports {', '.join(FAMILIES)} of "
+            "Transformers, and `vit_*`, `deit*` and `eva02_*` of timm (named 'timm/...', 'hf-hub:...', or in memory)."
+            + (" `from_pretrained` loads this one." if config.model_type == "cropr_vit" else "")
+        )
+    return FAMILIES[config.model_type]
+
+
+def _dinov2_mlp(config: PreTrainedConfig) -> dict[str, Any]:
+    size = int(config.hidden_size * config.mlp_ratio)
+    if not config.use_swiglu_ffn:
+        return {"intermediate_size": size}
+    # `Dinov2SwiGLUFFN`: two thirds, rounded up to a multiple of 8, and always SiLU
+    size = (int(size * 2 / 3) + 7) // 8 * 8
+    return {"intermediate_size": size, "use_gated_mlp": True, "hidden_act": "silu"}
+
+
+def image_fields(image_size: tuple[int, int], patch_size: tuple[int, int]) -> dict[str, Any]:
+    """`image_size` (height, width) and `patch_size`, the image cut to whole patches as the source cuts it.
+
+    Raises:
+        `ValueError`: when patches are not square.
+    """
+    size = patch_size[0]
+    if patch_size[1] != size:
+        raise ValueError(f"The source has patches of {size} x {patch_size[1]} pixels; only square ones are supported.")
+    height, width = (length // size * size for length in image_size)
+    return {"image_size": height if height == width else (height, width), "patch_size": size}
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def load_transformers(source: str | os.PathLike, **loading: Any) -> PreTrainedModel:
+    """Loads a Hub repository or a folder as the class that saved it, so that its classifier comes along.
+
+    Args:
+        loading: keyword arguments of `PreTrainedModel.from_pretrained` that say where and how to load.
+
+    Raises:
+        `ValueError`: when the family is not supported, or the checkpoint lacks weights that the conversion needs.
+    """
+    config = AutoConfig.from_pretrained(source, **loading)
+    family = find_family(config)
+    names = config.architectures or [""]
+    model_class = getattr(transformers, names[0], AutoModel)
+    loaded: Any = model_class.from_pretrained(source, config=config, output_loading_info=True, **loading)
+    model, info = loaded
+    recipe = Recipe({}, (), dropped=family.dropped, prefix=family.prefix)
+    missing = sorted(name for name in info["missing_keys"] if not recipe.drops(name))
+    if missing:
+        raise ValueError(
+            f"The checkpoint {source} lacks {len(missing)} weights of {type(model).__name__}, such as "
+            f"{', '.join(missing[:3])}; it is incomplete, or its config belongs to another model."
+        )
+    return model
