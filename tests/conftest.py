@@ -1,0 +1,37 @@
+"""Settings of the whole suite: no network, no progress bars, one thread for tiny models."""
+
+import os
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+import logging
+
+import pytest
+import torch
+from transformers.utils import logging as transformers_logging
+
+
+transformers_logging.disable_progress_bar()
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def log_records():
+    """Everything that Transformers and this package log during the test (their loggers do not reach caplog)."""
+    records = []
+    handler = logging.Handler(level=logging.INFO)
+    handler.emit = records.append
+    loggers = [logging.getLogger("transformers"), logging.getLogger("cropr_hf")]
+    transformers_logging.warning_once.cache_clear()
+    for logger in loggers:
+        logger.addHandler(handler)
+    yield records
+    for logger in loggers:
+        logger.removeHandler(handler)

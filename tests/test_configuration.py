@@ -1,0 +1,331 @@
+import json
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig
+
+from cropr_hf import CroprViTConfig, CroprViTModel
+from tests.common import tiny_config
+
+
+def sequence_lengths(config):
+    return [config.num_prefix_tokens + kept for kept in config.kept_patches()]
+
+
+# Token counts
+
+
+def test_large_model_with_fusion_prunes_as_published():
+    config = CroprViTConfig.from_size("large", pruning_rate=8)
+    expected = [188 - 8 * module for module in range(22)]
+    assert expected[-1] == 20
+    assert config.num_patches + config.num_prefix_tokens == 197
+    assert config.pruning_blocks == list(range(1, 23))
+    assert sequence_lengths(config) == [*expected, 20, 20]
+
+
+def test_large_model_without_fusion_has_one_module_more():
+    config = CroprViTConfig.from_size("large", pruning_rate=8, last_layer_fusion=False)
+    assert config.pruning_blocks == list(range(1, 24))
+    assert sequence_lengths(config) == [*(188 - 8 * module for module in range(23)), 12]
+
+
+def test_1024_patches_at_rate_40_as_published():
+    config = CroprViTConfig.from_size("large", image_size=512, pruning_rate=40)
+    assert config.num_patches + config.num_prefix_tokens == 1025
+    assert sequence_lengths(config) == [*(984 - 40 * module for module in range(22)), 144, 144]
+
+
+def test_pruning_80_percent_after_block_3():
+    schedule = [1024] * 2 + [205] * 22
+    config = CroprViTConfig.from_size(
+        "large", image_size=512, pruning_rate=None, pruning_schedule=schedule, last_layer_fusion=False
+    )
+    assert config.pruning_blocks == [3]
+    assert config.kept_patches() == schedule
+
+
+@pytest.mark.parametrize(
+    ("overrides", "first_kept"),
+    [({}, 13), ({"use_cls_token": False}, 14), ({"align_first_module": False}, 14), ({"num_register_tokens": 3}, 13)],
+)
+def test_the_first_module_prunes_one_more_only_with_a_cls_token(overrides, first_kept):
+    assert tiny_config(**overrides).kept_patches()[:2] == [first_kept, first_kept - 2]
+
+
+def test_rate_zero_prunes_nothing():
+    assert tiny_config(pruning_rate=0).kept_patches() == [16] * 5
+
+
+def test_unpruned_model_keeps_all_patches():
+    config = tiny_config("unpruned")
+    assert config.pruning_blocks == []
+    assert config.kept_patches() == [16] * 5
+    assert config.kept_patches(100) == [100] * 5
+
+
+def test_default_rate_applies_without_a_schedule_only():
+    assert CroprViTConfig(num_hidden_layers=12).pruning_rate == 8
+    assert tiny_config("schedule").pruning_rate is None
+    assert CroprViTConfig(token_reducer=None).pruning_rate is None
+
+
+def test_kept_patches_for_other_input_sizes():
+    assert tiny_config().kept_patches(64) == [61, 59, 57, 57, 57]
+    schedule = tiny_config("schedule")
+    # The first entry has no module after it, so all patches of a larger input pass there.
+    assert schedule.kept_patches(64) == [64, 10, 7, 7, 7]
+    assert schedule.kept_patches(12) == [12, 10, 7, 7, 7]
+
+
+def test_kept_patches_with_other_pruning():
+    config = tiny_config()
+    assert config.kept_patches(pruning=1) == [14, 13, 12, 12, 12]
+    assert config.kept_patches(pruning=[16, 8, 4, 4, 4]) == [16, 8, 4, 4, 4]
+    assert config.kept_patches(64, pruning=(60, 60, 30, 30, 30)) == [60, 60, 30, 30, 30]
+    schedule = tiny_config("schedule")
+    assert schedule.kept_patches(pruning=3) == [16, 12, 9, 9, 9]
+    assert schedule.kept_patches(pruning=[16, 3, 3, 3, 3]) == [16, 3, 3, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("name", "num_patches", "pruning", "message"),
+    [
+        ("plain", None, -1, r"-1.*0 or more"),
+        ("plain", None, 5, r"5 at 3 modules leaves 0 of 16.*at most 4"),
+        ("plain", 7, None, r"2 at 3 modules leaves 0 of 7"),
+        ("no_cls", None, 6, r"6 at 3 modules leaves -2 of 16.*at most 5"),
+        ("plain", None, [16, 8], r"2 entries.*one per block, 5"),
+        ("plain", None, [8, 9, 8, 8, 8], r"\[8, 9, 8, 8, 8\] increases"),
+        ("plain", None, [8, 4, 0, 0, 0], r"leaves no patch token"),
+        ("plain", None, [17, 8, 8, 8, 8], r"keeps 17 patch tokens after block 1.*only 16"),
+        ("plain", None, [16, 8, 8, 4, 4], r"falls after block 4.*\[1, 2, 3\]"),
+        ("schedule", None, [12, 8, 4, 4, 4], r"falls after block 1.*\[2, 3\]"),
+        ("schedule", 9, None, r"keeps 10 patch tokens after block 2.*only 9"),
+    ],
+)
+def test_impossible_pruning_is_refused_with_numbers(name, num_patches, pruning, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config(name).kept_patches(num_patches, pruning)
+
+
+def test_the_rate_that_an_error_suggests_works_and_the_next_does_not():
+    for overrides in ({}, {"use_cls_token": False}, {"align_first_module": False}):
+        config = tiny_config(**overrides)
+        with pytest.raises(ValueError, match="use a rate of at most") as error:
+            config.kept_patches(pruning=100)
+        limit = int(str(error.value).split("at most ")[1].split()[0])
+        assert config.kept_patches(pruning=limit)[-1] >= 1
+        with pytest.raises(ValueError, match=f"A pruning rate of {limit + 1} "):
+            config.kept_patches(pruning=limit + 1)
+        assert "  " not in str(error.value)
+
+
+# Validation
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        *(
+            ({name: 0}, rf"`{name}` is 0; it must be at least 1")
+            for name in (
+                "hidden_size",
+                "num_hidden_layers",
+                "num_attention_heads",
+                "intermediate_size",
+                "patch_size",
+                "num_channels",
+                "num_queries",
+                "scorer_num_heads",
+                "rope_reference_grid",
+            )
+        ),
+        ({"num_register_tokens": -1}, r"`num_register_tokens` is -1"),
+        ({"num_attention_heads": 3}, r"32 is not divisible by `num_attention_heads` 3"),
+        ({"scorer_num_heads": 3}, r"32 is not divisible by `scorer_num_heads` 3"),
+        ({"image_size": 30}, r"`image_size` 30 is not a multiple of `patch_size` 8"),
+        ({"image_size": 0}, r"`image_size` 0 is not a multiple"),
+        ({"image_size": [32, 20]}, r"\[32, 20\] is not a multiple"),
+        ({"image_size": [32, 32, 32]}, r"`image_size` is \[32, 32, 32\]; give one number, or height and width"),
+        ({"pooling": "max"}, r"`pooling` is 'max'; choose one of mean, patch_mean, cls"),
+        ({"pooling": "cls", "use_cls_token": False}, r"'cls' needs `use_cls_token=True`"),
+        ({"pooling": "cls_patch_mean"}, r"needs `norm_before_pooling=True`"),
+        ({"rope_theta": 100.0, "num_attention_heads": 16}, r"head size divisible by 4, not 2"),
+        ({"rope_theta": 0.0}, r"`rope_theta` is 0.0; it must be positive"),
+        ({"rope_coordinates": "polar"}, r"`rope_coordinates` is 'polar'; choose 'index' or 'centered'"),
+        ({"hidden_dropout_prob": -0.1}, r"`hidden_dropout_prob` is -0.1; it must be in \[0, 1\)"),
+        ({"attention_probs_dropout_prob": 1.0}, r"`attention_probs_dropout_prob` is 1.0"),
+        ({"drop_path_rate": 1}, r"`drop_path_rate` is 1;"),
+        ({"label_smoothing": 1.5}, r"`label_smoothing` is 1.5"),
+        ({"auxiliary_loss_weight": -1}, r"`auxiliary_loss_weight` is -1; it must be 0 or more"),
+        ({"problem_type": "regression"}, r"`problem_type` is 'regression'.*'multi_label_classification'"),
+        ({"token_reducer": None}, r"`pruning_rate` is 2 but `token_reducer` is None"),
+        (
+            {"token_reducer": None, "pruning_rate": None, "pruning_schedule": [16] * 5},
+            r"`pruning_schedule` is \[16, 16, 16, 16, 16\] but",
+        ),
+        (
+            {"token_reducer": None, "pruning_rate": None, "use_auxiliary_heads": True},
+            r"`use_auxiliary_heads=True` needs a `token_reducer`",
+        ),
+        ({"pruning_schedule": [8] * 5}, r"`pruning_rate` or `pruning_schedule`, not both"),
+        ({"num_hidden_layers": 2}, r"2 blocks leave no block to prune after with last layer fusion; use more"),
+        ({"num_hidden_layers": 1, "last_layer_fusion": False}, r"1 blocks leave no block to prune after; use more"),
+        ({"aggregator_mlp_ratio": 0.0}, r"`aggregator_mlp_ratio` must be positive; `None` is no MLP"),
+        ({"pruning_rate": -2}, r"The pruning rate is -2"),
+        ({"pruning_rate": 6}, r"leaves -3 of 16 patch tokens"),
+    ],
+)
+def test_wrong_values_raise_value_error_with_value_and_remedy(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config(**overrides)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "fusion", "message"),
+    [
+        ([8, 9, 8, 8, 8], True, r"increases; pruned tokens cannot come back"),
+        ([16, 8, 8, 8], True, r"4 entries; it needs one per block, 5"),
+        ([], True, r"0 entries"),
+        ([8, 4, 0, 0, 0], True, r"leaves no patch token"),
+        ([8, 4, 4, 2, 2], True, r"after the blocks \[1, 2, 4\].*last after block 3 of 5 \(last layer fusion"),
+        ([8, 4, 4, 4, 2], False, r"after the blocks \[1, 2, 5\].*last after block 4 of 5\."),
+        ([16, 16, 16, 16, 16], True, r"prune at least once"),
+        ([20, 20, 8, 8, 8], True, r"keeps 20 patch tokens.*only 16"),
+    ],
+)
+def test_impossible_schedules_raise_at_construction(schedule, fusion, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config("schedule", pruning_schedule=schedule, last_layer_fusion=fusion)
+
+
+def test_a_schedule_may_fall_in_the_last_but_one_block_without_fusion():
+    assert tiny_config("schedule", pruning_schedule=[8, 4, 4, 2, 2], last_layer_fusion=False).pruning_blocks == [
+        1,
+        2,
+        4,
+    ]
+
+
+@pytest.mark.parametrize(("name", "value"), [("pruning_rate", 2.5), ("hidden_size", "32"), ("use_cls_token", 1)])
+def test_wrong_types_are_refused(name, value):
+    with pytest.raises(StrictDataclassError, match=name):
+        tiny_config(**{name: value})
+
+
+def test_unknown_size_names_the_known_ones():
+    with pytest.raises(ValueError, match=r"'giant'; choose one of tiny, small, base, large, huge"):
+        CroprViTConfig.from_size("giant")
+
+
+# Presets, names, round trips
+
+
+@pytest.mark.parametrize(
+    ("size", "millions"), [("tiny", 5.5), ("small", 21.7), ("base", 85.8), ("large", 303.3), ("huge", 630.8)]
+)
+def test_presets_have_the_published_number_of_parameters(size, millions):
+    with torch.device("meta"):
+        model = CroprViTModel(CroprViTConfig.from_size(size))
+    count = sum(parameter.numel() for parameter in model.parameters())
+    backbone = sum(p.numel() for name, p in model.named_parameters() if "token_reducers" not in name)
+    assert backbone / 1e6 == pytest.approx(millions, rel=0.005)
+    assert count - backbone == model.config.hidden_size * len(model.config.pruning_blocks)
+
+
+def test_from_size_lets_fields_override():
+    config = CroprViTConfig.from_size("huge", patch_size=16, pruning_rate=4, num_labels=3)
+    assert (config.patch_size, config.num_labels, config.hidden_size) == (16, 3, 1280)
+
+
+def test_attribute_map_gives_the_other_usual_names():
+    config = tiny_config(hidden_dropout=0.25)
+    assert config.hidden_dropout_prob == 0.25
+    config.attention_dropout = 0.125
+    assert config.attention_probs_dropout_prob == 0.125
+    assert "hidden_dropout" not in config.to_dict()
+
+
+def stored_fields(config):
+    return {**json.loads(config.to_json_string(use_diff=False)), "_name_or_path": None}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"image_size": (32, 64), "out_features": ["stage2", "stage5"]},
+        {"pruning_rate": None, "pruning_schedule": (16, 10, 7, 7, 7), "use_auxiliary_heads": True},
+        {"token_reducer": None, "pruning_rate": None, "problem_type": "multi_label_classification"},
+        {"scorer_num_heads": 2, "aggregator_mlp_ratio": None, "rope_theta": 100, "out_indices": [1, 3]},
+    ],
+)
+def test_json_round_trip_changes_nothing(overrides, tmp_path):
+    config = tiny_config(**overrides)
+    config.save_pretrained(tmp_path)
+    for loaded in (CroprViTConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
+        assert type(loaded) is CroprViTConfig
+        assert stored_fields(loaded) == stored_fields(config)
+        assert loaded.kept_patches() == config.kept_patches()
+        assert loaded.grid_size == config.grid_size
+        assert loaded.out_features == config.out_features
+
+
+def test_the_saved_file_holds_the_schedule_and_the_heads(tmp_path):
+    tiny_config("schedule", use_auxiliary_heads=True).save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored["pruning_schedule"] == [16, 10, 7, 7, 7]
+    assert stored["use_auxiliary_heads"] is True
+    assert stored["model_type"] == "cropr_vit"
+
+
+def test_from_pretrained_checks_overrides_with_the_stored_fields(tmp_path):
+    tiny_config().save_pretrained(tmp_path)
+    config = CroprViTConfig.from_pretrained(tmp_path, pruning_rate=3, num_labels=7, num_hidden_layers=4)
+    assert (config.pruning_rate, config.num_labels) == (3, 7)
+    assert (config.stage_names[-1], config.out_features) == ("stage4", ["stage4"])
+    with pytest.raises(ValueError, match="leaves -75 of 16"):
+        CroprViTConfig.from_pretrained(tmp_path, pruning_rate=30)
+    with pytest.raises(ValueError, match="'regression'"):
+        CroprViTConfig.from_pretrained(tmp_path, problem_type="regression")
+
+
+def test_from_pretrained_overrides_replace_the_stored_pruning(tmp_path):
+    tiny_config().save_pretrained(tmp_path / "rate")
+    tiny_config("schedule").save_pretrained(tmp_path / "schedule")
+    schedule = [16, 8, 4, 4, 4]
+    assert CroprViTConfig.from_pretrained(tmp_path / "rate", pruning_schedule=schedule).kept_patches() == schedule
+    assert CroprViTConfig.from_pretrained(tmp_path / "schedule", pruning_rate=1).kept_patches()[0] == 14
+    for folder in ("rate", "schedule"):
+        unpruned = CroprViTConfig.from_pretrained(tmp_path / folder, token_reducer=None)
+        assert (unpruned.pruning_rate, unpruned.pruning_schedule) == (None, None)
+        assert CroprViTConfig.from_pretrained(tmp_path / folder, token_reducer="random").kept_patches()[-1] < 16
+
+
+def test_unused_keywords_come_back(tmp_path):
+    tiny_config().save_pretrained(tmp_path)
+    config, unused = CroprViTConfig.from_pretrained(
+        tmp_path, pruning_rate=1, dtype="bfloat16", not_a_field=3, return_unused_kwargs=True
+    )
+    assert (config.pruning_rate, str(config.dtype).removeprefix("torch.")) == (1, "bfloat16")
+    assert unused == {"not_a_field": 3}
+
+
+def test_grid_and_prefix_counts():
+    config = tiny_config(image_size=[32, 64], num_register_tokens=3)
+    assert config.grid_size == (4, 8)
+    assert config.num_patches == 32
+    assert config.num_prefix_tokens == 4
+    assert tiny_config(use_cls_token=False).num_prefix_tokens == 0
+
+
+def test_stage_names_cover_the_embeddings_and_every_block():
+    assert tiny_config().stage_names == ["stem", "stage1", "stage2", "stage3", "stage4", "stage5"]
+
+
+@pytest.mark.parametrize("name", ["plain", "schedule", "unpruned"])
+def test_construction_logs_nothing(name, log_records):
+    tiny_config(name)
+    assert log_records == []

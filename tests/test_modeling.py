@@ -1,0 +1,722 @@
+import math
+import random
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from cropr_hf import CroprViTBackbone, CroprViTForImageClassification, CroprViTModel
+from cropr_hf.modeling_cropr_vit import CroprViTDropPath, CroprViTModelOutput, resample_positions
+from tests.common import (
+    CONFIGS,
+    NUM_BLOCKS,
+    NUM_LABELS,
+    NUM_PATCHES,
+    TASKS,
+    make_identity_blocks,
+    make_images,
+    make_model,
+    tiny_config,
+    with_heads,
+)
+
+
+PRUNED = [name for name in CONFIGS if name != "unpruned"]
+DETERMINISTIC = [name for name in CONFIGS if name != "random"]
+
+
+def combinations(config_names):
+    """Every task class with every configuration that it can have."""
+    return [
+        pytest.param(task, name, id=f"{task}-{name}")
+        for task in TASKS
+        for name in config_names
+        if not (TASKS[task].needs_fusion and not tiny_config(name).last_layer_fusion)
+    ]
+
+
+def build(task, name, **overrides):
+    return make_model(TASKS[task].model_class, tiny_config(name, **overrides))
+
+
+# The suite that every task class passes
+
+
+@pytest.mark.parametrize(("task", "name"), combinations(CONFIGS))
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (40, 32), (48, 56)])
+@torch.no_grad()
+def test_forward_gives_finite_outputs_at_every_size(task, name, height, width):
+    model = build(task, name)
+    outputs = model(make_images(2, height, width))
+    value = TASKS[task].main_output(outputs)
+    assert value.isfinite().all()
+    num_patches = height * width // 64
+    if task == "backbone":
+        assert value.shape == (2, 32, height // 8, width // 8)
+    elif task == "model":
+        left = num_patches if model.config.last_layer_fusion else model.config.kept_patches(num_patches)[-1]
+        assert value.shape == (2, model.config.num_prefix_tokens + left, 32)
+        assert outputs.pooler_output.shape == (2, 64 if model.config.pooling == "cls_patch_mean" else 32)
+    else:
+        assert value.shape[0] == 2 and value.shape[1] == NUM_LABELS
+
+
+@pytest.mark.parametrize(("task", "name"), combinations(DETERMINISTIC))
+@torch.no_grad()
+def test_images_of_a_batch_do_not_influence_each_other(task, name):
+    model, images = build(task, name), make_images(3)
+    together = TASKS[task].main_output(model(images))
+    for index in range(3):
+        alone = TASKS[task].main_output(model(images[index : index + 1]))
+        torch.testing.assert_close(alone[0], together[index], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(("task", "name"), combinations(DETERMINISTIC))
+@torch.no_grad()
+def test_eager_attention_equals_sdpa(task, name):
+    model, images = build(task, name), make_images()
+    assert model.config._attn_implementation == "sdpa"
+    sdpa = TASKS[task].main_output(model(images))
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(TASKS[task].main_output(model(images)), sdpa, rtol=0, atol=1e-5)
+
+
+def total_loss(task, outputs):
+    loss = TASKS[task].loss(outputs)
+    pooled = getattr(outputs, "pooler_output", None)
+    return loss if pooled is None else loss + pooled.square().mean()
+
+
+@pytest.mark.parametrize(("task", "name"), combinations(CONFIGS))
+def test_without_heads_every_parameter_but_the_folded_vectors_has_a_gradient(task, name):
+    model = build(task, name).train()
+    total_loss(task, model(**TASKS[task].inputs(model.config))).backward()
+    frozen = [key for key, parameter in model.named_parameters() if not parameter.requires_grad]
+    assert len(frozen) == (len(model.config.pruning_blocks) if with_heads(name) and name != "unpruned" else 0)
+    assert all(key.endswith("router.scorer.folded_query") for key in frozen)
+    missing = [key for key, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert missing == []
+
+
+@pytest.mark.parametrize("task", [task for task in TASKS if TASKS[task].labels])
+@pytest.mark.parametrize("name", [name for name in CONFIGS if with_heads(name)])
+def test_with_heads_every_parameter_has_a_gradient(task, name):
+    model = build(task, name, use_auxiliary_heads=True).train()
+    model(**TASKS[task].inputs(model.config)).loss.backward()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert [key for key, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+@pytest.mark.filterwarnings("ignore:.*activation_checkpointing_enable")  # the oldest supported release lacks that name
+@pytest.mark.parametrize(("task", "name"), combinations(DETERMINISTIC))
+def test_gradient_checkpointing_gives_equal_gradients(task, name):
+    heads = bool(TASKS[task].labels) and with_heads(name)
+    gradients = []
+    for checkpointing in (False, True):
+        model = build(task, name, use_auxiliary_heads=heads).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        total_loss(task, model(**TASKS[task].inputs(model.config))).backward()
+        gradients.append({key: p.grad for key, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for key, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][key], gradient, rtol=1e-5, atol=1e-6, msg=lambda text, k=key: k + text)
+
+
+@pytest.mark.parametrize(("task", "name"), combinations(CONFIGS))
+def test_bfloat16_model_and_autocast_run_forward_and_backward(task, name):
+    heads = bool(TASKS[task].labels) and with_heads(name)
+    model = build(task, name, use_auxiliary_heads=heads).train()
+    inputs = TASKS[task].inputs(model.config)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = total_loss(task, model(**inputs))
+    loss.backward()
+    assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    model.to(torch.bfloat16)
+    outputs = model(**inputs)  # float32 images are converted
+    assert TASKS[task].main_output(outputs).dtype == torch.bfloat16
+    total_loss(task, outputs).backward()
+    assert TASKS[task].main_output(outputs).isfinite().all()
+
+
+@pytest.mark.parametrize(("task", "name"), combinations(CONFIGS))
+@torch.no_grad()
+def test_hidden_states_and_attentions_follow_the_schedule(task, name):
+    model = build(task, name)
+    model.set_attn_implementation("eager")
+    outputs = model(make_images(), output_hidden_states=True, output_attentions=True)
+    config = model.config
+    prefix, kept = config.num_prefix_tokens, config.kept_patches()
+    # Entry l holds what leaves block l, before the module after it prunes.
+    patches = [NUM_PATCHES, NUM_PATCHES, *kept[:-1]]
+    if config.last_layer_fusion:
+        patches[-1] = NUM_PATCHES
+    assert [states.shape for states in outputs.hidden_states] == [(2, prefix + count, 32) for count in patches]
+    lengths = [prefix + count for count in patches[1:]]
+    assert [weights.shape for weights in outputs.attentions] == [(2, 4, length, length) for length in lengths]
+    for weights in outputs.attentions:
+        torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]), rtol=0, atol=1e-5)
+    plain = model(make_images())
+    assert plain.hidden_states is None and plain.attentions is None
+
+
+@pytest.mark.parametrize("task", TASKS)
+@torch.no_grad()
+def test_tuple_output_holds_the_same(task):
+    model, images = build(task, "plain"), make_images()
+    value = model(images, return_dict=False)[0]
+    value = value if isinstance(value, torch.Tensor) else value[-1]
+    assert torch.equal(value, TASKS[task].main_output(model(images)))
+
+
+@pytest.mark.parametrize(
+    ("task", "name"),
+    [
+        *((task, "plain") for task in TASKS if task != "model"),
+        *(("classification", name) for name in DETERMINISTIC[1:]),
+    ],
+)
+@torch.no_grad()
+def test_graph_has_no_break(task, name):
+    torch._dynamo.reset()
+    model, images = build(task, name), make_images()
+    expected = TASKS[task].main_output(model(images))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager" if name == "plain" else "eager")
+    torch.testing.assert_close(TASKS[task].main_output(compiled(images)), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["plain", "rope_registers"])
+@torch.no_grad()
+def test_compiled_stripped_model_equals_eager(name):
+    torch._dynamo.reset()
+    # Few blocks, since generating C++ takes its time: one module, then fusion.
+    model = build("classification", name, use_auxiliary_heads=True, num_hidden_layers=3)
+    model.remove_auxiliary_heads()
+    images = make_images()
+    expected = model(images).logits
+    compiled = torch.compile(model, fullgraph=True)
+    torch.testing.assert_close(compiled(images).logits, expected, rtol=0, atol=1e-5)
+
+
+def test_training_step_has_no_graph_break():
+    torch._dynamo.reset()
+    model = build("classification", "plain", use_auxiliary_heads=True).train()
+    inputs = TASKS["classification"].inputs(model.config)
+    expected = model(**inputs).loss
+    loss = torch.compile(model, fullgraph=True, backend="eager")(**inputs).loss
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-5)
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@torch.no_grad()
+def test_exported_program_equals_the_model():
+    model, images = build("classification", "plain"), make_images()
+    program = torch.export.export(model, (images,), strict=False)
+    torch.testing.assert_close(program.module()(images).logits, model(images).logits, rtol=0, atol=1e-5)
+
+
+# Pruning inside the model
+
+
+@pytest.mark.parametrize("name", PRUNED)
+@torch.no_grad()
+def test_pruning_map_agrees_with_the_schedule(name):
+    model = build("model", name)
+    outputs = model(make_images(3), output_pruning=True)
+    kept = model.config.kept_patches()
+    assert outputs.pruned_after_block.shape == (3, NUM_PATCHES)
+    for block in range(1, NUM_BLOCKS):
+        assert ((outputs.pruned_after_block > block).sum(dim=1) == kept[block - 1]).all()
+    assert outputs.pruned_after_block.max() == NUM_BLOCKS
+    assert set(outputs.pruned_after_block.unique().tolist()) == {*model.config.pruning_blocks, NUM_BLOCKS}
+    assert model(make_images(3)).pruned_after_block is None
+
+
+@torch.no_grad()
+def test_pruning_map_of_the_unpruned_model_is_full():
+    outputs = build("model", "unpruned")(make_images(), output_pruning=True)
+    assert outputs.pruned_after_block.tolist() == [[NUM_BLOCKS] * NUM_PATCHES] * 2
+
+
+@torch.no_grad()
+def naive_forward(model, image):
+    """The model on one image, in plain loops: lists of (place, token), one token pruned at a time."""
+    config, prefix = model.config, model.config.num_prefix_tokens
+    tokens, grid_size = model.embeddings(image)
+    rotation = model.rotary_embedding(grid_size, tokens.dtype, tokens.device) if model.rotary_embedding else None
+    alive = list(enumerate(tokens[0]))
+    aside = []
+    kept = config.kept_patches(len(alive) - prefix)
+    blocks_of = dict.fromkeys(range(len(alive) - prefix), config.num_hidden_layers)
+    for block, layer in enumerate(model.layers, start=1):
+        if block == config.num_hidden_layers and config.last_layer_fusion:
+            alive = sorted(alive + aside, key=lambda item: item[0])
+        positions = None
+        if rotation:
+            places = [place for place, _ in alive]
+            positions = tuple(part[:, places] for part in rotation)
+        output = layer(torch.stack([token for _, token in alive])[None], positions)[0]
+        alive = [(place, token) for (place, _), token in zip(alive, output)]
+        if block not in config.pruning_blocks:
+            continue
+        query = model.token_reducers[str(block)].router.scorer.query()
+        while len(alive) - prefix > kept[block - 1]:
+            scores = []
+            for _, token in alive[prefix:]:
+                token = F.layer_norm(token, token.shape, eps=1e-6) if config.scorer_pre_norm else token
+                scores.append(torch.dot(token, query).item())
+            worst = prefix + min(range(len(scores)), key=lambda index: scores[index])
+            blocks_of[alive[worst][0] - prefix] = block
+            aside.append(alive.pop(worst))
+    return torch.stack([token for _, token in alive]), [blocks_of[place] for place in sorted(blocks_of)]
+
+
+@pytest.mark.parametrize("name", [name for name in PRUNED if name != "random"])
+@torch.no_grad()
+def test_the_model_equals_a_naive_loop_over_tokens(name):
+    model, images = build("model", name), make_images(3, 40, 48)
+    outputs = model(images, output_pruning=True)
+    for index in range(3):
+        tokens, blocks = naive_forward(model, images[index : index + 1])
+        if model.config.norm_before_pooling:
+            tokens = model.layernorm(tokens)
+        assert outputs.pruned_after_block[index].tolist() == blocks
+        torch.testing.assert_close(outputs.last_hidden_state[index], tokens, rtol=0, atol=2e-5)
+
+
+def random_schedule(rng, num_patches, fusion):
+    last = NUM_BLOCKS - (2 if fusion else 1)
+    while True:
+        entries = sorted((rng.randint(1, num_patches) for _ in range(last)), reverse=True)
+        if entries[-1] < num_patches:
+            return entries + [entries[-1]] * (NUM_BLOCKS - last)
+
+
+@pytest.mark.parametrize("seed", range(25))
+@torch.no_grad()
+def test_every_token_returns_to_its_place_through_identity_blocks(seed):
+    rng = random.Random(seed)
+    name = rng.choice(["plain", "rope_registers", "no_cls", "eva02", "no_fusion", "random"])
+    rows, columns = rng.randint(1, 6), rng.randint(2, 6)
+    fusion = rng.random() < 0.7 and name != "no_fusion"
+    config = tiny_config(
+        name,
+        pruning_rate=None,
+        pruning_schedule=random_schedule(rng, rows * columns, fusion),
+        last_layer_fusion=fusion,
+        image_size=[8 * rows, 8 * columns],
+        norm_before_pooling=False,
+        pooling="mean",
+    )
+    model = make_model(CroprViTModel, config, seed)
+    make_identity_blocks(model)
+    images = make_images(rng.choice([1, 3]), 8 * rows, 8 * columns)
+    embedded, _ = model.embeddings(images)
+    outputs = model(images, output_pruning=True)
+    if not fusion:
+        stays = outputs.pruned_after_block == NUM_BLOCKS
+        prefix = config.num_prefix_tokens
+        stays = torch.cat([torch.ones(len(images), prefix, dtype=torch.bool), stays], dim=1)
+        embedded = embedded[stays].view(len(images), -1, 32)
+    assert torch.equal(outputs.last_hidden_state, embedded)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_feature_maps_equal_the_embeddings_through_identity_blocks(name):
+    config = tiny_config(name, out_indices=list(range(NUM_BLOCKS + 1)), apply_layernorm=False)
+    model = make_model(CroprViTBackbone, config)
+    make_identity_blocks(model)
+    images = make_images(2, 40, 48)
+    embedded, _ = model.cropr_vit.embeddings(images)
+    expected = embedded[:, config.num_prefix_tokens :].transpose(1, 2).reshape(2, 32, 5, 6)
+    maps = model(images).feature_maps
+    assert len(maps) == NUM_BLOCKS + 1
+    for feature_map in maps:
+        assert torch.equal(feature_map, expected)
+
+
+@pytest.mark.parametrize("name", PRUNED)
+@torch.no_grad()
+def test_feature_maps_show_a_pruned_patch_as_it_was_when_pruned(name):
+    config = tiny_config(name, out_indices=list(range(NUM_BLOCKS + 1)), apply_layernorm=False)
+    model = make_model(CroprViTBackbone, config)
+    images = make_images()
+    torch.manual_seed(3)
+    base = model.cropr_vit(images, output_hidden_states=True, output_pruning=True)
+    torch.manual_seed(3)
+    maps = model(images).feature_maps
+    for image in range(2):
+        blocks = base.pruned_after_block[image].tolist()
+        for stage, feature_map in enumerate(maps):
+            for patch, block in enumerate(blocks):
+                fused = stage == NUM_BLOCKS and config.last_layer_fusion
+                seen = stage if fused else min(stage, block)
+                # Its place among the patches that were left when block `seen` had run
+                before = patch if seen == 0 or fused else sum(other >= seen for other in blocks[:patch])
+                expected = base.hidden_states[seen][image, config.num_prefix_tokens + before]
+                assert torch.equal(feature_map[image, :, patch // 4, patch % 4], expected)
+
+
+@torch.no_grad()
+def test_backbone_that_prunes_nothing_equals_the_unpruned_one():
+    pruned = make_model(CroprViTBackbone, tiny_config(pruning_rate=0, out_indices=[1, 3, 5]))
+    unpruned = CroprViTBackbone(tiny_config("unpruned", out_indices=[1, 3, 5])).eval()
+    keys = unpruned.load_state_dict(pruned.state_dict(), strict=False)
+    assert keys.missing_keys == [] and all("folded_query" in key for key in keys.unexpected_keys)
+    for first, second in zip(pruned(make_images()).feature_maps, unpruned(make_images()).feature_maps):
+        assert torch.equal(first, second)
+
+
+@torch.no_grad()
+def test_backbone_reports_channels_and_applies_the_norm():
+    model = make_model(CroprViTBackbone, tiny_config(out_features=["stage2", "stage5"]))
+    assert model.channels == [32, 32]
+    assert model.out_features == ["stage2", "stage5"]
+    plain = make_model(CroprViTBackbone, tiny_config(out_features=["stage2", "stage5"], apply_layernorm=False))
+    for normed, raw in zip(model(make_images()).feature_maps, plain(make_images()).feature_maps):
+        expected = model.cropr_vit.layernorm(raw.movedim(1, -1)).movedim(-1, 1)
+        torch.testing.assert_close(normed, expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_set_pruning_changes_counts_and_no_weight():
+    model, images = build("classification", "plain"), make_images()
+    weights = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    config = model.config.to_dict()
+    configured = model(images).logits
+
+    def counts():
+        pruned_after = model(images, output_pruning=True).pruned_after_block[0]
+        return [(pruned_after > block).sum().item() for block in range(1, NUM_BLOCKS)]
+
+    assert counts() == [13, 11, 9, 9]
+    model.set_pruning(4)
+    assert counts() == [11, 7, 3, 3]
+    model.set_pruning((16, 9, 9, 9, 9))
+    assert counts() == [16, 9, 9, 9]
+    model.set_pruning(0)
+    assert counts() == [16, 16, 16, 16]
+    assert not torch.allclose(model(images).logits, configured)
+    model.set_pruning(None)
+    assert torch.equal(model(images).logits, configured)
+    assert model.config.to_dict() == config
+    assert all(torch.equal(tensor, weights[key]) for key, tensor in model.state_dict().items())
+
+
+@torch.no_grad()
+def test_rate_zero_equals_the_unpruned_model():
+    pruned = build("classification", "plain")
+    pruned.set_pruning(0)
+    unpruned = CroprViTForImageClassification(tiny_config("unpruned")).eval()
+    unpruned.load_state_dict(pruned.state_dict(), strict=False)
+    assert torch.equal(pruned(make_images()).logits, unpruned(make_images()).logits)
+
+
+def test_set_pruning_refuses_what_cannot_be():
+    model = build("classification", "plain")
+    with pytest.raises(ValueError, match="leaves -3 of 16 patch tokens"):
+        model.set_pruning(6)
+    with pytest.raises(ValueError, match="4 entries; it needs one per block, 5"):
+        model.set_pruning([8, 8, 8, 8])
+    with pytest.raises(ValueError, match=r"falls after block 4, where there is no module"):
+        model.set_pruning([16, 8, 8, 4, 4])
+    assert model.cropr_vit.pruning is None
+    with pytest.raises(ValueError, match="no token reducer; load it with `token_reducer='cropr'`"):
+        build("classification", "unpruned").set_pruning(2)
+
+
+@torch.no_grad()
+def test_unpruned_positions_interpolate_to_other_grids():
+    table = torch.arange(16.0).view(1, 16, 1)
+    assert resample_positions(table, (4, 4), (4, 4), antialias=False).sub(table).abs().max() < 1e-5
+    larger = resample_positions(table, (4, 4), (8, 8), antialias=False).view(8, 8)
+    assert (larger.diff(dim=0) > 0).all() and (larger.diff(dim=1) > 0).all()
+    bf16 = resample_positions(table.bfloat16(), (4, 4), (6, 5), antialias=True)
+    assert bf16.shape == (1, 30, 1) and bf16.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("coordinates", ["index", "centered"])
+@torch.no_grad()
+def test_rotary_attention_depends_on_relative_places_only(coordinates):
+    """Turning every token by the same number of rows and columns changes no product of a query and a key."""
+    from cropr_hf.modeling_cropr_vit import rotate
+
+    config = tiny_config("rope_registers", rope_coordinates=coordinates, num_attention_heads=2)
+    rotary = CroprViTModel(config).rotary_embedding
+    cos, sin = rotary((6, 6), torch.float32, torch.device("cpu"))
+    assert cos.shape == (1, 3 + 36, 8)
+    assert (cos[:, :3] == 1).all() and (sin[:, :3] == 0).all()
+    query, key = torch.randn(2, 1, 1, 1, 16).expand(2, 1, 1, 39, 16)
+    products = rotate(query, cos, sin)[0, 0] @ rotate(key, cos, sin)[0, 0].T
+    grid = products[3:, 3:].view(6, 6, 6, 6)
+    torch.testing.assert_close(grid[1:, 1:, 1:, 1:], grid[:-1, :-1, :-1, :-1], rtol=0, atol=1e-4)
+    assert not torch.allclose(grid[0, 0, 0, 1], grid[0, 0, 1, 0])  # rows and columns are told apart
+
+
+# Losses
+
+
+def classifier(name="plain", **overrides):
+    return build("classification", name, **overrides)
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.25, 0])
+@pytest.mark.parametrize("num_queries", [1, 3])
+def test_loss_is_main_plus_weighted_sum_of_auxiliary(weight, num_queries):
+    model = classifier(use_auxiliary_heads=True, auxiliary_loss_weight=weight, num_queries=num_queries).train()
+    images, labels = make_images(4), torch.tensor([0, 4, 2, 2])
+    outputs = model(images, labels=labels)
+    base = model.cropr_vit(images)
+    assert len(base.auxiliary_logits) == 3
+    assert base.auxiliary_logits[0].shape == (4, num_queries, NUM_LABELS)
+    main = F.cross_entropy(outputs.logits, labels)
+    auxiliary = torch.stack(
+        [
+            torch.stack([F.cross_entropy(logits[:, query], labels) for query in range(num_queries)]).mean()
+            for logits in base.auxiliary_logits
+        ]
+    )
+    torch.testing.assert_close(outputs.main_loss, main.detach(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(outputs.auxiliary_losses, auxiliary.detach(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(outputs.loss, main + weight * auxiliary.sum(), rtol=0, atol=1e-5)
+    assert not outputs.main_loss.requires_grad and not outputs.auxiliary_losses.requires_grad
+
+
+def test_evaluation_returns_the_main_loss_and_nothing_auxiliary():
+    model = classifier(use_auxiliary_heads=True)
+    labels = torch.tensor([0, 1])
+    outputs = model(make_images(), labels=labels)
+    assert set(outputs.keys()) == {"loss", "logits"}
+    torch.testing.assert_close(outputs.loss, F.cross_entropy(outputs.logits, labels))
+    assert set(model(make_images()).keys()) == {"logits"}
+    assert set(model.cropr_vit(make_images()).keys()) == {"last_hidden_state", "pooler_output"}
+
+
+def test_training_without_labels_gives_logits_only():
+    model = classifier(use_auxiliary_heads=True).train()
+    assert set(model(make_images()).keys()) == {"logits"}
+
+
+@pytest.mark.parametrize("heads", [False, True])
+def test_main_loss_gradients_of_the_backbone_do_not_depend_on_auxiliary_losses(heads):
+    gradients = []
+    for weight in (0.0, 10.0):
+        model = classifier(use_auxiliary_heads=heads, auxiliary_loss_weight=weight).train()
+        model(make_images(), labels=torch.tensor([0, 1])).loss.backward()
+        gradients.append({k: p.grad for k, p in model.named_parameters() if p.requires_grad and "token_red" not in k})
+    assert gradients[0] and all(torch.equal(gradients[0][key], gradients[1][key]) for key in gradients[0])
+
+
+def test_soft_labels_are_cross_entropy_with_probabilities():
+    model = classifier(use_auxiliary_heads=True).train()
+    soft = torch.softmax(torch.randn(2, NUM_LABELS), dim=-1)
+    outputs = model(make_images(), labels=soft)
+    expected = -(soft * outputs.logits.log_softmax(-1)).sum(-1).mean()
+    torch.testing.assert_close(outputs.main_loss, expected.detach(), rtol=0, atol=1e-5)
+    hard = model(make_images(), labels=torch.tensor([3, 1]))
+    one_hot = model(make_images(), labels=F.one_hot(torch.tensor([3, 1]), NUM_LABELS).float())
+    torch.testing.assert_close(hard.loss, one_hot.loss, rtol=0, atol=1e-5)
+    assert model.config.problem_type is None
+
+
+def test_label_smoothing_holds_for_main_and_auxiliary_losses():
+    model = classifier(use_auxiliary_heads=True, label_smoothing=0.1).train()
+    images, labels = make_images(), torch.tensor([0, 1])
+    outputs = model(images, labels=labels)
+
+    def smoothed(logits):
+        log_probabilities = logits.log_softmax(-1)
+        return -(0.9 * log_probabilities[[0, 1], labels] + 0.1 * log_probabilities.mean(-1)).mean()
+
+    base = model.cropr_vit(images)
+    expected = torch.stack([smoothed(logits[:, 0]) for logits in base.auxiliary_logits])
+    torch.testing.assert_close(outputs.main_loss, smoothed(outputs.logits).detach(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(outputs.auxiliary_losses, expected.detach(), rtol=0, atol=1e-5)
+
+
+def test_multi_label_is_binary_cross_entropy():
+    model = classifier(use_auxiliary_heads=True, problem_type="multi_label_classification").train()
+    labels = torch.tensor([[1, 0, 1, 0, 0], [0, 0, 0, 0, 0]])
+    outputs = model(make_images(), labels=labels)
+    probabilities = outputs.logits.sigmoid()
+    expected = -(labels * probabilities.log() + (1 - labels) * (1 - probabilities).log()).mean()
+    torch.testing.assert_close(outputs.main_loss, expected.detach(), rtol=0, atol=1e-5)
+    assert outputs.auxiliary_losses.shape == (3,)
+
+
+def test_ignored_labels_do_not_count():
+    model = classifier(use_auxiliary_heads=True).train()
+    images = make_images(3)
+    ignored = model(images, labels=torch.tensor([2, -100, 1]))
+    alone = model(images[[0, 2]], labels=torch.tensor([2, 1]))
+    torch.testing.assert_close(ignored.loss, alone.loss, rtol=0, atol=1e-5)
+
+
+def test_training_without_heads_warns_once_and_names_the_switch(log_records):
+    model = classifier().train()
+    for _ in range(3):
+        model(make_images(), labels=torch.tensor([0, 1]))
+    messages = [record.getMessage() for record in log_records]
+    assert len(messages) == 1 and "`use_auxiliary_heads=True`" in messages[0]
+
+
+@pytest.mark.parametrize(("name", "heads"), [("plain", True), ("unpruned", False), ("random", False)])
+def test_right_use_logs_nothing(name, heads, log_records):
+    model = classifier(name, use_auxiliary_heads=heads)
+    model(make_images(), labels=torch.tensor([0, 1]))
+    model.train()(make_images(), labels=torch.tensor([0, 1])).loss.backward()
+    assert log_records == []
+
+
+# Stochastic depth and dropout
+
+
+def test_drop_path_keeps_the_expectation_and_drops_whole_images():
+    drop_path = CroprViTDropPath(0.25).train()
+    dropped = drop_path(torch.ones(8000, 2, 3))
+    by_image = dropped.flatten(1)
+    assert (by_image == by_image[:, :1]).all()
+    assert dropped.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
+    # 5 standard deviations of the mean of 8000 draws
+    assert dropped.mean().item() == pytest.approx(1.0, abs=5 * math.sqrt(0.25 / 0.75 / 8000))
+    tokens = torch.ones(4, 2, 3)
+    assert drop_path.eval()(tokens) is tokens
+
+
+def test_drop_path_rates_grow_and_spare_the_last_block_of_a_pruned_model():
+    def rates(name):
+        model = CroprViTModel(tiny_config(name, drop_path_rate=0.4))
+        return [layer.drop_path.rate for layer in model.layers]
+
+    assert rates("unpruned") == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+    assert rates("plain") == pytest.approx([0, 0.1, 0.2, 0.3, 0])
+
+
+def test_dropout_acts_in_training_only():
+    model = classifier("unpruned", hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.3, drop_path_rate=0.3)
+    images = make_images()
+    assert torch.equal(model(images).logits, model(images).logits)
+    model.train()
+    assert not torch.equal(model(images).logits, model(images).logits)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("plain", (2, 1, 32, 32), r"has 1 channels, the model takes 3; convert"),
+        ("plain", (2, 3, 32, 30), r"is 32 x 30, not a multiple of the patch size 8; resize or pad"),
+        ("plain", (2, 3, 0, 32), r"is 0 x 32"),
+        ("plain", (2, 3, 16, 16), r"A pruning rate of 2 at 3 modules leaves -3 of 4 patch tokens"),
+        ("schedule", (2, 3, 16, 16), r"keeps 10 patch tokens after block 2, but the input has only 4"),
+        ("plain", (3, 32, 32), r"\(3, 32, 32\).*\(batch, channels, height, width\)"),
+    ],
+)
+def test_wrong_images_raise_value_error(task, name, shape, message):
+    with pytest.raises(ValueError, match=message):
+        build(task, name)(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("labels", "overrides", "message"),
+    [
+        (torch.tensor([0, 5]), {}, r"between 0 and 5; they must be in \[0, 4\], or -100"),
+        (torch.tensor([-1, 0]), {}, r"between -1 and 0"),
+        (torch.tensor([0, 1, 2]), {}, r"the shape \(3,\); it must be \(2,\)"),
+        (torch.tensor([[0], [1]]), {}, r"the shape \(2, 1\); it must be \(2,\)"),
+        (torch.rand(2, 4), {}, r"the shape \(2, 4\).*classes\) = \(2, 5\)"),
+        (torch.rand(2), {}, r"the shape \(2,\).*\(2, 5\)"),
+        (torch.tensor([0, 1]), {"problem_type": "multi_label_classification"}, r"the shape \(2,\).*\(2, 5\)"),
+    ],
+)
+@pytest.mark.parametrize("training", [False, True])
+def test_wrong_labels_raise_value_error(labels, overrides, message, training):
+    model = classifier(use_auxiliary_heads=True, **overrides).train(training)
+    with pytest.raises(ValueError, match=message):
+        model(make_images(), labels=labels)
+
+
+# Pinned numbers
+
+
+def fill_with_ramps(model: PreTrainedModel) -> None:
+    """Weights that no initialisation code can change: sine waves whose phase is the position in the sorted names."""
+    with torch.no_grad():
+        for phase, (name, parameter) in enumerate(sorted(model.named_parameters())):
+            wave = torch.sin(torch.arange(parameter.numel(), dtype=torch.float64) * 0.7 + 1.3 * phase)
+            scale = 1.0 if name.endswith(("queries", "cls_token", "position_embeddings")) else 0.3
+            offset = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            parameter.copy_((offset + scale * wave).view(parameter.shape))
+
+
+def ramp_images():
+    ramp = torch.arange(2 * 3 * 32 * 32, dtype=torch.float64)
+    return (torch.cos(ramp * 0.01) + 0.5 * torch.sin(ramp * 0.37)).view(2, 3, 32, 32).float()
+
+
+# Recorded on 22 November 2026; the same in float64. A change of these numbers changes what checkpoints mean.
+GOLDEN = {
+    "plain": {
+        "pruned_after_block": [
+            [5, 5, 5, 1, 3, 1, 5, 2, 5, 2, 5, 5, 1, 3, 5, 5],
+            [5, 5, 5, 1, 3, 1, 5, 2, 5, 2, 5, 5, 1, 3, 5, 5],
+        ],
+        "logits": [
+            [1.012092, -0.864578, 1.224851, -0.38845, 0.359384],
+            [1.012796, -0.865744, 1.226286, -0.389919, 0.360643],
+        ],
+        "main_loss": 2.789464,
+        "auxiliary_losses": [1.854229, 1.856903, 2.60199],
+        "loss": 9.102586,
+    },
+    "rope_registers": {
+        "pruned_after_block": [
+            [3, 2, 3, 2, 5, 1, 5, 1, 5, 5, 5, 5, 5, 1, 5, 5],
+            [5, 2, 5, 5, 1, 1, 5, 5, 5, 5, 5, 2, 5, 1, 3, 3],
+        ],
+        "logits": [
+            [0.186335, 0.979619, 1.184873, 0.688907, -0.200665],
+            [0.176493, 0.972857, 1.185465, 0.69648, -0.190899],
+        ],
+        "main_loss": 1.459115,
+        "auxiliary_losses": [2.998465, 3.264566, 3.29222],
+        "loss": 11.014366,
+    },
+    "all_scorer_options": {
+        "pruned_after_block": [
+            [5, 5, 1, 3, 1, 2, 5, 2, 5, 5, 3, 1, 5, 5, 5, 5],
+            [5, 5, 1, 3, 1, 2, 5, 2, 5, 5, 3, 1, 5, 5, 5, 5],
+        ],
+        "logits": [
+            [1.007549, -0.860213, 1.221384, -0.386452, 0.359185],
+            [1.008235, -0.861459, 1.222985, -0.388145, 0.36069],
+        ],
+        "main_loss": 2.783973,
+        "auxiliary_losses": [3.911259, 4.128788, 3.586141],
+        "loss": 14.410161,
+    },
+}
+
+
+@pytest.mark.parametrize("name", ["plain", "rope_registers", "all_scorer_options"])
+def test_pinned_numbers(name):
+    model = CroprViTForImageClassification(tiny_config(name, use_auxiliary_heads=True))
+    fill_with_ramps(model)
+    outputs = model.train()(ramp_images(), labels=torch.tensor([1, 3]), output_pruning=True)
+    expected = GOLDEN[name]
+    assert outputs.pruned_after_block.tolist() == expected["pruned_after_block"]
+    for key in ("logits", "main_loss", "auxiliary_losses", "loss"):
+        torch.testing.assert_close(outputs[key].detach(), torch.tensor(expected[key]), rtol=1e-6, atol=1e-5)
+    model.eval().remove_auxiliary_heads()
+    torch.testing.assert_close(model(ramp_images()).logits, torch.tensor(expected["logits"]), rtol=0, atol=1e-5)
+
+
+def test_output_fields_keep_their_order():
+    """Position 0 is what pipelines read."""
+    assert next(iter(CroprViTModelOutput.__dataclass_fields__)) == "last_hidden_state"
