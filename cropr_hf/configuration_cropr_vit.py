@@ -21,6 +21,7 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
 
 
@@ -324,6 +325,8 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
         for length in [size] if isinstance(size, int) else size:
             if length < self.patch_size or length % self.patch_size:
                 raise ValueError(f"`image_size` {size} is not a multiple of `patch_size` {self.patch_size}.")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"`hidden_act` is {self.hidden_act!r}; choose one of {', '.join(sorted(ACT2FN))}.")
         if self.pooling not in POOLING_MODES:
             raise ValueError(f"`pooling` is {self.pooling!r}; choose one of {', '.join(POOLING_MODES)}.")
         if "cls" in self.pooling and not self.use_cls_token:
@@ -354,6 +357,8 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"`problem_type` is {problem_type!r}; image classification here is 'single_label_classification' "
                 "(also for soft targets) or 'multi_label_classification'."
             )
+        if problem_type == "multi_label_classification" and self.label_smoothing > 0:
+            raise ValueError("`label_smoothing` is of single-label classification; set it to 0 for several labels.")
 
     def validate_token_reduction(self):
         """Checks of the pruning fields and of the schedule at `image_size`."""

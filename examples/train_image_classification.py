@@ -40,7 +40,7 @@ from transformers import logging as transformers_logging
 from transformers.trainer_utils import get_last_checkpoint
 
 from cropr_hf import CroprViTConfig, CroprViTForImageClassification
-from cropr_hf.training import CroprTrainer, layer_decay_optimizer
+from cropr_hf.training import CroprTrainer, PruningCurriculum, layer_decay_optimizer
 
 
 logger = transformers_logging.get_logger("transformers.examples.train_image_classification")
@@ -105,6 +105,7 @@ class RecipeArguments(TrainingArguments):
     learning_rate: float = argument(1e-3, "Peak learning rate of the head.")
     weight_decay: float = argument(0.05, "Of matrices; vectors, prefix tokens and positions have none.")
     layer_decay: float = argument(0.75, "Factor of the learning rate per block, from the head down.")
+    pruning_curriculum: float = argument(0.0, "Share of the training over which pruning grows from nothing; 0 is off.")
     lr_scheduler_type: str = argument("cosine_with_min_lr", "Learning-rate schedule.")
     lr_scheduler_kwargs: dict | str | None = field(default_factory=lambda: {"min_lr": 1e-6})
     warmup_steps: float = argument(0.1, "Steps of linear warm-up, or their share if below 1.")
@@ -274,6 +275,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         ),
         optimizer_cls_and_kwargs=layer_decay_optimizer(model, training_args, training_args.layer_decay),
     )
+    if training_args.pruning_curriculum > 0 and model.config.token_reducer is not None:
+        trainer.add_callback(PruningCurriculum(training_args.pruning_curriculum))
     if training_args.do_train:
         checkpoint = training_args.resume_from_checkpoint
         if checkpoint is not None and checkpoint.lower() in ("true", "last"):

@@ -121,7 +121,10 @@ class TestTrainImageClassification:
         command = digits_command(tiny_vit, tmp_path / "out", num_train_epochs=1, train_dir=str(tmp_path / "images"))
         del command[2:4]  # the data set name
         example("train_image_classification").main(command)
-        assert AutoModelForImageClassification.from_pretrained(tmp_path / "out").config.id2label == {0: "cat", 1: "dog"}
+        assert AutoModelForImageClassification.from_pretrained(tmp_path / "out").config.id2label == {
+            0: "cat",
+            1: "dog",
+        }
 
     def test_wrong_arguments_say_what_to_do(self, example, tiny_vit, tmp_path):
         script = example("train_image_classification")
@@ -162,7 +165,7 @@ def test_evaluation_in_a_fresh_process_with_picture(example, tiny_vit, tmp_path)
 def test_the_demo_prints_its_table(tiny_vit, tmp_path):
     """The workflow of `make demo` with a random ViT and a handful of images."""
     command = [sys.executable, str(EXAMPLES / "demo.py"), "--pretrained", tiny_vit, "--output_dir", str(tmp_path)]
-    command += ["--pruning_rate", "10", "--train_images", "64", "--test_images", "32", "--epochs", "1"]
+    command += ["--pruning_schedule", "30", "20", "15", "15", "--train_images", "64", "--test_images", "32"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     rows = re.findall(r"^\| (\S+) \| ([\d.]+) % \| (\d+) of 36 \|", result.stdout, flags=re.MULTILINE)

@@ -7,7 +7,13 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from cropr_hf import CroprViTConfig, CroprViTForImageClassification
-from cropr_hf.training import CroprTrainer, layer_decay_groups, layer_decay_optimizer
+from cropr_hf.training import (
+    CroprTrainer,
+    PruningCurriculum,
+    curriculum_schedule,
+    layer_decay_groups,
+    layer_decay_optimizer,
+)
 from cropr_hf.training.optimizer import layer_of
 
 
@@ -207,3 +213,44 @@ class TestStockTrainer:
         trainer.train()
         assert sum(losses(trainer, "main_loss")[-8:]) / 8 < 0.5
         assert sum(losses(trainer, "auxiliary_loss_2")[-8:]) / 8 < 0.9
+
+
+class TestPruningCurriculum:
+    def test_the_schedule_grows_in_steps_of_eight_to_the_configured_one(self):
+        config = CroprViTConfig.from_size("large", pruning_rate=8)
+        final = config.kept_patches()
+        assert curriculum_schedule(config, 0.0) == [196] * 24
+        assert curriculum_schedule(config, 1.0) == final
+        before = curriculum_schedule(config, 0.0)
+        for progress in (0.1, 0.35, 0.5, 0.75, 0.99):
+            schedule = curriculum_schedule(config, progress)
+            assert config.kept_patches(pruning=schedule) == schedule  # possible for this model
+            assert all(now <= earlier for now, earlier in zip(schedule, before))
+            assert all(kept == 196 or (kept - last) % 8 == 0 for kept, last in zip(schedule, final))
+            before = schedule
+
+    def test_a_resumed_run_repeats_the_uninterrupted_one(self, tmp_path):
+        def trainer(folder) -> Trainer:
+            args = training_arguments(folder, save_strategy="steps", save_steps=4)
+            return Trainer(
+                tiny_model(pruning_rate=5), args, train_dataset=ColouredSquares(), callbacks=[PruningCurriculum(0.8)]
+            )
+
+        whole = trainer(tmp_path / "whole")
+        counts = []
+
+        class Watch(TrainerCallback):
+            def on_step_begin(self, args, state, control, model=None, **kwargs):
+                counts.append(model.config.kept_patches(pruning=model.cropr_vit.pruning)[-1])
+
+        whole.add_callback(Watch())
+        whole.train()
+        assert counts[0] == 16 and counts[-1] == 5 and sorted(counts, reverse=True) == counts
+        assert whole.model.cropr_vit.pruning is None
+        resumed = trainer(tmp_path / "resumed")
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-8"))
+        assert losses(resumed) == losses(whole)
+
+    def test_shares_out_of_range_are_errors(self):
+        with pytest.raises(ValueError, match=r"1\.5"):
+            PruningCurriculum(1.5)

@@ -1,0 +1,59 @@
+"""Pruning that starts gently, for routers that start cold (section 4.2 of the paper: segmentation)."""
+
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..configuration_cropr_vit import CroprViTConfig
+
+
+TOKEN_MULTIPLE = 8
+
+
+def curriculum_schedule(config: CroprViTConfig, progress: float) -> list[int]:
+    """Patch tokens kept after each block when pruning has grown to a share of what is configured.
+
+    While it grows, token counts differ from the final ones by multiples of 8, so that there are few different ones.
+
+    Args:
+        config: its schedule at `image_size` is the final one.
+        progress: in [0, 1], where 0 keeps every token and 1 is the final schedule.
+    """
+    schedule = []
+    for kept in config.kept_patches():
+        still_kept = (1.0 - progress) * (config.num_patches - kept)
+        rounded = -int(-still_kept // TOKEN_MULTIPLE) * TOKEN_MULTIPLE  # up
+        schedule.append(min(kept + rounded, config.num_patches))
+    return schedule
+
+
+class PruningCurriculum(TrainerCallback):
+    """Grows pruning linearly from nothing to the configured schedule, then leaves it there.
+
+    The schedule is a function of the step alone, so that a resumed run goes on where it stopped. The configuration,
+    and with it every checkpoint, holds the final schedule.
+
+    Args:
+        share: share of the training steps over which pruning grows, in (0, 1]; half of them in the paper.
+
+    Raises:
+        `ValueError`: for a share out of range.
+    """
+
+    def __init__(self, share: float = 0.5):
+        if not 0 < share <= 1:
+            raise ValueError(f"`share` is {share}; it must be in (0, 1], such as 0.5 for half of the training.")
+        self.share = share
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Sets the schedule of the coming step."""
+        progress = state.global_step / (self.share * state.max_steps)
+        model.set_pruning(curriculum_schedule(model.config, progress) if progress < 1 else None)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Leaves the model with its configured schedule, also after an early stop."""
+        model.set_pruning(None)
