@@ -113,15 +113,20 @@ def compare(
     return timings
 
 
+def speed_ratio(timing: Timing, other: Timing) -> tuple[float, float]:
+    """How many times faster `timing` is than `other`: median over rounds, and half the interquartile range."""
+    ratios = [seconds / own for seconds, own in zip(other.seconds, timing.seconds)]
+    lower, median, upper = statistics.quantiles(ratios, n=4, method="inclusive")
+    return median, (upper - lower) / 2
+
+
 def _summarize(timings: dict[str, Timing], reference: str) -> float:
     """Sets speed-ups and spreads; returns the largest relative standard error."""
     errors = []
     for timing in timings.values():
-        ratios = [base / own for base, own in zip(timings[reference].seconds, timing.seconds)]
-        lower, timing.speedup, upper = statistics.quantiles(ratios, n=4, method="inclusive")
-        timing.spread = (upper - lower) / 2
-        deviation = (upper - lower) / 1.349  # of a normal distribution
-        errors.append(1.253 * deviation / len(ratios) ** 0.5 / timing.speedup)
+        timing.speedup, timing.spread = speed_ratio(timing, timings[reference])
+        deviation = 2 * timing.spread / 1.349  # of a normal distribution
+        errors.append(1.253 * deviation / len(timing.seconds) ** 0.5 / timing.speedup)
     return max(errors)
 
 
@@ -220,7 +225,7 @@ def run(args: BenchmarkArguments) -> dict[str, Any]:
         "patches_kept": config.kept_patches(),
         "multiply_add_bound": bound,
         "share_of_bound": timings["cropr"].speedup / bound,
-        "share_of_random": timings["cropr"].speedup / timings["random"].speedup,
+        "share_of_random": speed_ratio(timings["cropr"], timings["random"]),
         "rounds": len(timings[UNPRUNED].seconds),
         "results": {
             name: {
@@ -241,7 +246,7 @@ def format_table(record: dict[str, Any]) -> str:
     lines += [
         "",
         f"multiply-add bound {record['multiply_add_bound']:.2f}; Cropr reaches {record['share_of_bound']:.2f} of it, "
-        f"and {record['share_of_random']:.3f} of the random pruner's throughput",
+        f"and {record['share_of_random'][0]:.3f} ± {record['share_of_random'][1]:.3f} of the random pruner's throughput",
         f"{record['rounds']} rounds; {record['machine']}; torch {record['versions']['torch']}, transformers "
         f"{record['versions']['transformers']}",
     ]
