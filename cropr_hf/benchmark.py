@@ -243,10 +243,11 @@ def format_table(record: dict[str, Any]) -> str:
     lines = ["| model | images/s | speed-up | ± half IQR |", "| --- | ---: | ---: | ---: |"]
     for name, row in record["results"].items():
         lines.append(f"| {name} | {row['images_per_second']:.2f} | {row['speedup']:.2f} | {row['spread']:.3f} |")
+    share, spread = record["share_of_random"]
     lines += [
         "",
         f"multiply-add bound {record['multiply_add_bound']:.2f}; Cropr reaches {record['share_of_bound']:.2f} of it, "
-        f"and {record['share_of_random'][0]:.3f} ± {record['share_of_random'][1]:.3f} of the random pruner's throughput",
+        f"and {share:.3f} ± {spread:.3f} of the random pruner's throughput",
         f"{record['rounds']} rounds; {record['machine']}; torch {record['versions']['torch']}, transformers "
         f"{record['versions']['transformers']}",
     ]
