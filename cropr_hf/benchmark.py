@@ -142,7 +142,13 @@ def pruning_candidates(config: CroprViTConfig) -> dict[str, torch.nn.Module]:
 def transformers_twin(config: CroprViTConfig) -> ViTForImageClassification | None:
     """Transformers' own ViT of the same size, if the configuration is that of a ViT."""
     is_vit = config.use_cls_token and config.use_absolute_position_embeddings and config.rope_theta is None
-    if not is_vit or config.use_gated_mlp or config.num_register_tokens or config.layerscale_value is not None:
+    if (
+        not is_vit
+        or config.use_gated_mlp
+        or config.use_mlp_norm
+        or config.num_register_tokens
+        or config.layerscale_value is not None
+    ):
         return None
     names = ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size"]
     names += ["patch_size", "num_channels", "hidden_act", "num_labels"]
@@ -216,6 +222,7 @@ def run(args: BenchmarkArguments) -> dict[str, Any]:
             args.tolerance,
             synchronize,
         )
+    config = models["cropr"].config  # type: ignore[assignment]
     bound = multiply_adds(models[UNPRUNED].config) / multiply_adds(config)  # type: ignore[arg-type]
     machine = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
     return {

@@ -14,6 +14,7 @@
 """Configuration of a plain vision transformer with token pruning."""
 
 # No `from __future__ import annotations` here: it would switch the type checks of `@strict` off.
+import difflib
 from collections.abc import Sequence
 from dataclasses import fields
 from itertools import pairwise
@@ -77,7 +78,8 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
         pruning_rate (`int`, *optional*): patch tokens removed by each module, R in the paper. One module follows
             every block but the last (but the last two with fusion). 8 when no schedule is given either.
         pruning_schedule (`list[int]`, *optional*): patch tokens kept after each block, one entry per block; a module
-            stands where the number falls, so the last entry (the last two with fusion) repeats the one before.
+            stands where the number falls, so the last entry (the last two with fusion) repeats the one before. Entries
+            before the first module stand for all tokens, whatever the image size.
         last_layer_fusion (`bool`): put the pruned tokens back before the last block (section 3.3 of the paper).
         align_first_module (`bool`): with a CLS token, the first module of `pruning_rate` removes one token more, so
             that the sequence length, CLS included, stays a multiple of 4 or 8 (197 -> 188 -> 180 ...).
@@ -173,11 +175,19 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
         self.set_output_features_output_indices(
             out_features=kwargs.pop("out_features", None), out_indices=kwargs.pop("out_indices", None)
         )
+        self._check_unknown(kwargs)
         super().__post_init__(**kwargs)
         # `@strict` runs these as well, but wraps what they raise; here a wrong value is a plain `ValueError`.
         self.validate_backbone()
         self.validate_training()
         self.validate_token_reduction()
+
+    def _check_unknown(self, kwargs: dict[str, Any]) -> None:
+        """Transformers keeps unknown keywords as attributes; one that looks like a field is a mistake."""
+        own = [field.name for field in fields(self)]
+        for name in kwargs.keys() - self.attribute_map.keys():
+            if near := difflib.get_close_matches(name, own, n=1, cutoff=0.9):
+                raise ValueError(f"`{name}` is not a field of {type(self).__name__}; did you mean `{near[0]}`?")
 
     @classmethod
     def from_size(cls, size: str, **kwargs: Any) -> "CroprViTConfig":
@@ -196,8 +206,15 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
 
         What `kwargs` say about pruning replaces the stored rate and schedule, and another depth the stored stages.
         """
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ValueError(
+                f"This is the configuration of a model of type {model_type!r}, not {cls.model_type!r}; `from_vit` of "
+                "the models starts from another family."
+            )
         names = {field.name for field in fields(cls)} - {field.name for field in fields(PreTrainedConfig)}
-        overrides = {name: kwargs.pop(name) for name in (names | {"problem_type"}) & kwargs.keys()}
+        names |= {"problem_type", *cls.attribute_map}
+        overrides = {cls.attribute_map.get(name, name): kwargs.pop(name) for name in names & kwargs.keys()}
         replaced: set[str] = set()
         pruning = {"pruning_rate", "pruning_schedule"}
         if pruning & overrides.keys() or overrides.get("token_reducer", "") is None:
@@ -298,7 +315,7 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
                         f"{remaining} there; use a larger image, or `set_pruning` with a schedule for this size."
                     )
                 remaining = entry
-            elif entry < (self.num_patches if block == 1 else schedule[block - 2]):
+            elif block > 1 and entry < schedule[block - 2]:
                 raise ValueError(
                     f"The pruning schedule {schedule} falls after block {block}, where there is no module; modules "
                     f"follow the blocks {modules}."

@@ -47,9 +47,12 @@ def save_for_hub(
         shutil.copyfile(file, os.path.join(save_directory, Path(file).name))
     if image_processor is not None:
         image_processor.save_pretrained(save_directory)
-    previous = getattr(model.config, "auto_map", None)
+    own_map = vars(model.config).get("auto_map")
     model.config.auto_map = AUTO_MAP
     try:
         model.save_pretrained(save_directory, **kwargs)
     finally:
-        model.config.auto_map = previous
+        if own_map is None:
+            del model.config.auto_map  # a stored null would not load
+        else:
+            model.config.auto_map = own_map

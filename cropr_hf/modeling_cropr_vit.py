@@ -21,8 +21,9 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from operator import index
 from typing import Any
 
 import torch
@@ -138,6 +139,11 @@ class CroprViTEmbeddings(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
         """(B, channels, height, width) -> (B, prefix + rows * columns, D), and (rows, columns)."""
+        if not pixel_values.is_floating_point():
+            raise ValueError(
+                f"`pixel_values` are {pixel_values.dtype}; give normalised floating-point values, as image processors "
+                "return them."
+            )
         if pixel_values.dim() != 4:
             raise ValueError(
                 f"`pixel_values` has the shape {tuple(pixel_values.shape)}; it must be (batch, channels, height, "
@@ -432,15 +438,19 @@ class CroprViTPreTrainedModel(PreTrainedModel):
                 configured schedule.
 
         Raises:
-            `ValueError`: when the model does not prune, or the schedule is impossible at `config.image_size`.
+            `ValueError`: when the model does not prune, the rate is impossible at `config.image_size`, or the schedule
+                is impossible at any size (at the size of an image, `forward` checks it).
         """
         if self.config.token_reducer is None:
             raise ValueError(
                 "The model has no token reducer; load it with `token_reducer='cropr'` and train it, or use 'random'."
             )
-        self.config.kept_patches(pruning=pruning)
-        runtime_pruning = pruning if pruning is None or isinstance(pruning, int) else list(pruning)
-        self.base_model.pruning = runtime_pruning  # type: ignore[assignment]
+        runtime: int | list[int] | None = None
+        if pruning is not None:
+            runtime = _whole_numbers(pruning)
+            largest = 0 if isinstance(runtime, int) else max(runtime, default=0)
+            self.config.kept_patches(max(largest, self.config.num_patches), runtime)
+        self.base_model.pruning = runtime  # type: ignore[assignment]
 
     def remove_auxiliary_heads(self) -> None:
         """Turns the model in memory into the stripped one, which gives the same outputs in evaluation."""
@@ -501,21 +511,38 @@ class CroprViTPreTrainedModel(PreTrainedModel):
         except SafetensorError as error:
             raise ValueError(f"The weights in {path} are damaged or truncated ({error}); save them again.") from error
         model, info = loaded
-        model._check_loaded(path, info["missing_keys"], wanted_heads)
+        # New reducers are usual if they will be trained, a new head if the folder holds a model of another class.
+        new_parts = ["token_reducers."] if wanted_heads and not stored_heads else []
+        if stored.get("architectures") != [cls.__name__]:
+            new_parts.append("head")
+        model._check_loaded(path, info, new_parts)
         if wanted_heads and not stored_heads:
             model.add_auxiliary_heads()
         elif stored_heads and not wanted_heads:
             model.remove_auxiliary_heads()
         return (model, info) if return_info else model
 
-    def _check_loaded(self, path: str | os.PathLike, missing_keys: Sequence[str], trainable: bool) -> None:
-        """A new task head is usual, new token reducers are if they will be trained; a new backbone is an error."""
+    def _check_loaded(self, path: str | os.PathLike, info: dict[str, Any], new_parts: Sequence[str]) -> None:
+        """Raises `ValueError` for weights that should have been in the checkpoint.
+
+        Args:
+            path: of the checkpoint.
+            info: the loading report of Transformers.
+            new_parts: what may be new: `"token_reducers."`, and `"head"` for all outside the base model.
+        """
         prefix = "" if self.base_model is self else self.base_model_prefix + "."
-        names = sorted(name for name in missing_keys if name.startswith(prefix))
-        names = [name for name in names if not (trainable and "token_reducers." in name)]
-        if names:
+        resized = [entry if isinstance(entry, str) else entry[0] for entry in info.get("mismatched_keys", ())]
+        resized = sorted(name for name in resized if name.startswith(prefix) and "token_reducers." not in name)
+        if resized:
             raise ValueError(
-                f"The checkpoint {path} lacks {len(names)} weights of the model, such as {', '.join(names[:3])}: "
+                f"The checkpoint {path} has other shapes for {', '.join(resized[:3])}; only a task head can be "
+                "replaced. Leave the fields of the backbone as they are; the model interpolates positions by itself."
+            )
+        missing = [name for name in info["missing_keys"] if "head" not in new_parts or name.startswith(prefix)]
+        missing = sorted(name for name in missing if not any(part in name for part in new_parts))
+        if missing:
+            raise ValueError(
+                f"The checkpoint {path} lacks {len(missing)} weights of the model, such as {', '.join(missing[:3])}: "
                 "it is incomplete, belongs to another configuration, or is not a Cropr ViT (`from_vit` starts from "
                 "other ViTs). New token reducers need `use_auxiliary_heads=True`, and training."
             )
@@ -573,6 +600,19 @@ class CroprViTPreTrainedModel(PreTrainedModel):
             _replace_files(staging, save_directory, weights_variant=kwargs.get("variant"))
 
 
+def _whole_numbers(pruning: Any) -> int | list[int]:
+    """A rate or schedule as plain integers; also takes those of NumPy."""
+    try:
+        if isinstance(pruning, (bool, str)):
+            raise TypeError
+        return [index(kept) for kept in pruning] if isinstance(pruning, Iterable) else index(pruning)
+    except TypeError as error:
+        raise ValueError(
+            f"Pruning is {pruning!r}; give patch tokens removed per module, or a list of patch tokens kept after each "
+            "block, as whole numbers."
+        ) from error
+
+
 HUB_ARGUMENTS = ("repo_id", "commit_message", "private", "token", "create_pr", "revision")
 
 
@@ -615,6 +655,9 @@ def _upload(folder: str, repo_id: str, private: bool | None = None, token: Any =
 def _replace_files(source: str, target: str, weights_variant: str | None) -> None:
     """Moves a saved model over an older one so that no mixture of the two can be loaded: without config, then with."""
     config_name = "config.json"
+    if not os.path.exists(os.path.join(source, config_name)):  # adapters alone: the model beside them stays
+        shutil.copytree(source, target, dirs_exist_ok=True)
+        return
     if os.path.exists(os.path.join(target, config_name)):
         os.remove(os.path.join(target, config_name))
     shutil.rmtree(os.path.join(target, TRAINING_CONFIG_FOLDER), ignore_errors=True)
@@ -806,6 +849,12 @@ class CroprViTForImageClassification(CroprViTPreTrainedModel):
         outputs = self.cropr_vit(pixel_values, output_pruning=output_pruning, **kwargs)
         logits = self.classifier(outputs.pooler_output)
         loss = main_loss = auxiliary_losses = None
+        if labels is None and outputs.auxiliary_logits is not None and not torch.compiler.is_compiling():
+            logger.warning_once(
+                "The model is in training mode without `labels`, so that nothing trains its scorers. If the Trainer "
+                "computes the loss (`label_smoothing_factor`, `compute_loss_func`), leave that to the model: "
+                "`config.label_smoothing`."
+            )
         if labels is not None:
             self._check_labels(labels, batch_size=len(logits))
             loss = main_loss = self.classification_loss(logits, labels)
@@ -831,7 +880,7 @@ class CroprViTForImageClassification(CroprViTPreTrainedModel):
             logits = logits.flatten(0, 1)
         if self.config.problem_type == "multi_label_classification":
             return F.binary_cross_entropy_with_logits(logits.float(), labels.float())
-        labels = labels.float() if labels.is_floating_point() else labels
+        labels = labels.float() if labels.is_floating_point() else labels.long()
         return F.cross_entropy(logits.float(), labels, label_smoothing=self.config.label_smoothing)
 
     def _check_labels(self, labels: torch.Tensor, batch_size: int) -> None:
@@ -843,7 +892,17 @@ class CroprViTForImageClassification(CroprViTPreTrainedModel):
                 "Load it with `use_auxiliary_heads=True` to train them."
             )
         multi_label = self.config.problem_type == "multi_label_classification"
+        if self.num_labels < 2 and not multi_label:
+            raise ValueError(
+                f"The loss over {self.num_labels} class is always 0; set `num_labels` to 2 or more, or `problem_type` "
+                "to 'multi_label_classification'."
+            )
         if labels.is_floating_point() or multi_label:
+            if labels.min() < 0 or labels.max() > 1:
+                raise ValueError(
+                    f"Soft or multi-label `labels` are between {labels.min().item()} and {labels.max().item()}; they "
+                    "must be in [0, 1]."
+                )
             if labels.shape != (batch_size, self.num_labels):
                 raise ValueError(
                     f"Soft or multi-label `labels` have the shape {tuple(labels.shape)}; it must be (batch size, "

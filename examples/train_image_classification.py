@@ -26,7 +26,7 @@ from typing import Any
 import evaluate
 import numpy as np
 import torch
-from datasets import DatasetDict, Image, load_dataset
+from datasets import ClassLabel, DatasetDict, Image, load_dataset
 from torchvision.transforms import v2
 from transformers import (
     AutoConfig,
@@ -39,7 +39,7 @@ from transformers import (
 from transformers import logging as transformers_logging
 from transformers.trainer_utils import get_last_checkpoint
 
-from cropr_hf import CroprViTConfig, CroprViTForImageClassification
+from cropr_hf import TOKEN_REDUCERS, CroprViTConfig, CroprViTForImageClassification
 from cropr_hf.training import CroprTrainer, PruningCurriculum, layer_decay_optimizer
 
 
@@ -47,6 +47,7 @@ logger = transformers_logging.get_logger("transformers.examples.train_image_clas
 
 ACCURACY = str(Path(__file__).parent / "metrics" / "accuracy" / "accuracy.py")
 CLUTTERED_DIGITS = "cluttered_digits"
+BICUBIC = 3  # of Pillow, and of the transforms below
 
 
 def argument(default: Any, text: str) -> Any:
@@ -70,7 +71,7 @@ class ModelArguments:
     drop_path_rate: float = argument(0.2, "Stochastic depth of the last but one block.")
     label_smoothing: float = argument(0.1, "Of the main and the auxiliary losses.")
     ignore_mismatched_sizes: bool = argument(False, "Accept another number of classes in a Cropr checkpoint.")
-    revision: str = argument("main", "Branch, tag or commit on the Hub.")
+    revision: str | None = argument(None, "Branch, tag or commit on the Hub.")
     token: str | None = argument(None, "Hub token for private models and data sets.")
 
 
@@ -136,6 +137,8 @@ def load_images(args: DataArguments, token: str | None, seed: int) -> DatasetDic
         images = load_dataset("imagefolder", data_files=files)
     else:
         raise ValueError("Name the images: --dataset_name, or --train_dir.")
+    if "train" not in images:
+        raise ValueError(f"The data set has no split 'train', only {', '.join(images)}; choose another.")
     missing = {args.image_column_name, args.label_column_name} - set(images["train"].column_names)
     if missing:
         raise ValueError(
@@ -151,6 +154,26 @@ def load_images(args: DataArguments, token: str | None, seed: int) -> DatasetDic
     return images.cast_column(args.image_column_name, Image(mode="RGB"))
 
 
+def get_label_names(images: DatasetDict, column: str) -> list[str]:
+    """Names of the classes, in the order of their numbers.
+
+    Raises:
+        `ValueError`: when the column does not name its classes.
+    """
+    feature = images["train"].features[column]
+    if not isinstance(feature, ClassLabel):
+        raise ValueError(
+            f"The column {column!r} holds {feature}, not class labels; give the data set a `datasets.ClassLabel` "
+            "column (`images.class_encode_column`), or name another by --label_column_name."
+        )
+    return feature.names
+
+
+def hub_arguments(args: ModelArguments) -> dict[str, str]:
+    """Those of `revision` and `token` that are given."""
+    return {name: value for name in ("revision", "token") if (value := getattr(args, name)) is not None}
+
+
 def load_model(args: ModelArguments, label_names: list[str]) -> CroprViTForImageClassification:
     """A prunable model from a Cropr checkpoint or from another pretrained ViT, with one output per label."""
     given = ("token_reducer", "pruning_rate", "pruning_schedule", "last_layer_fusion")
@@ -161,40 +184,56 @@ def load_model(args: ModelArguments, label_names: list[str]) -> CroprViTForImage
     overrides |= {
         "drop_path_rate": args.drop_path_rate,
         "label_smoothing": args.label_smoothing,
-        "use_auxiliary_heads": args.token_reducer in (None, "cropr"),
         "id2label": dict(enumerate(label_names)),
         "label2id": {name: index for index, name in enumerate(label_names)},
     }
-    hub = {"revision": args.revision, "token": args.token}
-    if is_cropr_checkpoint(args.model_name_or_path, **hub):
+    hub = hub_arguments(args)
+    stored = cropr_config(args.model_name_or_path, **hub)
+    if stored is not None:
+        reducer = TOKEN_REDUCERS.get(overrides.get("token_reducer", stored.token_reducer))
+        overrides["use_auxiliary_heads"] = reducer is not None and reducer.has_auxiliary_heads
         return CroprViTForImageClassification.from_pretrained(
             args.model_name_or_path, ignore_mismatched_sizes=args.ignore_mismatched_sizes, **overrides, **hub
         )
     return CroprViTForImageClassification.from_vit(args.model_name_or_path, **overrides, **hub)
 
 
-def is_cropr_checkpoint(name_or_path: str, **hub: Any) -> bool:
-    """Whether a folder or repository holds a Cropr ViT."""
+def cropr_config(name_or_path: str, **hub: Any) -> CroprViTConfig | None:
+    """The configuration of a Cropr ViT; `None` if the folder or repository holds something else."""
     try:
-        return AutoConfig.from_pretrained(name_or_path, **hub).model_type == CroprViTConfig.model_type
+        config = AutoConfig.from_pretrained(name_or_path, **hub)
     except (OSError, ValueError):  # a timm model has no Transformers configuration
-        return False
+        return None
+    return config if config.model_type == CroprViTConfig.model_type else None
 
 
 def load_image_processor(args: ModelArguments, config: CroprViTConfig) -> Any:
-    """The image processor of the source model, for the input size of the new one."""
+    """An image processor with the normalisation of the source model, for the input size of the new one."""
+    name = args.image_processor_name or args.model_name_or_path
     try:
-        processor = AutoImageProcessor.from_pretrained(
-            args.image_processor_name or args.model_name_or_path, revision=args.revision, token=args.token
-        )
+        processor = AutoImageProcessor.from_pretrained(name, **hub_arguments(args))
         mean, std = processor.image_mean, processor.image_std
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(
-            f"{args.model_name_or_path} has no image processor with a mean and a standard deviation; name another "
-            "model's by --image_processor_name."
-        ) from error
+    except (OSError, ValueError, AttributeError) as error:  # timm models have none
+        normalization = timm_normalization(name)
+        if normalization is None:
+            raise ValueError(
+                f"{name} has no image processor with a mean and a standard deviation; name another model's by "
+                "--image_processor_name."
+            ) from error
+        mean, std = normalization
     height, width = (length * config.patch_size for length in config.grid_size)
-    return ViTImageProcessor(size={"height": height, "width": width}, image_mean=mean, image_std=std)
+    size = {"height": height, "width": width}
+    return ViTImageProcessor(size=size, image_mean=mean, image_std=std, resample=BICUBIC)
+
+
+def timm_normalization(name: str) -> tuple[list[float], list[float]] | None:
+    """Mean and standard deviation of a pretrained model of timm, if it is one."""
+    try:
+        import timm
+    except ImportError:
+        return None
+    pretrained = timm.get_pretrained_cfg(name.split("/")[-1], allow_unregistered=True)
+    return None if pretrained is None else (list(pretrained.mean), list(pretrained.std))
 
 
 def build_transforms(args: DataArguments, processor: Any) -> tuple[v2.Compose, v2.Compose]:
@@ -257,7 +296,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     set_seed(training_args.seed)
 
     images = load_images(data_args, model_args.token, training_args.seed)
-    label_names = images["train"].features[data_args.label_column_name].names
+    label_names = get_label_names(images, data_args.label_column_name)
     model = load_model(model_args, label_names)
     processor = load_image_processor(model_args, model.config)
     apply_transforms(images, data_args, processor)

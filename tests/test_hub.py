@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from transformers import ViTImageProcessor
+from transformers import AutoModelForImageClassification, ViTImageProcessor
 
 from cropr_hf import CroprViTConfig, CroprViTForImageClassification
 from cropr_hf.hub import AUTO_MAP, save_for_hub
@@ -74,6 +74,13 @@ def test_it_runs_without_the_package(model, tmp_path):
         torch.testing.assert_close(results["AutoModel"], model.cropr_vit(pixels).last_hidden_state)
     again = CroprViTForImageClassification.from_pretrained(tmp_path / "again")
     assert not again.config.use_auxiliary_heads
+
+
+def test_a_later_ordinary_save_loads(model, tmp_path):
+    save_for_hub(model, tmp_path / "hub")
+    model.save_pretrained(tmp_path / "plain")
+    assert "auto_map" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+    AutoModelForImageClassification.from_pretrained(tmp_path / "plain")
 
 
 def test_foreign_reducers_are_refused(model, tmp_path):

@@ -720,3 +720,59 @@ def test_pinned_numbers(name):
 def test_output_fields_keep_their_order():
     """Position 0 is what pipelines read."""
     assert next(iter(CroprViTModelOutput.__dataclass_fields__)) == "last_hidden_state"
+
+
+def test_set_pruning_for_another_image_size():
+    """A schedule says for itself what it keeps; only the image can be too small for it."""
+    model = build("classification", "schedule")
+    for side, schedule in ((24, [9, 8, 6, 6, 6]), (64, [64, 50, 40, 40, 40])):
+        model.set_pruning(schedule)
+        with torch.no_grad():
+            blocks = model(make_images(height=side, width=side), output_pruning=True).pruned_after_block
+        assert (blocks == model.config.num_hidden_layers).sum(dim=1).tolist() == [schedule[-1]] * 2
+    with pytest.raises(ValueError, match="has only 16"):
+        model(make_images())
+
+
+@pytest.mark.parametrize("pruning", [8.0, True, "8", [8.5] * 5, {"rate": 2}])
+def test_pruning_that_is_no_whole_number_is_an_error(pruning):
+    with pytest.raises(ValueError, match="whole numbers"):
+        build("classification", "plain").set_pruning(pruning)
+
+
+def test_flex_attention_equals_eager():
+    """Forward only: flex attention has no backward on a CPU. Flash attention needs a GPU."""
+    model = build("classification", "rope_registers")
+    with torch.no_grad():
+        flex = type(model)(tiny_config("rope_registers"))
+        flex.load_state_dict(model.state_dict())
+        flex.set_attn_implementation("flex_attention")
+        model.set_attn_implementation("eager")
+        images = make_images()
+        torch.testing.assert_close(flex.eval()(images).logits, model(images).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"pixel_values": torch.zeros(2, 3, 32, 32, dtype=torch.uint8)}, "normalised"),
+        ({"labels": torch.full((2, NUM_LABELS), 200.0)}, r"\[0, 1\]"),
+        ({"labels": torch.full((2, NUM_LABELS), -0.5)}, r"\[0, 1\]"),
+    ],
+)
+def test_raw_pixels_and_impossible_targets_are_errors(inputs, message):
+    with pytest.raises(ValueError, match=message):
+        build("classification", "plain")(**{"pixel_values": make_images(), **inputs})
+
+
+def test_a_single_class_is_an_error_only_with_labels():
+    model = build("classification", "plain", num_labels=1)
+    assert model(make_images()).logits.shape == (2, 1)
+    with pytest.raises(ValueError, match="num_labels"):
+        model(make_images(), labels=torch.zeros(2, dtype=torch.long))
+
+
+def test_class_indices_of_any_integer_type():
+    model, images = build("classification", "plain"), make_images()
+    losses = [model(images, labels=torch.tensor([0, 3], dtype=dtype)).loss for dtype in (torch.long, torch.int32)]
+    assert losses[0] == losses[1]

@@ -710,3 +710,25 @@ def test_save_pretrained_with_push_to_hub_uploads_stripped_files(folder, kwargs,
 def test_only_our_models_override_saving():
     assert CroprViTForImageClassification.save_pretrained is not PreTrainedModel.save_pretrained
     assert CroprViTForImageClassification.push_to_hub is PreTrainedModel.push_to_hub
+
+
+def test_backbone_weights_of_another_shape_are_not_replaced(tmp_path):
+    make_model(CroprViTForImageClassification, tiny_config()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="position_embeddings"):
+        CroprViTForImageClassification.from_pretrained(tmp_path, image_size=48, ignore_mismatched_sizes=True)
+
+
+def test_a_classifier_without_its_head_is_incomplete(tmp_path):
+    model = make_model(CroprViTForImageClassification, tiny_config())
+    weights = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("classifier")}
+    model.save_pretrained(tmp_path, state_dict=weights)
+    with pytest.raises(ValueError, match=r"classifier\.bias"):
+        CroprViTForImageClassification.from_pretrained(tmp_path)
+
+
+def test_a_complete_checkpoint_without_its_queries_is_incomplete(tmp_path):
+    model = trainable()
+    weights = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("queries")}
+    model.save_pretrained(tmp_path, state_dict=weights, strip_auxiliary_heads=False)
+    with pytest.raises(ValueError, match="queries"):
+        CroprViTForImageClassification.from_pretrained(tmp_path)

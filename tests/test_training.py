@@ -152,6 +152,12 @@ class TestLossParts:
         trainer.train()
         assert losses(trainer, "main_loss") == pytest.approx(losses(trainer), abs=1e-3)
 
+    def test_losses_that_bypass_the_model_are_refused(self, tmp_path):
+        with pytest.raises(ValueError, match="label_smoothing"):
+            CroprTrainer(tiny_model(), training_arguments(tmp_path, label_smoothing_factor=0.1))
+        with pytest.raises(ValueError, match="compute_loss_func"):
+            CroprTrainer(tiny_model(), training_arguments(tmp_path), compute_loss_func=lambda *args, **kwargs: 0)
+
 
 class TestStockTrainer:
     def test_a_resumed_run_repeats_the_uninterrupted_one(self, tmp_path):

@@ -11,10 +11,18 @@ class CroprTrainer(Trainer):
 
     Beside `loss` stand `main_loss` and one `auxiliary_loss_<block>` per Cropr module, each the mean over the steps
     (and processes) since the last log.
+
+    Raises:
+        `ValueError`: when the Trainer, and not the model, would compute the loss.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        if self.args.label_smoothing_factor > 0 or self.compute_loss_func is not None:
+            raise ValueError(
+                "`label_smoothing_factor` and `compute_loss_func` take the labels away from the model, and with them "
+                "the auxiliary losses; use `label_smoothing` of the model's configuration, or the plain `Trainer`."
+            )
         self._loss_parts: dict[str, torch.Tensor] = {}
         self._num_losses = 0
 
