@@ -80,7 +80,7 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
         pruning_schedule (`list[int]`, *optional*): patch tokens kept after each block, one entry per block; a module
             stands where the number falls, so the last entry (the last two with fusion) repeats the one before. Entries
             before the first module stand for all tokens, whatever the image size.
-        last_layer_fusion (`bool`): put the pruned tokens back before the last block (section 3.3 of the paper).
+        last_layer_fusion (`bool`): put the pruned tokens back before the last block (Last Layer Fusion in the paper).
         align_first_module (`bool`): with a CLS token, the first module of `pruning_rate` removes one token more, so
             that the sequence length, CLS included, stays a multiple of 4 or 8 (197 -> 188 -> 180 ...).
         num_queries (`int`): queries per module, N in the paper.

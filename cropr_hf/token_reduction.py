@@ -70,7 +70,7 @@ def gather_tokens(tokens: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
 
 
 def score_tokens(hidden_states: torch.Tensor, query: torch.Tensor, pre_norm: bool = False) -> torch.Tensor:
-    """Scores of the router: a = X q, the attention logits summed over queries and heads (section 3.1).
+    """Scores of the router: a = X q, the attention logits summed over queries and heads.
 
     Computed in float32 under any dtype or autocast, so that low precision ranks tokens nearly as float32 does.
 
@@ -112,7 +112,7 @@ def select_tokens(
 
 
 def aggregate_tokens(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Cross-attention of the aggregator: Z = softmax(Q Kᵀ / √d) V, heads concatenated (section 3.1).
+    """Cross-attention of the aggregator: Z = softmax(Q Kᵀ / √d) V, heads concatenated.
 
     A fused kernel computes the same logits again rather than keep N x T of them: the sum over queries that scores
     need is `score_tokens`.
@@ -177,7 +177,7 @@ class TokenState:
         )
 
     def fuse(self) -> TokenState:
-        """Last Layer Fusion (section 3.3): every pruned token, as it was when pruned, back at its place."""
+        """Last Layer Fusion: every pruned token, as it was when pruned, back at its place."""
         if not self.pruned:
             return self
         states = [self, *(state for _, state in self.pruned)]
@@ -368,7 +368,7 @@ class FoldedScorer(nn.Module):
 
 
 class Router(nn.Module):
-    """Scorer and selector (section 3.1): decides which tokens stay."""
+    """Scorer and selector: decides which tokens stay."""
 
     def __init__(self, config: CroprViTConfig):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Who may import whom (style anchors, section 4), read from the source without importing it."""
+"""Who may import whom, read from the source without importing it."""
 
 import ast
 import sys

@@ -367,7 +367,7 @@ def test_golden_numbers_of_a_module_worked_out_by_hand():
 
 
 def reference_scores(scorer, tokens, num_heads, pre_norm):
-    """Raw attention logits of section 1 of the specification, head by head and query by query, summed (float64)."""
+    """Raw attention logits as the paper defines them, head by head and query by query, summed (float64)."""
     weight = {name: parameter.detach().double() for name, parameter in scorer.named_parameters()}
     tokens, queries = tokens.double(), weight["queries"]
     if pre_norm:

@@ -1,4 +1,4 @@
-"""Pruning that starts gently, for routers that start cold (section 4.2 of the paper: segmentation)."""
+"""Pruning that starts gently, for routers that start cold (as the paper trains segmentation)."""
 
 from typing import Any
 
