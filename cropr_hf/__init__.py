@@ -12,7 +12,13 @@ from .modeling_cropr_vit import (
     CroprViTModel,
     CroprViTPreTrainedModel,
 )
-from .token_reduction import TOKEN_REDUCERS, TokenReducer, TokenState, register_token_reducer
+from .token_reduction import (
+    TOKEN_REDUCERS,
+    TokenReducer,
+    TokenState,
+    has_auxiliary_heads,
+    register_token_reducer,
+)
 from .version import __version__
 
 
@@ -31,5 +37,6 @@ __all__ = [
     "TokenReducer",
     "TokenState",
     "__version__",
+    "has_auxiliary_heads",
     "register_token_reducer",
 ]

@@ -44,13 +44,13 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_cropr_vit import CroprViTConfig
 from .token_reduction import (
-    TOKEN_REDUCERS,
     AuxiliaryClassifier,
     FoldedScorer,
     Scorer,
     TokenReducer,
     TokenState,
     build_token_reducers,
+    has_auxiliary_heads,
     strip_state_dict,
 )
 
@@ -497,8 +497,7 @@ class CroprViTPreTrainedModel(PreTrainedModel):
         reducer_name = stored.get("token_reducer", CroprViTConfig.token_reducer)
         reducer_name = config.token_reducer if config else kwargs.get("token_reducer", reducer_name)
         # A complete checkpoint can be loaded with another reducer, which has no place for its heads.
-        has_place = reducer_name in TOKEN_REDUCERS and TOKEN_REDUCERS[reducer_name].has_auxiliary_heads
-        stored_heads = stored.get("use_auxiliary_heads", False) and has_place
+        stored_heads = stored.get("use_auxiliary_heads", False) and has_auxiliary_heads(reducer_name)
         wanted_heads = kwargs.pop("use_auxiliary_heads", config.use_auxiliary_heads if config else stored_heads)
         if config is None:
             kwargs["use_auxiliary_heads"] = stored_heads

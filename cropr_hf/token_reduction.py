@@ -197,9 +197,8 @@ class TokenState:
 
     def pruning_map(self, num_blocks: int) -> torch.Tensor:
         """Block after which each patch was pruned, `num_blocks` if it never was: (B, patches in raster order)."""
-        states = [(num_blocks, self), *self.pruned]
-        length = sum(state.hidden_states.shape[1] for _, state in states)
-        batch_size = self.hidden_states.shape[0]
+        batch_size, length = self.hidden_states.shape[:2]
+        length += sum(state.num_patches for _, state in self.pruned)
         blocks = self.token_indices.new_full((batch_size, length), num_blocks)
         for block, state in self.pruned:
             blocks = blocks.scatter(1, state.token_indices, block)
@@ -260,6 +259,11 @@ def register_token_reducer(reducer: ReducerType) -> ReducerType:
     if TOKEN_REDUCERS.setdefault(reducer.name, reducer) is not reducer:
         raise ValueError(f"A token reducer named {reducer.name!r} is registered already; choose another name.")
     return reducer
+
+
+def has_auxiliary_heads(token_reducer: str | None) -> bool:
+    """Whether models with this `config.token_reducer` can have auxiliary heads; `False` for an unknown name."""
+    return token_reducer in TOKEN_REDUCERS and TOKEN_REDUCERS[token_reducer].has_auxiliary_heads
 
 
 def build_token_reducers(config: CroprViTConfig) -> nn.ModuleDict:

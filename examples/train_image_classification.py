@@ -39,7 +39,7 @@ from transformers import (
 from transformers import logging as transformers_logging
 from transformers.trainer_utils import get_last_checkpoint
 
-from cropr_hf import TOKEN_REDUCERS, CroprViTConfig, CroprViTForImageClassification
+from cropr_hf import CroprViTConfig, CroprViTForImageClassification, has_auxiliary_heads
 from cropr_hf.training import CroprTrainer, PruningCurriculum, layer_decay_optimizer
 
 
@@ -190,8 +190,8 @@ def load_model(args: ModelArguments, label_names: list[str]) -> CroprViTForImage
     hub = hub_arguments(args)
     stored = cropr_config(args.model_name_or_path, **hub)
     if stored is not None:
-        reducer = TOKEN_REDUCERS.get(overrides.get("token_reducer", stored.token_reducer))
-        overrides["use_auxiliary_heads"] = reducer is not None and reducer.has_auxiliary_heads
+        reducer = overrides.get("token_reducer", stored.token_reducer)
+        overrides["use_auxiliary_heads"] = has_auxiliary_heads(reducer)
         return CroprViTForImageClassification.from_pretrained(
             args.model_name_or_path, ignore_mismatched_sizes=args.ignore_mismatched_sizes, **overrides, **hub
         )

@@ -29,7 +29,7 @@ from ..modeling_cropr_vit import (
     CroprViTModel,
     CroprViTPreTrainedModel,
 )
-from ..token_reduction import TOKEN_REDUCERS
+from ..token_reduction import has_auxiliary_heads
 from . import hf, timm
 from .table import Recipe, Weights, audit_weights, convert_weights
 
@@ -168,8 +168,7 @@ def _build_config(
         fields.pop("out_features", None)
     config = config_class(**fields)
     if "use_auxiliary_heads" not in overrides and not issubclass(cls, (CroprViTModel, CroprViTBackbone)):
-        reducer = TOKEN_REDUCERS.get(config.token_reducer or "")
-        config.use_auxiliary_heads = reducer is not None and reducer.has_auxiliary_heads
+        config.use_auxiliary_heads = has_auxiliary_heads(config.token_reducer)
     return config
 
 
