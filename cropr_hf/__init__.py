@@ -3,12 +3,19 @@
 Importing the package registers its models with the Auto classes.
 """
 
-from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForSemanticSegmentation,
+)
 
 from .configuration_cropr_vit import CroprViTConfig
 from .modeling_cropr_vit import (
     CroprViTBackbone,
     CroprViTForImageClassification,
+    CroprViTForSemanticSegmentation,
     CroprViTModel,
     CroprViTPreTrainedModel,
 )
@@ -25,6 +32,7 @@ from .version import __version__
 AutoConfig.register(CroprViTConfig.model_type, CroprViTConfig, exist_ok=True)
 AutoModel.register(CroprViTConfig, CroprViTModel, exist_ok=True)
 AutoModelForImageClassification.register(CroprViTConfig, CroprViTForImageClassification, exist_ok=True)
+AutoModelForSemanticSegmentation.register(CroprViTConfig, CroprViTForSemanticSegmentation, exist_ok=True)
 AutoBackbone.register(CroprViTConfig, CroprViTBackbone, exist_ok=True)
 
 __all__ = [
@@ -32,6 +40,7 @@ __all__ = [
     "CroprViTBackbone",
     "CroprViTConfig",
     "CroprViTForImageClassification",
+    "CroprViTForSemanticSegmentation",
     "CroprViTModel",
     "CroprViTPreTrainedModel",
     "TokenReducer",

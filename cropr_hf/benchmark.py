@@ -20,12 +20,20 @@ from transformers import HfArgumentParser, ViTConfig, ViTForImageClassification
 from transformers.utils import logging
 
 from .configuration_cropr_vit import CroprViTConfig
-from .modeling_cropr_vit import CroprViTForImageClassification
+from .modeling_cropr_vit import (
+    CroprViTForImageClassification,
+    CroprViTForSemanticSegmentation,
+    CroprViTPreTrainedModel,
+)
 
 
 logger = logging.get_logger(__name__)
 
 UNPRUNED = "unpruned"
+TASKS: dict[str, type[CroprViTPreTrainedModel]] = {
+    "image_classification": CroprViTForImageClassification,
+    "semantic_segmentation": CroprViTForSemanticSegmentation,
+}
 
 
 def multiply_adds(config: CroprViTConfig, num_patches: int | None = None) -> int:
@@ -130,13 +138,15 @@ def _summarize(timings: dict[str, Timing], reference: str) -> float:
     return max(errors)
 
 
-def pruning_candidates(config: CroprViTConfig) -> dict[str, torch.nn.Module]:
-    """The stripped model of `config`, its unpruned twin, and a random pruner with the same schedule."""
+def pruning_candidates(
+    config: CroprViTConfig, task: str = "image_classification"
+) -> dict[str, CroprViTPreTrainedModel]:
+    """The stripped model of `config` for one of `TASKS`, its unpruned twin, and a random pruner of its schedule."""
     fields = config.to_dict() | {"use_auxiliary_heads": False}
     unpruned = fields | {"token_reducer": None, "pruning_rate": None, "pruning_schedule": None}
     configs = {UNPRUNED: unpruned, "cropr": fields | {"token_reducer": "cropr"}}
     configs["random"] = fields | {"token_reducer": "random"}
-    return {name: CroprViTForImageClassification(CroprViTConfig(**fields)) for name, fields in configs.items()}
+    return {name: TASKS[task](CroprViTConfig(**fields)) for name, fields in configs.items()}
 
 
 def transformers_twin(config: CroprViTConfig) -> ViTForImageClassification | None:
@@ -161,7 +171,8 @@ class BenchmarkArguments:
 
     Attributes:
         model_name_or_path: a Cropr checkpoint whose configuration to time; else `size` and `config`.
-        size: a standard ViT: tiny, small, base, large or huge.
+        size: of `CroprViTConfig.from_size`, such as large or eva02_large.
+        task: image_classification or semantic_segmentation, if there is no checkpoint that says.
         pruning_rate: patch tokens removed per module.
         image_size: height and width in pixels.
         config: further configuration fields, as JSON.
@@ -174,6 +185,7 @@ class BenchmarkArguments:
 
     model_name_or_path: str | None = None
     size: str = "large"
+    task: str = "image_classification"
     pruning_rate: int | None = None
     image_size: int | None = None
     config: str = "{}"
@@ -194,15 +206,26 @@ def _config_from(args: BenchmarkArguments) -> CroprViTConfig:
             overrides[name] = getattr(args, name)
     if args.model_name_or_path is not None:
         return CroprViTConfig.from_pretrained(args.model_name_or_path, **overrides)
-    return CroprViTConfig.from_size(args.size, **{"num_labels": 1000, **overrides})
+    defaults = (
+        {"num_labels": 1000} if args.task == "image_classification" else {"num_labels": 150, "num_queries": None}
+    )
+    return CroprViTConfig.from_size(args.size, **{**defaults, **overrides})
+
+
+def _task_of(args: BenchmarkArguments, config: CroprViTConfig) -> str:
+    if args.task not in TASKS:
+        raise ValueError(f"The task is {args.task!r}; choose one of {', '.join(TASKS)}.")
+    stored = getattr(config, "architectures", None) or []
+    return next((task for task, model_class in TASKS.items() if model_class.__name__ in stored), args.task)
 
 
 def run(args: BenchmarkArguments) -> dict[str, Any]:
     """Runs the comparison and returns the record: settings, versions, speed-ups, multiply-add bound."""
     config = _config_from(args)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    models: dict[str, torch.nn.Module] = pruning_candidates(config)
-    if (twin := transformers_twin(config)) is not None:
+    task = _task_of(args, config)
+    models: dict[str, torch.nn.Module] = dict(pruning_candidates(config, task))
+    if task == "image_classification" and (twin := transformers_twin(config)) is not None:
         models["transformers ViT"] = twin
     height, width = (rows * config.patch_size for rows in config.grid_size)
     pixels = torch.randn(args.batch_size, config.num_channels, height, width, device=device, dtype=dtype)

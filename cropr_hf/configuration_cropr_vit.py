@@ -31,8 +31,17 @@ ROPE_COORDINATES = ("index", "centered")
 PROBLEM_TYPES = (None, "single_label_classification", "multi_label_classification")
 DEFAULT_PRUNING_RATE = 8
 
-# Sizes of the original ViT and DeiT papers.
-VIT_SIZES = {
+# Sizes of the original ViT and DeiT papers, and of EVA-02 as timm has it.
+EVA02: dict[str, Any] = {
+    "patch_size": 14,
+    "hidden_act": "silu",
+    "use_gated_mlp": True,
+    "rope_theta": 10000.0,
+    "key_bias": False,
+    "pooling": "patch_mean",
+    "interpolate_antialias": True,
+}
+SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3, "intermediate_size": 768},
     "small": {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "intermediate_size": 1536},
     "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
@@ -43,6 +52,36 @@ VIT_SIZES = {
         "num_attention_heads": 16,
         "intermediate_size": 5120,
         "patch_size": 14,
+    },
+    "eva02_tiny": {
+        **EVA02,
+        "hidden_size": 192,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 3,
+        "intermediate_size": 512,
+    },
+    "eva02_small": {
+        **EVA02,
+        "hidden_size": 384,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 6,
+        "intermediate_size": 1024,
+    },
+    "eva02_base": {
+        **EVA02,
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "intermediate_size": 2048,
+        "use_mlp_norm": True,
+    },
+    "eva02_large": {
+        **EVA02,
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "intermediate_size": 2730,
+        "use_mlp_norm": True,
     },
 }
 
@@ -83,7 +122,8 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
         last_layer_fusion (`bool`): put the pruned tokens back before the last block (Last Layer Fusion in the paper).
         align_first_module (`bool`): with a CLS token, the first module of `pruning_rate` removes one token more, so
             that the sequence length, CLS included, stays a multiple of 4 or 8 (197 -> 188 -> 180 ...).
-        num_queries (`int`): queries per module, N in the paper.
+        num_queries (`int`, *optional*): queries per module, N in the paper. `None` is one per patch of `image_size`,
+            as semantic segmentation trains them.
         scorer_num_heads (`int`), scorer_query_projection, scorer_key_projection, scorer_pre_norm (`bool`),
         aggregator_value_projection (`bool`), aggregator_mlp_ratio (`float`, *optional*; `None` is no MLP): the
             cross-attention variants of the paper's ablation; the defaults are its best and simplest values.
@@ -94,6 +134,7 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
         auxiliary_loss_weight (`float`): weight of the sum of the auxiliary losses.
         label_smoothing (`float`, in [0, 1)): of the main and the auxiliary classification losses. (The argument of
             `TrainingArguments` would take the labels away from the model, and with them the auxiliary losses.)
+        semantic_loss_ignore_index (`int`): label of pixels that semantic segmentation leaves out of its losses.
 
     Raises:
         `ValueError` when a value is out of range or two fields contradict; the `StrictDataclassError` of
@@ -154,7 +195,7 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
     pruning_schedule: list[int] | tuple[int, ...] | None = None
     last_layer_fusion: bool = True
     align_first_module: bool = True
-    num_queries: int = 1
+    num_queries: int | None = 1
     scorer_num_heads: int = 1
     scorer_query_projection: bool = False
     scorer_key_projection: bool = False
@@ -165,6 +206,7 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
     use_auxiliary_heads: bool = False
     auxiliary_loss_weight: float | int = 1.0
     label_smoothing: float | int = 0.0
+    semantic_loss_ignore_index: int = 255
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
@@ -191,14 +233,15 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @classmethod
     def from_size(cls, size: str, **kwargs: Any) -> "CroprViTConfig":
-        """A ViT of a standard size: `"tiny"`, `"small"`, `"base"`, `"large"` or `"huge"`; `kwargs` override fields.
+        """A ViT (`"tiny"`, `"small"`, `"base"`, `"large"`, `"huge"`) or EVA-02 (`"eva02_tiny"`, `"eva02_small"`,
+        `"eva02_base"`, `"eva02_large"`) of a standard size; `kwargs` override fields.
 
         Raises:
             `ValueError`: for another size.
         """
-        if size not in VIT_SIZES:
-            raise ValueError(f"Unknown size {size!r}; choose one of {', '.join(VIT_SIZES)}, or give the fields.")
-        return cls(**{**VIT_SIZES[size], **kwargs})
+        if size not in SIZES:
+            raise ValueError(f"Unknown size {size!r}; choose one of {', '.join(SIZES)}, or give the fields.")
+        return cls(**{**SIZES[size], **kwargs})
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
@@ -327,7 +370,7 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
         """Checks of the plain ViT, across fields."""
         positive = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size")
         for name in (*positive, "num_channels", "rope_reference_grid", "num_queries", "scorer_num_heads"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least 1.")
         if self.num_register_tokens < 0:
             raise ValueError(f"`num_register_tokens` is {self.num_register_tokens}; it must be 0 or more.")

@@ -16,6 +16,7 @@ AUTO_MAP = {
     "AutoModel": "modeling_cropr_vit.CroprViTModel",
     "AutoBackbone": "modeling_cropr_vit.CroprViTBackbone",
     "AutoModelForImageClassification": "modeling_cropr_vit.CroprViTForImageClassification",
+    "AutoModelForSemanticSegmentation": "modeling_cropr_vit.CroprViTForSemanticSegmentation",
 }
 
 

@@ -13,25 +13,16 @@
 # limitations under the License.
 """A plain vision transformer that prunes tokens between its blocks, and its task heads."""
 
-import copy
-import inspect
-import json
 import math
 import os
-import re
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from operator import index
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
-from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
@@ -43,21 +34,20 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_cropr_vit import CroprViTConfig
+from .saving import StrippableModel
 from .token_reduction import (
     AuxiliaryClassifier,
     FoldedScorer,
     Scorer,
-    TokenReducer,
     TokenState,
     build_token_reducers,
     has_auxiliary_heads,
-    strip_state_dict,
+    resample_grid,
 )
 
 
 logger = logging.get_logger(__name__)
 
-TRAINING_CONFIG_FOLDER = "training_config"
 Rotation = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -85,12 +75,12 @@ class CroprViTModelOutput(ModelOutput):
 
 
 @dataclass
-class CroprViTImageClassifierOutput(ModelOutput):
-    """Output of `CroprViTForImageClassification`; what belongs to training alone is `None` in evaluation.
+class CroprViTTaskOutput(ModelOutput):
+    """Output of the task classes; what belongs to training alone is `None` in evaluation.
 
     Attributes:
         loss: main loss + `config.auxiliary_loss_weight` * sum of the auxiliary losses, with labels.
-        logits: (B, C)
+        logits: (B, C) of images, (B, C, rows, columns) of label maps (see `CroprViTForSemanticSegmentation`).
         main_loss: loss of `logits`, detached, in training.
         auxiliary_losses: (modules,), detached, in training with auxiliary heads.
         pruned_after_block, hidden_states, attentions: see `CroprViTModelOutput`.
@@ -135,7 +125,7 @@ class CroprViTEmbeddings(nn.Module):
         """The position table (1, rows * columns, D) for a grid, from the one for `config.image_size`."""
         if grid_size == self.config.grid_size:
             return table
-        return resample_positions(table, self.config.grid_size, grid_size, self.config.interpolate_antialias)
+        return resample_grid(table, self.config.grid_size, grid_size, self.config.interpolate_antialias)
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
         """(B, channels, height, width) -> (B, prefix + rows * columns, D), and (rows, columns)."""
@@ -170,16 +160,6 @@ class CroprViTEmbeddings(nn.Module):
         prefix = [token for token in (self.cls_token, self.register_tokens) if token is not None]
         tokens = torch.cat([*(token.expand(len(patches), -1, -1) for token in prefix), patches], dim=1)
         return self.dropout(tokens), grid_size
-
-
-def resample_positions(
-    table: torch.Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int], antialias: bool
-) -> torch.Tensor:
-    """Bicubic interpolation of a position table (1, old rows * old columns, D) to another grid, in float32."""
-    # (1, rows * columns, D) -> (1, D, rows, columns) and back
-    grid = table.float().unflatten(1, old_grid).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, size=new_grid, mode="bicubic", align_corners=False, antialias=antialias)
-    return grid.flatten(2).transpose(1, 2).to(table.dtype)
 
 
 class CroprViTRotaryEmbedding(nn.Module):
@@ -389,12 +369,8 @@ OWN_WEIGHTS = (
 )
 
 
-class CroprViTPreTrainedModel(PreTrainedModel):
-    """Loading, saving and initialisation of all `CroprViT*` models.
-
-    Weights are stored in two forms: complete (queries, aggregators, auxiliary heads) or stripped (one vector per
-    module). `config.use_auxiliary_heads` says which one a model or a folder holds; loading and saving convert.
-    """
+class CroprViTPreTrainedModel(StrippableModel):
+    """What all `CroprViT*` models share: initialisation, the pruning schedule, the sum of losses, and saving."""
 
     config: CroprViTConfig
     base_model_prefix = "cropr_vit"
@@ -452,151 +428,33 @@ class CroprViTPreTrainedModel(PreTrainedModel):
             self.config.kept_patches(max(largest, self.config.num_patches), runtime)
         self.base_model.pruning = runtime  # type: ignore[assignment]
 
-    def remove_auxiliary_heads(self) -> None:
-        """Turns the model in memory into the stripped one, which gives the same outputs in evaluation."""
-        for module in self.modules():
-            if isinstance(module, TokenReducer):
-                module.remove_auxiliary_heads()
-        self.config.use_auxiliary_heads = False
+    def _sum_losses(self, main_loss: torch.Tensor, auxiliary_losses: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The loss fields of `CroprViTTaskOutput`, from the main loss and one auxiliary loss per module."""
+        losses = {"loss": main_loss}
+        if self.training:
+            losses["main_loss"] = main_loss.detach()
+        if auxiliary_losses:
+            stacked = torch.stack(auxiliary_losses)
+            losses["loss"] = main_loss + self.config.auxiliary_loss_weight * stacked.sum()
+            losses["auxiliary_losses"] = stacked.detach()
+        return losses
 
-    def add_auxiliary_heads(self) -> None:
-        """Makes a stripped model trainable: new heads, and queries whose sum is the folded vector (same ranking).
-
-        A model that has heads keeps them.
-
-        Raises:
-            `ValueError`: when the token reducer has no auxiliary heads.
-        """
-        reducers = [module for module in self.modules() if isinstance(module, TokenReducer)]
-        if not any(reducer.has_auxiliary_heads for reducer in reducers):
-            raise ValueError(
-                f"The token reducer {self.config.token_reducer!r} has no auxiliary heads to add; "
-                "`token_reducer='cropr'` has."
-            )
-        if self.config.use_auxiliary_heads:
+    def _warn_untrained(self, labels: torch.Tensor | None, auxiliary_logits: tuple[torch.Tensor, ...] | None) -> None:
+        """Says once, in training, that nothing trains the scorers, if that is so."""
+        if not self.training or torch.compiler.is_compiling():
             return
-        self.config.use_auxiliary_heads = True
-        for reducer in reducers:
-            reducer.add_auxiliary_heads(self.config, lambda module: module.apply(self._init_weights))
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
-        """Loads a folder or a Hub repository; see `PreTrainedModel.from_pretrained`.
-
-        `use_auxiliary_heads=True` makes a stripped checkpoint trainable again, `False` strips a complete one.
-
-        Raises:
-            `ValueError`: when the checkpoint is of another model type, is truncated, or lacks weights of the backbone.
-        """
-        path = pretrained_model_name_or_path
-        if path is None:
-            return super().from_pretrained(path, *model_args, config=config, **kwargs)
-        stored = _stored_config(path, kwargs)
-        if config is not None and not isinstance(config, PreTrainedConfig):
-            config = CroprViTConfig.from_pretrained(config)
-        reducer_name = stored.get("token_reducer", CroprViTConfig.token_reducer)
-        reducer_name = config.token_reducer if config else kwargs.get("token_reducer", reducer_name)
-        # A complete checkpoint can be loaded with another reducer, which has no place for its heads.
-        stored_heads = stored.get("use_auxiliary_heads", False) and has_auxiliary_heads(reducer_name)
-        wanted_heads = kwargs.pop("use_auxiliary_heads", config.use_auxiliary_heads if config else stored_heads)
-        if config is None:
-            kwargs["use_auxiliary_heads"] = stored_heads
-        elif config.use_auxiliary_heads != stored_heads:
-            config = copy.deepcopy(config)
-            config.use_auxiliary_heads = stored_heads
-        return_info = kwargs.pop("output_loading_info", False)
-        try:
-            loaded: Any = super().from_pretrained(path, *model_args, config=config, output_loading_info=True, **kwargs)
-        except SafetensorError as error:
-            raise ValueError(f"The weights in {path} are damaged or truncated ({error}); save them again.") from error
-        model, info = loaded
-        # New reducers are usual if they will be trained, a new head if the folder holds a model of another class.
-        new_parts = ["token_reducers."] if wanted_heads and not stored_heads else []
-        if stored.get("architectures") != [cls.__name__]:
-            new_parts.append("head")
-        model._check_loaded(path, info, new_parts)
-        if wanted_heads and not stored_heads:
-            model.add_auxiliary_heads()
-        elif stored_heads and not wanted_heads:
-            model.remove_auxiliary_heads()
-        return (model, info) if return_info else model
-
-    def _check_loaded(self, path: str | os.PathLike, info: dict[str, Any], new_parts: Sequence[str]) -> None:
-        """Raises `ValueError` for weights that should have been in the checkpoint.
-
-        Args:
-            path: of the checkpoint.
-            info: the loading report of Transformers.
-            new_parts: what may be new: `"token_reducers."`, and `"head"` for all outside the base model.
-        """
-        prefix = "" if self.base_model is self else self.base_model_prefix + "."
-        resized = [entry if isinstance(entry, str) else entry[0] for entry in info.get("mismatched_keys", ())]
-        resized = sorted(name for name in resized if name.startswith(prefix) and "token_reducers." not in name)
-        if resized:
-            raise ValueError(
-                f"The checkpoint {path} has other shapes for {', '.join(resized[:3])}; only a task head can be "
-                "replaced. Leave the fields of the backbone as they are; the model interpolates positions by itself."
+        if labels is None and auxiliary_logits is not None:
+            logger.warning_once(
+                "The model is in training mode without `labels`, so that nothing trains its scorers. If the Trainer "
+                "computes the loss (`label_smoothing_factor`, `compute_loss_func`), leave that to the model: "
+                "`config.label_smoothing`."
             )
-        missing = [name for name in info["missing_keys"] if "head" not in new_parts or name.startswith(prefix)]
-        missing = sorted(name for name in missing if not any(part in name for part in new_parts))
-        if missing:
-            raise ValueError(
-                f"The checkpoint {path} lacks {len(missing)} weights of the model, such as {', '.join(missing[:3])}: "
-                "it is incomplete, belongs to another configuration, or is not a Cropr ViT (`from_vit` starts from "
-                "other ViTs). New token reducers need `use_auxiliary_heads=True`, and training."
+        learned = has_auxiliary_heads(self.config.token_reducer) and not self.config.use_auxiliary_heads
+        if labels is not None and learned:
+            logger.warning_once(
+                "The model prunes tokens but trains without auxiliary heads, so that its scorers stay as they are. "
+                "Load it with `use_auxiliary_heads=True` to train them."
             )
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        is_main_process: bool = True,
-        state_dict: dict[str, torch.Tensor] | None = None,
-        push_to_hub: bool = False,
-        *args: Any,
-        strip_auxiliary_heads: bool | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Saves for publishing: stripped weights, with `training_config/config.json` to train them again.
-
-        A folder that the Trainer resumes from (`checkpoint-<step>`) gets the complete weights. The model in memory
-        does not change. All files are written beside the old ones first, and `config.json` comes last: an interrupted
-        save leaves the old folder, or one that does not load. See `PreTrainedModel.save_pretrained` for the rest.
-
-        Args:
-            strip_auxiliary_heads: `None` is as above; `True` and `False` decide.
-
-        Raises:
-            `ValueError`: for a distributed checkpoint, which can only be complete.
-        """
-        save_directory = os.fspath(save_directory)
-        if strip_auxiliary_heads is None:
-            folder = os.path.basename(os.path.abspath(save_directory))
-            strip_auxiliary_heads = re.fullmatch(r"checkpoint-\d+", folder) is None
-        strip = strip_auxiliary_heads and self.config.use_auxiliary_heads
-        if strip and kwargs.get("distributed_checkpoint"):
-            raise ValueError("A distributed checkpoint cannot be stripped; pass `strip_auxiliary_heads=False`.")
-        if os.path.isfile(save_directory):
-            raise ValueError(f"{save_directory} is a file; give a folder to save to.")
-        if strip:
-            state_dict = strip_state_dict(self.state_dict() if state_dict is None else state_dict)
-        hub_kwargs = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if push_to_hub and name in kwargs}
-        if not is_main_process:
-            super().save_pretrained(save_directory, False, state_dict, False, *args, **kwargs)
-            return
-
-        os.makedirs(save_directory, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="_saving_", dir=save_directory) as staging:
-            self.config.use_auxiliary_heads = self.config.use_auxiliary_heads and not strip
-            try:
-                super().save_pretrained(staging, True, state_dict, False, *args, **kwargs)
-            finally:
-                self.config.use_auxiliary_heads = self.config.use_auxiliary_heads or strip
-            if strip:
-                _save_training_config(staging, type(self.config))
-            if push_to_hub:
-                folder = os.path.basename(os.path.abspath(save_directory))
-                _upload(staging, hub_kwargs.pop("repo_id", folder), **hub_kwargs)
-            _replace_files(staging, save_directory, weights_variant=kwargs.get("variant"))
 
 
 def _whole_numbers(pruning: Any) -> int | list[int]:
@@ -610,68 +468,6 @@ def _whole_numbers(pruning: Any) -> int | list[int]:
             f"Pruning is {pruning!r}; give patch tokens removed per module, or a list of patch tokens kept after each "
             "block, as whole numbers."
         ) from error
-
-
-HUB_ARGUMENTS = ("repo_id", "commit_message", "private", "token", "create_pr", "revision")
-
-
-def _stored_config(path: str | os.PathLike, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The configuration stored at `path`; raises `ValueError` if there is none, or one of another model type."""
-    names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-    stored, _ = CroprViTConfig.get_config_dict(path, **{name: kwargs[name] for name in names if name in kwargs})
-    model_type = stored.get("model_type")
-    if model_type is None:  # Transformers would go on with default values
-        raise ValueError(
-            f"{path} holds no `config.json` of a model: it is not a saved model, or saving it was interrupted; save "
-            "it again."
-        )
-    if model_type != CroprViTConfig.model_type:
-        raise ValueError(
-            f"{path} holds a model of type {model_type!r}, not {CroprViTConfig.model_type!r}; `from_vit` starts from "
-            "another family."
-        )
-    return stored
-
-
-def _save_training_config(folder: str, config_class: type[PreTrainedConfig]) -> None:
-    """Beside a stripped `config.json`, the same with heads on, and for remote code the file that reads it."""
-    with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
-        stored = json.load(file)
-    training_folder = os.path.join(folder, TRAINING_CONFIG_FOLDER)
-    os.makedirs(training_folder)
-    with open(os.path.join(training_folder, "config.json"), "w", encoding="utf-8") as file:
-        json.dump({**stored, "use_auxiliary_heads": True}, file, indent=2, sort_keys=True)
-    if "auto_map" in stored:
-        shutil.copy(inspect.getfile(config_class), training_folder)
-
-
-def _upload(folder: str, repo_id: str, private: bool | None = None, token: Any = None, **kwargs: Any) -> None:
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs)
-
-
-def _replace_files(source: str, target: str, weights_variant: str | None) -> None:
-    """Moves a saved model over an older one so that no mixture of the two can be loaded: without config, then with."""
-    config_name = "config.json"
-    if not os.path.exists(os.path.join(source, config_name)):  # adapters alone: the model beside them stays
-        shutil.copytree(source, target, dirs_exist_ok=True)
-        return
-    if os.path.exists(os.path.join(target, config_name)):
-        os.remove(os.path.join(target, config_name))
-    shutil.rmtree(os.path.join(target, TRAINING_CONFIG_FOLDER), ignore_errors=True)
-    variant = f"\\.{re.escape(weights_variant)}" if weights_variant else ""
-    stale = re.compile(rf"model(\.safetensors\.index)?{variant}(-\d{{5}}-of-\d{{5}})?\.(safetensors|json)")
-    for name in os.listdir(target):
-        if stale.fullmatch(name):
-            os.remove(os.path.join(target, name))
-    for folder, _, names in os.walk(source):
-        destination = os.path.join(target, os.path.relpath(folder, source))
-        os.makedirs(destination, exist_ok=True)
-        for name in names:
-            if folder != source or name != config_name:
-                os.replace(os.path.join(folder, name), os.path.join(destination, name))
-    os.replace(os.path.join(source, config_name), os.path.join(target, config_name))
 
 
 class CroprViTModel(CroprViTPreTrainedModel):
@@ -690,12 +486,6 @@ class CroprViTModel(CroprViTPreTrainedModel):
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.pruning: int | list[int] | None = None  # see `set_pruning`
         self.post_init()
-
-    @property
-    def has_untrained_scorers(self) -> bool:
-        """Whether it prunes by a learned score, and nothing here would train that score."""
-        reducers = self.token_reducers.values()
-        return not self.config.use_auxiliary_heads and any(reducer.has_auxiliary_heads for reducer in reducers)
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
@@ -718,6 +508,7 @@ class CroprViTModel(CroprViTPreTrainedModel):
             token_indices=torch.arange(hidden_states.shape[1], device=hidden_states.device)[None],
             position_embeddings=rotation,
             num_prefix_tokens=self.config.num_prefix_tokens,
+            grid_size=grid_size,
         )
         kept_patches = self.config.kept_patches(state.num_patches, self.pruning)
         num_blocks, auxiliary_logits, pruned_after_block = len(self.layers), [], None
@@ -834,7 +625,7 @@ class CroprViTForImageClassification(CroprViTPreTrainedModel):
         labels: torch.Tensor | None = None,
         output_pruning: bool = False,
         **kwargs: Any,
-    ) -> CroprViTImageClassifierOutput:
+    ) -> CroprViTTaskOutput:
         """
         Args:
             pixel_values: (B, channels, height, width), height and width multiples of the patch size.
@@ -847,26 +638,18 @@ class CroprViTForImageClassification(CroprViTPreTrainedModel):
         """
         outputs = self.cropr_vit(pixel_values, output_pruning=output_pruning, **kwargs)
         logits = self.classifier(outputs.pooler_output)
-        loss = main_loss = auxiliary_losses = None
-        if labels is None and outputs.auxiliary_logits is not None and not torch.compiler.is_compiling():
-            logger.warning_once(
-                "The model is in training mode without `labels`, so that nothing trains its scorers. If the Trainer "
-                "computes the loss (`label_smoothing_factor`, `compute_loss_func`), leave that to the model: "
-                "`config.label_smoothing`."
-            )
+        self._warn_untrained(labels, outputs.auxiliary_logits)
+        losses: dict[str, torch.Tensor] = {}
         if labels is not None:
             self._check_labels(labels, batch_size=len(logits))
-            loss = main_loss = self.classification_loss(logits, labels)
-            if outputs.auxiliary_logits is not None:
-                auxiliary_losses = torch.stack(
-                    [self.classification_loss(logits, labels) for logits in outputs.auxiliary_logits]
-                )
-                loss = main_loss + self.config.auxiliary_loss_weight * auxiliary_losses.sum()
-        return CroprViTImageClassifierOutput(
-            loss=loss,
+            auxiliary_logits = outputs.auxiliary_logits or ()
+            losses = self._sum_losses(
+                self.classification_loss(logits, labels),
+                [self.classification_loss(auxiliary, labels) for auxiliary in auxiliary_logits],
+            )
+        return CroprViTTaskOutput(
+            **losses,
             logits=logits,
-            main_loss=main_loss.detach() if self.training and main_loss is not None else None,
-            auxiliary_losses=auxiliary_losses.detach() if auxiliary_losses is not None else None,
             pruned_after_block=outputs.pruned_after_block,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -885,11 +668,6 @@ class CroprViTForImageClassification(CroprViTPreTrainedModel):
     def _check_labels(self, labels: torch.Tensor, batch_size: int) -> None:
         if torch.compiler.is_compiling():
             return  # a data-dependent check would break the graph
-        if self.training and self.cropr_vit.has_untrained_scorers:
-            logger.warning_once(
-                "The model prunes tokens but trains without auxiliary heads, so that its scorers stay as they are. "
-                "Load it with `use_auxiliary_heads=True` to train them."
-            )
         multi_label = self.config.problem_type == "multi_label_classification"
         if self.num_labels < 2 and not multi_label:
             raise ValueError(
@@ -916,4 +694,166 @@ class CroprViTForImageClassification(CroprViTPreTrainedModel):
             )
 
 
-__all__ = ["CroprViTBackbone", "CroprViTForImageClassification", "CroprViTModel", "CroprViTPreTrainedModel"]
+class CroprViTForSemanticSegmentation(CroprViTPreTrainedModel):
+    """Linear classifier on every patch, all of which last layer fusion has put back in their places.
+
+    In training each Cropr module has one query per patch (`config.num_queries` is `None`), and predicts the class of
+    every patch from the tokens that are left there. On a grid other than that of `config.image_size` its queries are
+    interpolated like a position table; the ranking stays that of the sum of the configured queries, which is what a
+    stripped model has.
+
+    Raises:
+        `ValueError`: when the configuration prunes without last layer fusion or with another number of queries, or has
+            fewer than 1 class, the ignore label among its classes, or several labels per pixel.
+    """
+
+    def __init__(self, config: CroprViTConfig):
+        super().__init__(config)
+        self._check_config(config)
+        self.num_labels: int = config.num_labels or 0
+        self.cropr_vit = CroprViTModel(config)
+        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
+        self.post_init()
+
+    @staticmethod
+    def _check_config(config: CroprViTConfig) -> None:
+        if config.token_reducer is not None and not config.last_layer_fusion:
+            raise ValueError(
+                "`last_layer_fusion` is False, but a label map needs every patch back; set it to True, or "
+                "`token_reducer` to None."
+            )
+        if has_auxiliary_heads(config.token_reducer) and config.num_queries is not None:
+            raise ValueError(
+                f"`num_queries` is {config.num_queries}, but semantic segmentation trains one query per patch; set "
+                "`num_queries=None`."
+            )
+        if not config.num_labels:
+            raise ValueError("`num_labels` is 0; semantic segmentation needs at least 1 class.")
+        if 0 <= config.semantic_loss_ignore_index < config.num_labels:
+            raise ValueError(
+                f"`semantic_loss_ignore_index` {config.semantic_loss_ignore_index} is one of the {config.num_labels} "
+                "classes, which the loss would leave out; choose a number that no class has, such as -100."
+            )
+        if getattr(config, "problem_type", None) == "multi_label_classification":
+            raise ValueError("A pixel has one class; leave `problem_type` out for semantic segmentation.")
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        output_pruning: bool = False,
+        **kwargs: Any,
+    ) -> CroprViTTaskOutput:
+        """
+        Args:
+            pixel_values: (B, channels, height, width), of any size: zeros are added at the bottom and on the right up
+                to whole patches.
+            labels: class of each pixel (B, label height, label width) in [0, C), or
+                `config.semantic_loss_ignore_index`. The map covers the image; its resolution may be another.
+            output_pruning: also return `pruned_after_block`, which includes added patches.
+
+        Returns:
+            `logits`: (B, C, rows, columns), one for each patch; when zeros were added, upsampled and cut to the image,
+            (B, C, height, width), so that in both cases they cover the image exactly.
+
+        Raises:
+            `ValueError`: labels of the wrong shape or out of range, and as `CroprViTModel.forward`.
+        """
+        height, width = pixel_values.shape[-2:]
+        patch_size = self.config.patch_size
+        padding = (-height % patch_size, -width % patch_size)
+        pixel_values = F.pad(pixel_values, (0, padding[1], 0, padding[0]))
+        outputs = self.cropr_vit(pixel_values, output_pruning=output_pruning, **kwargs)
+        grid_size = ((height + padding[0]) // patch_size, (width + padding[1]) // patch_size)
+        patches = outputs.last_hidden_state[:, self.config.num_prefix_tokens :]
+        if not self.config.norm_before_pooling:
+            patches = self.cropr_vit.layernorm(patches)
+        # (B, rows * columns, C) -> (B, C, rows * columns) -> (B, C, rows, columns)
+        logits = self.classifier(patches).transpose(1, 2).unflatten(2, grid_size)
+        if any(padding):
+            logits = upsample(logits, pixel_values.shape[-2:])[..., :height, :width]
+        self._warn_untrained(labels, outputs.auxiliary_logits)
+        losses: dict[str, torch.Tensor] = {}
+        if labels is not None:
+            self._check_labels(labels, batch_size=len(logits))
+            main_loss = self.segmentation_loss(upsample(logits, labels.shape[-2:]), labels)
+            auxiliary_losses = []
+            if outputs.auxiliary_logits is not None:
+                patch_labels = self.patch_labels(labels, (height, width), grid_size)
+                # (B, N, C) -> (B, C, N)
+                auxiliary_losses = [
+                    self.segmentation_loss(auxiliary.transpose(1, 2), patch_labels)
+                    for auxiliary in outputs.auxiliary_logits
+                ]
+            losses = self._sum_losses(main_loss, auxiliary_losses)
+        return CroprViTTaskOutput(
+            **losses,
+            logits=logits,
+            pruned_after_block=outputs.pruned_after_block,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def segmentation_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Mean cross-entropy of logits (B, C, ...) and labels (B, ...) where they are not ignored; 0 if all are."""
+        ignored = self.config.semantic_loss_ignore_index
+        smoothing = self.config.label_smoothing
+        total = F.cross_entropy(
+            logits.float(), labels.long(), ignore_index=ignored, label_smoothing=smoothing, reduction="sum"
+        )
+        return total / (labels != ignored).sum().clamp(min=1)
+
+    def patch_labels(
+        self, labels: torch.Tensor, image_size: tuple[int, int], grid_size: tuple[int, int]
+    ) -> torch.Tensor:
+        """The label at the centre of each patch; centres outside of the image are ignored.
+
+        Args:
+            labels: (B, label height, label width), over the whole image.
+            image_size: height and width of the image in pixels.
+            grid_size: rows and columns of patches, which cover the image and what was added to it.
+
+        Returns:
+            (B, rows * columns)
+        """
+        missing = [
+            round(length * count * self.config.patch_size / pixels) - length
+            for length, count, pixels in zip(labels.shape[-2:], grid_size, image_size)
+        ]
+        padded = F.pad(labels, (0, missing[1], 0, missing[0]), value=self.config.semantic_loss_ignore_index)
+        # Of floating point for `interpolate`, exact for class numbers; "nearest" would take the upper left corners.
+        nearest = F.interpolate(padded[:, None].float(), size=grid_size, mode="nearest-exact")
+        return nearest.flatten(1).long()
+
+    def _check_labels(self, labels: torch.Tensor, batch_size: int) -> None:
+        if torch.compiler.is_compiling():
+            return  # a data-dependent check would break the graph
+        if self.num_labels < 2:
+            raise ValueError("The loss over 1 class is always 0; set `num_labels` to 2 or more.")
+        if labels.dim() != 3 or len(labels) != batch_size or labels.is_floating_point() or not labels.numel():
+            raise ValueError(
+                f"`labels` are {labels.dtype} of the shape {tuple(labels.shape)}; they must be whole numbers of the "
+                f"shape ({batch_size}, height, width)."
+            )
+        ignored = self.config.semantic_loss_ignore_index
+        if ((labels != ignored) & ((labels < 0) | (labels >= self.num_labels))).any():
+            raise ValueError(
+                f"`labels` are between {labels.min().item()} and {labels.max().item()}; they must be in "
+                f"[0, {self.num_labels - 1}], or {ignored} to be ignored. Set `num_labels` to the number of classes, "
+                "or reduce the labels (`do_reduce_labels` of the image processor) if 0 means none."
+            )
+
+
+def upsample(logits: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """Bilinear interpolation of maps (B, C, rows, columns) to `size` (height, width), in float32."""
+    return F.interpolate(logits.float(), size=tuple(size), mode="bilinear", align_corners=False)
+
+
+__all__ = [
+    "CroprViTBackbone",
+    "CroprViTForImageClassification",
+    "CroprViTForSemanticSegmentation",
+    "CroprViTModel",
+    "CroprViTPreTrainedModel",
+]

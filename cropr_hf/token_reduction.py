@@ -34,6 +34,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.generic import maybe_autocast
 
 from .configuration_cropr_vit import CroprViTConfig
@@ -67,6 +68,24 @@ def gather_tokens(tokens: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         rows = (indices + first_rows[:, None]).flatten()
     # (B, T, ...) -> (B * T, ...) -> (B * K, ...) -> (B, K, ...)
     return tokens.flatten(0, 1).index_select(0, rows).unflatten(0, (batch_size, length))
+
+
+def resample_grid(
+    table: torch.Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int], antialias: bool
+) -> torch.Tensor:
+    """Bicubic interpolation, in float32, of vectors that belong to patches (positions, queries) to another grid.
+
+    Args:
+        table: (1, old rows * old columns, D)
+        antialias: whether to smooth before it shrinks.
+
+    Returns:
+        (1, new rows * new columns, D)
+    """
+    # (1, rows * columns, D) -> (1, D, rows, columns) and back
+    grid = table.float().unflatten(1, old_grid).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=new_grid, mode="bicubic", align_corners=False, antialias=antialias)
+    return grid.flatten(2).transpose(1, 2).to(table.dtype)
 
 
 def score_tokens(hidden_states: torch.Tensor, query: torch.Tensor, pre_norm: bool = False) -> torch.Tensor:
@@ -144,6 +163,7 @@ class TokenState:
         position_embeddings: rotary (cos, sin), each (B or 1, T, head size / 2), or `None`.
         num_prefix_tokens: CLS and register tokens in `hidden_states`.
         pruned: states of the pruned patch tokens, with the block (1 to L) after which each was pruned.
+        grid_size: rows and columns of the patches before pruning; what has one query per patch needs it.
     """
 
     hidden_states: torch.Tensor
@@ -151,6 +171,7 @@ class TokenState:
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None
     num_prefix_tokens: int = 0
     pruned: tuple[tuple[int, TokenState], ...] = ()
+    grid_size: tuple[int, int] | None = None
 
     @property
     def num_patches(self) -> int:
@@ -166,6 +187,7 @@ class TokenState:
             hidden_states=gather_tokens(self.hidden_states, indices),
             token_indices=gather_tokens(self.token_indices, indices),
             position_embeddings=positions,
+            grid_size=self.grid_size,
         )
 
     def prune(self, kept: torch.Tensor, pruned: torch.Tensor, block: int) -> TokenState:
@@ -191,6 +213,7 @@ class TokenState:
             hidden_states=torch.cat([state.hidden_states for state in states], dim=1),
             token_indices=torch.cat([state.token_indices for state in states], dim=1),
             position_embeddings=positions,
+            grid_size=self.grid_size,
         )
         fused = joined.gather(joined.token_indices.argsort(dim=1))
         return replace(fused, num_prefix_tokens=self.num_prefix_tokens)
@@ -318,7 +341,9 @@ class Scorer(nn.Module):
         super().__init__()
         size = config.hidden_size
         self.num_heads = config.scorer_num_heads
-        self.queries = nn.Parameter(torch.empty(config.num_queries, size))
+        self.antialias = config.interpolate_antialias
+        self.query_grid = config.grid_size if config.num_queries is None else None  # with one query per patch
+        self.queries = nn.Parameter(torch.empty(config.num_queries or config.num_patches, size))
         self.norm = nn.LayerNorm(size, eps=NORM_EPS) if config.scorer_pre_norm else nn.Identity()
         self.query_projection = nn.Linear(size, size, bias=False) if config.scorer_query_projection else nn.Identity()
         self.key_projection = nn.Linear(size, size, bias=False) if config.scorer_key_projection else nn.Identity()
@@ -336,6 +361,12 @@ class Scorer(nn.Module):
                 key_projection=getattr(self.key_projection, "weight", None),
                 norm_weight=getattr(self.norm, "weight", None),
             )
+
+    def queries_for(self, grid_size: tuple[int, int] | None) -> torch.Tensor:
+        """Queries (N, D) for an image of `grid_size` patches: one per patch are interpolated to another grid."""
+        if self.query_grid is None or grid_size is None or grid_size == self.query_grid:
+            return self.queries
+        return resample_grid(self.queries[None], self.query_grid, grid_size, self.antialias)[0]
 
     @torch.no_grad()
     def unfold(self, folded_query: torch.Tensor) -> None:
@@ -389,7 +420,7 @@ class Router(nn.Module):
         return select_tokens(scores, num_keep, num_prefix_tokens)
 
 
-class Aggregator(nn.Module):
+class Aggregator(GradientCheckpointingLayer):
     """Gathers what the scorer attends to (training only): Z = softmax(Q Kᵀ / √d) V, then Z + MLP(LN(Z))."""
 
     def __init__(self, config: CroprViTConfig):
@@ -407,11 +438,11 @@ class Aggregator(nn.Module):
                 nn.LayerNorm(size, eps=NORM_EPS), nn.Linear(size, inner), ACT2FN["gelu"], nn.Linear(inner, size)
             )
 
-    def forward(self, scorer: Scorer, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(B, T, D) -> (B, N, D)"""
+    def forward(self, queries: torch.Tensor, hidden_states: torch.Tensor, scorer: Scorer) -> torch.Tensor:
+        """Queries (N, D) and tokens (B, T, D) -> (B, N, D)"""
         hidden_states = scorer.norm(hidden_states)
         aggregated = aggregate_tokens(
-            scorer.split_heads(scorer.query_projection(scorer.queries)[None]),
+            scorer.split_heads(scorer.query_projection(queries)[None]),
             scorer.split_heads(scorer.key_projection(hidden_states)),
             scorer.split_heads(self.value_projection(hidden_states)),
         )
@@ -467,7 +498,8 @@ class CroprModule(TokenReducer):
         """See `TokenReducer.forward`."""
         auxiliary_logits = None
         if self.training and self.aggregator is not None and self.auxiliary_head is not None:
-            aggregated = self.aggregator(self.router.scorer, state.hidden_states.detach())
+            scorer: Any = self.router.scorer  # not folded while there are heads
+            aggregated = self.aggregator(scorer.queries_for(state.grid_size), state.hidden_states.detach(), scorer)
             auxiliary_logits = self.auxiliary_head(aggregated)
         state, _ = super().forward(state, num_keep)
         return state, auxiliary_logits

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import train_image_classification
+from shared import CLUTTERED_DIGITS
 from transformers import AutoModelForImageClassification, HfArgumentParser
 from transformers import logging as transformers_logging
 
@@ -47,7 +48,7 @@ def fine_tune(args: DemoArguments, name: str) -> Path:
     folder = Path(args.output_dir) / name.lower()
     command: dict[str, Any] = {
         "model_name_or_path": args.pretrained,
-        "dataset_name": train_image_classification.CLUTTERED_DIGITS,
+        "dataset_name": CLUTTERED_DIGITS,
         "token_reducer": MODELS[name],
         "max_train_samples": args.train_images,
         "max_eval_samples": 200,

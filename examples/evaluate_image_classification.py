@@ -19,7 +19,8 @@ from typing import Any
 import evaluate
 import torch
 from datasets import Dataset, load_dataset
-from train_image_classification import ACCURACY, CLUTTERED_DIGITS, argument
+from shared import CLUTTERED_DIGITS, argument
+from train_image_classification import ACCURACY
 from transformers import AutoImageProcessor, AutoModelForImageClassification, HfArgumentParser
 from transformers.utils import logging
 

@@ -27,52 +27,41 @@ import evaluate
 import numpy as np
 import torch
 from datasets import ClassLabel, DatasetDict, Image, load_dataset
-from torchvision.transforms import v2
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    HfArgumentParser,
-    TrainingArguments,
-    ViTImageProcessor,
-    set_seed,
+from shared import (
+    CLUTTERED_DIGITS,
+    ModelArguments,
+    RecipeArguments,
+    argument,
+    input_size,
+    load_model,
+    normalization,
+    prepare_splits,
+    run,
 )
+from torchvision.transforms import v2
+from transformers import HfArgumentParser, ViTImageProcessor, set_seed
 from transformers import logging as transformers_logging
-from transformers.trainer_utils import get_last_checkpoint
 
-from cropr_hf import CroprViTConfig, CroprViTForImageClassification, has_auxiliary_heads
-from cropr_hf.training import CroprTrainer, PruningCurriculum, layer_decay_optimizer
+from cropr_hf import CroprViTForImageClassification
+from cropr_hf.training import CroprTrainer, layer_decay_optimizer
 
-
-logger = transformers_logging.get_logger("transformers.examples.train_image_classification")
 
 ACCURACY = str(Path(__file__).parent / "metrics" / "accuracy" / "accuracy.py")
-CLUTTERED_DIGITS = "cluttered_digits"
 BICUBIC = 3  # of Pillow, and of the transforms below
 
 
-def argument(default: Any, text: str) -> Any:
-    """A dataclass field with a line of help."""
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
-class ModelArguments:
-    """Which model to start from, and how it prunes."""
+class ClassifierArguments(ModelArguments):
+    """`ModelArguments`, and what only a classifier has."""
 
-    model_name_or_path: str = argument("facebook/vit-mae-large", "A ViT of a supported family, or a Cropr checkpoint.")
-    image_processor_name: str | None = argument(None, "Image processor, if not that of the model.")
-    token_reducer: str | None = argument(None, "'cropr' (default for an unpruned source), 'random' or 'none'.")
-    pruning_rate: int | None = argument(None, "Patch tokens removed per module (R).")
-    pruning_schedule: list[int] | None = argument(None, "Patch tokens kept after each block, instead of a rate.")
-    last_layer_fusion: bool | None = argument(None, "Put pruned tokens back before the last block (default).")
+    label_smoothing: float = argument(0.1, "Of the main and the auxiliary losses.")
     pooling: str | None = argument(None, "'mean', 'patch_mean' or 'cls', if not that of the source.")
     norm_before_pooling: bool | None = argument(None, "Final norm before or after pooling, if not as in the source.")
-    image_size: int | None = argument(None, "Input size in pixels, if not that of the source.")
-    drop_path_rate: float = argument(0.2, "Stochastic depth of the last but one block.")
-    label_smoothing: float = argument(0.1, "Of the main and the auxiliary losses.")
-    ignore_mismatched_sizes: bool = argument(False, "Accept another number of classes in a Cropr checkpoint.")
-    revision: str | None = argument(None, "Branch, tag or commit on the Hub.")
-    token: str | None = argument(None, "Hub token for private models and data sets.")
+
+    def overrides(self) -> dict[str, Any]:
+        """See `ModelArguments.overrides`."""
+        own = {name: getattr(self, name) for name in ("pooling", "norm_before_pooling")}
+        return super().overrides() | {name: value for name, value in own.items() if value is not None}
 
 
 @dataclass
@@ -97,25 +86,17 @@ class DataArguments:
 
 
 @dataclass
-class RecipeArguments(TrainingArguments):
-    """`TrainingArguments` with the defaults of the paper, and layer-wise decay."""
+class ImageNetArguments(RecipeArguments):
+    """`TrainingArguments` with the defaults of the paper on ImageNet."""
 
     output_dir: str = argument("outputs/image_classification", "Where checkpoints and the stripped model go.")
-    do_train: bool = argument(True, "Whether to train, or only to evaluate.")
     num_train_epochs: float = argument(50, "Passes over the training images.")
     learning_rate: float = argument(1e-3, "Peak learning rate of the head.")
-    weight_decay: float = argument(0.05, "Of matrices; vectors, prefix tokens and positions have none.")
-    layer_decay: float = argument(0.75, "Factor of the learning rate per block, from the head down.")
-    pruning_curriculum: float = argument(0.0, "Share of the training over which pruning grows from nothing; 0 is off.")
     lr_scheduler_type: str = argument("cosine_with_min_lr", "Learning-rate schedule.")
     lr_scheduler_kwargs: dict | str | None = field(default_factory=lambda: {"min_lr": 1e-6})
     warmup_steps: float = argument(0.1, "Steps of linear warm-up, or their share if below 1.")
     per_device_train_batch_size: int = argument(64, "Images per process and step.")
     per_device_eval_batch_size: int = argument(64, "Images per process and evaluation step.")
-    eval_strategy: str = argument("epoch", "When to evaluate.")
-    save_strategy: str = argument("epoch", "When to write a checkpoint.")
-    logging_steps: float = argument(50, "Steps between logs.")
-    remove_unused_columns: bool | None = argument(False, "The transforms need the image column.")
 
 
 def load_images(args: DataArguments, token: str | None, seed: int) -> DatasetDict:
@@ -137,20 +118,13 @@ def load_images(args: DataArguments, token: str | None, seed: int) -> DatasetDic
         images = load_dataset("imagefolder", data_files=files)
     else:
         raise ValueError("Name the images: --dataset_name, or --train_dir.")
-    if "train" not in images:
-        raise ValueError(f"The data set has no split 'train', only {', '.join(images)}; choose another.")
-    missing = {args.image_column_name, args.label_column_name} - set(images["train"].column_names)
-    if missing:
-        raise ValueError(
-            f"The data set has no column {', '.join(missing)}, only {', '.join(images['train'].column_names)}; name "
-            "them by --image_column_name and --label_column_name."
-        )
-    if "validation" not in images:
-        split = images["train"].train_test_split(args.train_val_split, seed=seed)
-        images = DatasetDict(train=split["train"], validation=split["test"])
-    for split, limit in {"train": args.max_train_samples, "validation": args.max_eval_samples}.items():
-        if limit is not None:
-            images[split] = images[split].shuffle(seed=seed).select(range(min(limit, len(images[split]))))
+    images = prepare_splits(
+        images,
+        columns=(args.image_column_name, args.label_column_name),
+        limits={"train": args.max_train_samples, "validation": args.max_eval_samples},
+        share=args.train_val_split,
+        seed=seed,
+    )
     return images.cast_column(args.image_column_name, Image(mode="RGB"))
 
 
@@ -167,73 +141,6 @@ def get_label_names(images: DatasetDict, column: str) -> list[str]:
             "column (`images.class_encode_column`), or name another by --label_column_name."
         )
     return feature.names
-
-
-def hub_arguments(args: ModelArguments) -> dict[str, str]:
-    """Those of `revision` and `token` that are given."""
-    return {name: value for name in ("revision", "token") if (value := getattr(args, name)) is not None}
-
-
-def load_model(args: ModelArguments, label_names: list[str]) -> CroprViTForImageClassification:
-    """A prunable model from a Cropr checkpoint or from another pretrained ViT, with one output per label."""
-    given = ("token_reducer", "pruning_rate", "pruning_schedule", "last_layer_fusion")
-    given += ("pooling", "norm_before_pooling", "image_size")
-    overrides = {name: getattr(args, name) for name in given if getattr(args, name) is not None}
-    if args.token_reducer == "none":
-        overrides["token_reducer"] = None
-    overrides |= {
-        "drop_path_rate": args.drop_path_rate,
-        "label_smoothing": args.label_smoothing,
-        "id2label": dict(enumerate(label_names)),
-        "label2id": {name: index for index, name in enumerate(label_names)},
-    }
-    hub = hub_arguments(args)
-    stored = cropr_config(args.model_name_or_path, **hub)
-    if stored is not None:
-        reducer = overrides.get("token_reducer", stored.token_reducer)
-        overrides["use_auxiliary_heads"] = has_auxiliary_heads(reducer)
-        return CroprViTForImageClassification.from_pretrained(
-            args.model_name_or_path, ignore_mismatched_sizes=args.ignore_mismatched_sizes, **overrides, **hub
-        )
-    return CroprViTForImageClassification.from_vit(args.model_name_or_path, **overrides, **hub)
-
-
-def cropr_config(name_or_path: str, **hub: Any) -> CroprViTConfig | None:
-    """The configuration of a Cropr ViT; `None` if the folder or repository holds something else."""
-    try:
-        config = AutoConfig.from_pretrained(name_or_path, **hub)
-    except (OSError, ValueError):  # a timm model has no Transformers configuration
-        return None
-    return config if config.model_type == CroprViTConfig.model_type else None
-
-
-def load_image_processor(args: ModelArguments, config: CroprViTConfig) -> Any:
-    """An image processor with the normalisation of the source model, for the input size of the new one."""
-    name = args.image_processor_name or args.model_name_or_path
-    try:
-        processor = AutoImageProcessor.from_pretrained(name, **hub_arguments(args))
-        mean, std = processor.image_mean, processor.image_std
-    except (OSError, ValueError, AttributeError) as error:  # timm models have none
-        normalization = timm_normalization(name)
-        if normalization is None:
-            raise ValueError(
-                f"{name} has no image processor with a mean and a standard deviation; name another model's by "
-                "--image_processor_name."
-            ) from error
-        mean, std = normalization
-    height, width = (length * config.patch_size for length in config.grid_size)
-    size = {"height": height, "width": width}
-    return ViTImageProcessor(size=size, image_mean=mean, image_std=std, resample=BICUBIC)
-
-
-def timm_normalization(name: str) -> tuple[list[float], list[float]] | None:
-    """Mean and standard deviation of a pretrained model of timm, if it is one."""
-    try:
-        import timm
-    except ImportError:
-        return None
-    pretrained = timm.get_pretrained_cfg(name.split("/")[-1], allow_unregistered=True)
-    return None if pretrained is None else (list(pretrained.mean), list(pretrained.std))
 
 
 def build_transforms(args: DataArguments, processor: Any) -> tuple[v2.Compose, v2.Compose]:
@@ -290,15 +197,15 @@ class Collator:
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     """Trains, evaluates and saves; returns the evaluation metrics. `arguments` are those of the command line."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, RecipeArguments))
+    parser = HfArgumentParser((ClassifierArguments, DataArguments, ImageNetArguments))
     model_args, data_args, training_args = parser.parse_args_into_dataclasses(arguments)
     transformers_logging.set_verbosity(training_args.get_process_log_level())
     set_seed(training_args.seed)
 
     images = load_images(data_args, model_args.token, training_args.seed)
     label_names = get_label_names(images, data_args.label_column_name)
-    model = load_model(model_args, label_names)
-    processor = load_image_processor(model_args, model.config)
+    model = load_model(CroprViTForImageClassification, model_args, label_names)
+    processor = ViTImageProcessor(size=input_size(model.config), resample=BICUBIC, **normalization(model_args))
     apply_transforms(images, data_args, processor)
 
     accuracy = evaluate.load(ACCURACY)
@@ -314,23 +221,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         ),
         optimizer_cls_and_kwargs=layer_decay_optimizer(model, training_args, training_args.layer_decay),
     )
-    if training_args.pruning_curriculum > 0 and model.config.token_reducer is not None:
-        trainer.add_callback(PruningCurriculum(training_args.pruning_curriculum))
-    if training_args.do_train:
-        checkpoint = training_args.resume_from_checkpoint
-        if checkpoint is not None and checkpoint.lower() in ("true", "last"):
-            checkpoint = get_last_checkpoint(training_args.output_dir)
-        result = trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.save_model()  # stripped: ready to publish
-        trainer.log_metrics("train", result.metrics)
-        trainer.save_metrics("train", result.metrics)
-        trainer.save_state()
-    metrics = trainer.evaluate()
-    trainer.log_metrics("eval", metrics)
-    trainer.save_metrics("eval", metrics)
-    if training_args.push_to_hub:
-        trainer.push_to_hub(finetuned_from=model_args.model_name_or_path, tasks="image-classification")
-    return metrics
+    return run(trainer, finetuned_from=model_args.model_name_or_path, task="image-classification")
 
 
 if __name__ == "__main__":

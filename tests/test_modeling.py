@@ -7,7 +7,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from cropr_hf import CroprViTBackbone, CroprViTForImageClassification, CroprViTModel
-from cropr_hf.modeling_cropr_vit import CroprViTDropPath, CroprViTModelOutput, resample_positions
+from cropr_hf.modeling_cropr_vit import CroprViTDropPath, CroprViTModelOutput
+from cropr_hf.token_reduction import resample_grid
 from tests.common import (
     CONFIGS,
     NUM_BLOCKS,
@@ -431,10 +432,10 @@ def test_set_pruning_refuses_what_cannot_be():
 @torch.no_grad()
 def test_unpruned_positions_interpolate_to_other_grids():
     table = torch.arange(16.0).view(1, 16, 1)
-    assert resample_positions(table, (4, 4), (4, 4), antialias=False).sub(table).abs().max() < 1e-5
-    larger = resample_positions(table, (4, 4), (8, 8), antialias=False).view(8, 8)
+    assert resample_grid(table, (4, 4), (4, 4), antialias=False).sub(table).abs().max() < 1e-5
+    larger = resample_grid(table, (4, 4), (8, 8), antialias=False).view(8, 8)
     assert (larger.diff(dim=0) > 0).all() and (larger.diff(dim=1) > 0).all()
-    bf16 = resample_positions(table.bfloat16(), (4, 4), (6, 5), antialias=True)
+    bf16 = resample_grid(table.bfloat16(), (4, 4), (6, 5), antialias=True)
     assert bf16.shape == (1, 30, 1) and bf16.dtype == torch.bfloat16
 
 

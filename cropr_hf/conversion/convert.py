@@ -26,6 +26,7 @@ from ..configuration_cropr_vit import CroprViTConfig
 from ..modeling_cropr_vit import (
     CroprViTBackbone,
     CroprViTForImageClassification,
+    CroprViTForSemanticSegmentation,
     CroprViTModel,
     CroprViTPreTrainedModel,
 )
@@ -53,7 +54,6 @@ FIXED_FIELDS = (
     "num_attention_heads",
     "intermediate_size",
     "num_channels",
-    "patch_size",
     "query_bias",
     "key_bias",
     "value_bias",
@@ -89,7 +89,8 @@ def convert_vit(cls: type[CroprViTPreTrainedModel], source: str | os.PathLike | 
             `"vit_base_patch16_224"`), or a model of either library in memory, which stays as it is.
         kwargs: fields of the config to override (`pruning_rate`, `num_labels`, `image_size`, `drop_path_rate`, ...),
             and for a source that is loaded `revision`, `token`, `cache_dir` and the like. With another `image_size`
-            the position table is resampled.
+            the position table is resampled, with another `patch_size` the patch embedding as well (an EVA-02 with
+            patches of 14 pixels becomes one of 16: `patch_size=16, image_size=512`).
 
     Returns:
         A model of the class `cls`, in evaluation mode, with the dtype and on the device of the source.
@@ -153,8 +154,9 @@ def _check_fixed_fields(recipe: Recipe, overrides: dict[str, Any]) -> None:
     for name in FIXED_FIELDS:
         native = getattr(defaults, name)
         if overrides.get(name, native) != native:
-            remedy = "another patch size is not supported yet" if name == "patch_size" else "leave it out"
-            raise ValueError(f"`{name}` is {overrides[name]}, but the weights of the source have {native}; {remedy}.")
+            raise ValueError(
+                f"`{name}` is {overrides[name]}, but the weights of the source have {native}; leave it out."
+            )
 
 
 def _build_config(
@@ -164,6 +166,8 @@ def _build_config(
     overrides: dict[str, Any],
 ) -> CroprViTConfig:
     fields = {**recipe.fields, **_labels(cls, recipe, overrides), **overrides}
+    if issubclass(cls, CroprViTForSemanticSegmentation):
+        fields.setdefault("num_queries", None)
     if "out_indices" in overrides and "out_features" not in overrides:
         fields.pop("out_features", None)
     config = config_class(**fields)

@@ -19,9 +19,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from ..configuration_cropr_vit import CroprViTConfig
-from ..modeling_cropr_vit import resample_positions
+from ..token_reduction import resample_grid
 
 
 Weights = dict[str, torch.Tensor]
@@ -34,6 +35,7 @@ CLS_TOKEN = "embeddings.cls_token"
 REGISTER_TOKENS = "embeddings.register_tokens"
 POSITIONS = "embeddings.position_embeddings"
 ROTATED = re.compile(r"layers\.\d+\.attention\.[qk]_proj\.(weight|bias)")
+PATCH_KERNEL = "embeddings.patch_embeddings.weight"
 NAMES_SHOWN = 8
 
 
@@ -76,7 +78,8 @@ def convert_weights(source: Mapping[str, torch.Tensor], recipe: Recipe, config: 
     Args:
         source: the whole state dict of the source.
         recipe: describes the source; `recipe.fields["image_size"]` is the image size of its position table.
-        config: describes the target; the position table is resampled to its `image_size`.
+        config: describes the target; patch kernels are resampled to its `patch_size`, and the position table to its
+            grid of patches.
 
     Raises:
         `ValueError`: when a source weight is neither used nor on the list of dropped ones.
@@ -92,10 +95,34 @@ def convert_weights(source: Mapping[str, torch.Tensor], recipe: Recipe, config: 
     fold_prefix_positions(weights, native.num_patches)
     table = weights.get(POSITIONS)
     if table is not None and table.shape[1] == native.num_patches and native.grid_size != config.grid_size:
-        weights[POSITIONS] = resample_positions(
-            table, native.grid_size, config.grid_size, config.interpolate_antialias
-        )
+        weights[POSITIONS] = resample_grid(table, native.grid_size, config.grid_size, config.interpolate_antialias)
+    kernel = weights.get(PATCH_KERNEL)
+    if kernel is not None and kernel.shape[-1] == native.patch_size != config.patch_size:
+        weights[PATCH_KERNEL] = resample_patch_kernel(kernel, config.patch_size)
     return weights
+
+
+def resample_patch_kernel(kernel: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """Kernels of the patch embedding for patches of another size (FlexiViT, arXiv 2212.08013, section 3.4).
+
+    An enlarged patch under the new kernel gives what the patch gave under the old one: with B the matrix that resizes
+    patches (bicubic, smoothed when it shrinks), old and new kernel satisfy w_old = Bᵀ w_new, which the pseudoinverse
+    of Bᵀ solves.
+
+    Args:
+        kernel: (D, channels, old size, old size)
+
+    Returns:
+        (D, channels, patch_size, patch_size), in the dtype of `kernel`, computed in float64.
+    """
+    old_size = kernel.shape[-1]
+    pixels = torch.eye(old_size**2, dtype=torch.float64).view(-1, 1, old_size, old_size)
+    resized = F.interpolate(pixels, size=(patch_size, patch_size), mode="bicubic", antialias=True)
+    # Row i of `resized` is what pixel i of an old patch becomes: (old pixels, new pixels) = Bᵀ
+    inverse = torch.linalg.pinv(resized.flatten(1)).to(kernel.device)
+    # (D, channels, old pixels) x (old pixels, new pixels) -> (D, channels, new size, new size)
+    resampled = kernel.double().flatten(2) @ inverse.T
+    return resampled.unflatten(2, (patch_size, patch_size)).to(kernel.dtype)
 
 
 def rename_weights(source: Mapping[str, torch.Tensor], recipe: Recipe) -> Weights:

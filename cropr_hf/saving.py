@@ -1,0 +1,251 @@
+# Copyright 2026 The cropr_hf authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Loading and saving: stripped for publishing, complete for resuming."""
+
+import copy
+import inspect
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from safetensors import SafetensorError
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .configuration_cropr_vit import CroprViTConfig
+from .token_reduction import TokenReducer, has_auxiliary_heads, strip_state_dict
+
+
+TRAINING_CONFIG_FOLDER = "training_config"
+HUB_ARGUMENTS = ("repo_id", "commit_message", "private", "token", "create_pr", "revision")
+
+
+class StrippableModel(PreTrainedModel):
+    """A model whose weights are stored in two forms: complete (queries, aggregators, auxiliary heads) or stripped (one
+    vector per module).
+
+    `config.use_auxiliary_heads` says which one a model or a folder holds; loading and saving convert.
+    """
+
+    config: CroprViTConfig
+
+    def remove_auxiliary_heads(self) -> None:
+        """Turns the model in memory into the stripped one, which gives the same outputs in evaluation."""
+        for module in self.modules():
+            if isinstance(module, TokenReducer):
+                module.remove_auxiliary_heads()
+        self.config.use_auxiliary_heads = False
+
+    def add_auxiliary_heads(self) -> None:
+        """Makes a stripped model trainable: new heads, and queries whose sum is the folded vector (same ranking).
+
+        A model that has heads keeps them.
+
+        Raises:
+            `ValueError`: when the token reducer has no auxiliary heads.
+        """
+        reducers = [module for module in self.modules() if isinstance(module, TokenReducer)]
+        if not any(reducer.has_auxiliary_heads for reducer in reducers):
+            raise ValueError(
+                f"The token reducer {self.config.token_reducer!r} has no auxiliary heads to add; "
+                "`token_reducer='cropr'` has."
+            )
+        if self.config.use_auxiliary_heads:
+            return
+        self.config.use_auxiliary_heads = True
+        for reducer in reducers:
+            reducer.add_auxiliary_heads(self.config, lambda module: module.apply(self._init_weights))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
+        """Loads a folder or a Hub repository; see `PreTrainedModel.from_pretrained`.
+
+        `use_auxiliary_heads=True` makes a stripped checkpoint trainable again, `False` strips a complete one.
+
+        Raises:
+            `ValueError`: when the checkpoint is of another model type, is truncated, or lacks weights of the backbone.
+        """
+        path = pretrained_model_name_or_path
+        if path is None:
+            return super().from_pretrained(path, *model_args, config=config, **kwargs)
+        stored = _stored_config(path, kwargs)
+        if config is not None and not isinstance(config, PreTrainedConfig):
+            config = CroprViTConfig.from_pretrained(config)
+        reducer_name = stored.get("token_reducer", CroprViTConfig.token_reducer)
+        reducer_name = config.token_reducer if config else kwargs.get("token_reducer", reducer_name)
+        # A complete checkpoint can be loaded with another reducer, which has no place for its heads.
+        stored_heads = stored.get("use_auxiliary_heads", False) and has_auxiliary_heads(reducer_name)
+        wanted_heads = kwargs.pop("use_auxiliary_heads", config.use_auxiliary_heads if config else stored_heads)
+        if config is None:
+            kwargs["use_auxiliary_heads"] = stored_heads
+        elif config.use_auxiliary_heads != stored_heads:
+            config = copy.deepcopy(config)
+            config.use_auxiliary_heads = stored_heads
+        return_info = kwargs.pop("output_loading_info", False)
+        try:
+            loaded: Any = super().from_pretrained(path, *model_args, config=config, output_loading_info=True, **kwargs)
+        except SafetensorError as error:
+            raise ValueError(f"The weights in {path} are damaged or truncated ({error}); save them again.") from error
+        model, info = loaded
+        # New reducers are usual if they will be trained, a new head if the folder holds a model of another class.
+        new_parts = ["token_reducers."] if wanted_heads and not stored_heads else []
+        if stored.get("architectures") != [cls.__name__]:
+            new_parts.append("head")
+        model._check_loaded(path, info, new_parts)
+        if wanted_heads and not stored_heads:
+            model.add_auxiliary_heads()
+        elif stored_heads and not wanted_heads:
+            model.remove_auxiliary_heads()
+        return (model, info) if return_info else model
+
+    def _check_loaded(self, path: str | os.PathLike, info: dict[str, Any], new_parts: Sequence[str]) -> None:
+        """Raises `ValueError` for weights that should have been in the checkpoint.
+
+        Args:
+            path: of the checkpoint.
+            info: the loading report of Transformers.
+            new_parts: what may be new: `"token_reducers."`, and `"head"` for all outside the base model.
+        """
+        prefix = "" if self.base_model is self else self.base_model_prefix + "."
+        resized = [entry if isinstance(entry, str) else entry[0] for entry in info.get("mismatched_keys", ())]
+        resized = sorted(name for name in resized if name.startswith(prefix) and "token_reducers." not in name)
+        if resized:
+            raise ValueError(
+                f"The checkpoint {path} has other shapes for {', '.join(resized[:3])}; only a task head can be "
+                "replaced. Leave the fields of the backbone as they are; the model interpolates positions by itself."
+            )
+        missing = [name for name in info["missing_keys"] if "head" not in new_parts or name.startswith(prefix)]
+        missing = sorted(name for name in missing if not any(part in name for part in new_parts))
+        if missing:
+            raise ValueError(
+                f"The checkpoint {path} lacks {len(missing)} weights of the model, such as {', '.join(missing[:3])}: "
+                "it is incomplete, belongs to another configuration, or is not a Cropr ViT (`from_vit` starts from "
+                "other ViTs). New token reducers need `use_auxiliary_heads=True`, and training."
+            )
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        *args: Any,
+        strip_auxiliary_heads: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Saves for publishing: stripped weights, with `training_config/config.json` to train them again.
+
+        A folder that the Trainer resumes from (`checkpoint-<step>`) gets the complete weights. The model in memory
+        does not change. All files are written beside the old ones first, and `config.json` comes last: an interrupted
+        save leaves the old folder, or one that does not load. See `PreTrainedModel.save_pretrained` for the rest.
+
+        Args:
+            strip_auxiliary_heads: `None` is as above; `True` and `False` decide.
+
+        Raises:
+            `ValueError`: for a distributed checkpoint, which can only be complete.
+        """
+        save_directory = os.fspath(save_directory)
+        if strip_auxiliary_heads is None:
+            folder = os.path.basename(os.path.abspath(save_directory))
+            strip_auxiliary_heads = re.fullmatch(r"checkpoint-\d+", folder) is None
+        strip = strip_auxiliary_heads and self.config.use_auxiliary_heads
+        if strip and kwargs.get("distributed_checkpoint"):
+            raise ValueError("A distributed checkpoint cannot be stripped; pass `strip_auxiliary_heads=False`.")
+        if os.path.isfile(save_directory):
+            raise ValueError(f"{save_directory} is a file; give a folder to save to.")
+        if strip:
+            state_dict = strip_state_dict(self.state_dict() if state_dict is None else state_dict)
+        hub_kwargs = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if push_to_hub and name in kwargs}
+        if not is_main_process:
+            super().save_pretrained(save_directory, False, state_dict, False, *args, **kwargs)
+            return
+
+        os.makedirs(save_directory, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="_saving_", dir=save_directory) as staging:
+            self.config.use_auxiliary_heads = self.config.use_auxiliary_heads and not strip
+            try:
+                super().save_pretrained(staging, True, state_dict, False, *args, **kwargs)
+            finally:
+                self.config.use_auxiliary_heads = self.config.use_auxiliary_heads or strip
+            if strip:
+                _save_training_config(staging, type(self.config))
+            if push_to_hub:
+                folder = os.path.basename(os.path.abspath(save_directory))
+                _upload(staging, hub_kwargs.pop("repo_id", folder), **hub_kwargs)
+            _replace_files(staging, save_directory, weights_variant=kwargs.get("variant"))
+
+
+def _stored_config(path: str | os.PathLike, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The configuration stored at `path`; raises `ValueError` if there is none, or one of another model type."""
+    names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+    stored, _ = CroprViTConfig.get_config_dict(path, **{name: kwargs[name] for name in names if name in kwargs})
+    model_type = stored.get("model_type")
+    if model_type is None:  # Transformers would go on with default values
+        raise ValueError(
+            f"{path} holds no `config.json` of a model: it is not a saved model, or saving it was interrupted; save "
+            "it again."
+        )
+    if model_type != CroprViTConfig.model_type:
+        raise ValueError(
+            f"{path} holds a model of type {model_type!r}, not {CroprViTConfig.model_type!r}; `from_vit` starts from "
+            "another family."
+        )
+    return stored
+
+
+def _save_training_config(folder: str, config_class: type[PreTrainedConfig]) -> None:
+    """Beside a stripped `config.json`, the same with heads on, and for remote code the file that reads it."""
+    with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+        stored = json.load(file)
+    training_folder = os.path.join(folder, TRAINING_CONFIG_FOLDER)
+    os.makedirs(training_folder)
+    with open(os.path.join(training_folder, "config.json"), "w", encoding="utf-8") as file:
+        json.dump({**stored, "use_auxiliary_heads": True}, file, indent=2, sort_keys=True)
+    if "auto_map" in stored:
+        shutil.copy(inspect.getfile(config_class), training_folder)
+
+
+def _upload(folder: str, repo_id: str, private: bool | None = None, token: Any = None, **kwargs: Any) -> None:
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs)
+
+
+def _replace_files(source: str, target: str, weights_variant: str | None) -> None:
+    """Moves a saved model over an older one so that no mixture of the two can be loaded: without config, then with."""
+    config_name = "config.json"
+    if not os.path.exists(os.path.join(source, config_name)):  # adapters alone: the model beside them stays
+        shutil.copytree(source, target, dirs_exist_ok=True)
+        return
+    if os.path.exists(os.path.join(target, config_name)):
+        os.remove(os.path.join(target, config_name))
+    shutil.rmtree(os.path.join(target, TRAINING_CONFIG_FOLDER), ignore_errors=True)
+    variant = f"\\.{re.escape(weights_variant)}" if weights_variant else ""
+    stale = re.compile(rf"model(\.safetensors\.index)?{variant}(-\d{{5}}-of-\d{{5}})?\.(safetensors|json)")
+    for name in os.listdir(target):
+        if stale.fullmatch(name):
+            os.remove(os.path.join(target, name))
+    for folder, _, names in os.walk(source):
+        destination = os.path.join(target, os.path.relpath(folder, source))
+        os.makedirs(destination, exist_ok=True)
+        for name in names:
+            if folder != source or name != config_name:
+                os.replace(os.path.join(folder, name), os.path.join(destination, name))
+    os.replace(os.path.join(source, config_name), os.path.join(target, config_name))

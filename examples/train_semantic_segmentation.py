@@ -1,0 +1,294 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""Fine-tune any pretrained ViT with token pruning on semantic segmentation.
+
+The defaults are the ADE20k recipe of the paper: EVA-02-L, patches resampled from 14 to 16 pixels, at 512 pixels,
+R = 40, pruning that grows over the first half of the training (the total batch is 8, on however many devices):
+
+    accelerate launch examples/train_semantic_segmentation.py --fp16 --dataloader_num_workers 8 \\
+        --output_dir outputs/ade20k
+
+`--data_dir` takes a folder laid out as the ADE20k download: `images/training`, `annotations/training`, and the same
+for `validation`. `--dataset_name cluttered_digits` draws its images on the spot and needs no network:
+
+    python examples/train_semantic_segmentation.py --model_name_or_path examples/digits_vit \\
+        --dataset_name cluttered_digits --pruning_rate 30 --output_dir outputs/digit_maps
+"""
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import evaluate
+import numpy as np
+import torch
+import torch.nn.functional as F
+from datasets import Dataset, DatasetDict, Image, load_dataset
+from huggingface_hub import hf_hub_download
+from shared import (
+    CLUTTERED_DIGITS,
+    ModelArguments,
+    RecipeArguments,
+    argument,
+    input_size,
+    load_model,
+    normalization,
+    prepare_splits,
+    run,
+)
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from transformers import EvalPrediction, HfArgumentParser, SegformerImageProcessor, set_seed
+from transformers import logging as transformers_logging
+
+from cropr_hf import CroprViTForSemanticSegmentation
+from cropr_hf.training import CroprTrainer, layer_decay_optimizer
+
+
+MEAN_IOU = str(Path(__file__).parent / "metrics" / "mean_iou" / "mean_iou.py")
+EVA02 = "timm/eva02_large_patch14_224.mim_m38m"
+EVA02_FIELDS = {"image_size": 512, "patch_size": 16, "pruning_rate": 40}
+ADE20K = "zhoubolei/scene_parse_150"
+ADE20K_ARGUMENTS = {
+    "dataset_config_name": "scene_parsing",
+    "dataset_revision": "refs/convert/parquet",  # the main branch holds a script, which `datasets` no longer runs
+    "id2label": "huggingface/label-files/ade20k-id2label.json",
+    "reduce_labels": True,
+}
+IGNORED = 255
+
+
+@dataclass
+class SegmenterArguments(ModelArguments):
+    """`ModelArguments` whose default model is prepared as in the paper."""
+
+    model_name_or_path: str = argument(EVA02, "A ViT of a supported family, or a Cropr checkpoint.")
+
+    def overrides(self) -> dict[str, Any]:
+        """See `ModelArguments.overrides`."""
+        fields = super().overrides()
+        if self.model_name_or_path != EVA02:
+            return fields
+        recipe = dict(EVA02_FIELDS)
+        if self.token_reducer == "none" or self.pruning_schedule is not None:
+            del recipe["pruning_rate"]
+        return recipe | fields
+
+
+@dataclass
+class DataArguments:
+    """Which images and label maps to train on, and how they are augmented."""
+
+    dataset_name: str = argument(ADE20K, f"Data set id on the Hub, or '{CLUTTERED_DIGITS}'.")
+    dataset_config_name: str | None = argument(None, "Configuration of that data set.")
+    dataset_revision: str | None = argument(None, "Branch, tag or commit of that data set.")
+    data_dir: str | None = argument(None, "Folder with `images` and `annotations`, instead of a data set.")
+    id2label: str | None = argument(None, "JSON file of class names, or 'owner/name/file' on the Hub.")
+    reduce_labels: bool | None = argument(None, "Whether label 0 means none and classes start at 1, as in ADE20k.")
+    train_val_split: float = argument(0.15, "Share of the training images to validate on, if there are no others.")
+    max_train_samples: int | None = argument(None, "Use fewer training images.")
+    max_eval_samples: int | None = argument(None, "Use fewer validation images.")
+    image_column_name: str = argument("image", "Column of the images.")
+    label_column_name: str = argument("annotation", "Column of the label maps.")
+    min_scale: float = argument(0.5, "Smallest random size, relative to the largest that fits into the input.")
+    max_scale: float = argument(2.0, "Largest random size.")
+    horizontal_flip: float = argument(0.5, "Probability of a mirror image.")
+    photometric_distortion: float = argument(0.5, "Probability of each change of brightness, contrast and colour.")
+
+    def __post_init__(self) -> None:
+        if self.dataset_name == ADE20K and self.data_dir is None:
+            for name, value in ADE20K_ARGUMENTS.items():
+                if getattr(self, name) is None:
+                    setattr(self, name, value)
+
+
+@dataclass
+class Ade20kArguments(RecipeArguments):
+    """`TrainingArguments` with the defaults of the paper on ADE20k."""
+
+    output_dir: str = argument("outputs/semantic_segmentation", "Where checkpoints and the stripped model go.")
+    num_train_epochs: float = argument(64, "Passes over the training images.")
+    learning_rate: float = argument(2e-5, "First learning rate of the head.")
+    layer_decay: float = argument(0.9, "Factor of the learning rate per block, from the head down.")
+    lr_scheduler_type: str = argument("polynomial", "Learning-rate schedule.")
+    lr_scheduler_kwargs: dict | str | None = field(default_factory=lambda: {"power": 0.9, "lr_end": 0.0})
+    pruning_curriculum: float = argument(0.5, "Share of the training over which pruning grows from nothing; 0 is off.")
+    per_device_train_batch_size: int = argument(8, "Images per process and step.")
+    per_device_eval_batch_size: int = argument(8, "Images per process and evaluation step.")
+
+
+def load_images(args: DataArguments, token: str | None, seed: int) -> DatasetDict:
+    """The splits `train` and `validation`."""
+    if args.dataset_name == CLUTTERED_DIGITS and args.data_dir is None:
+        from cluttered_digits import cluttered_digits
+
+        args.label_column_name = "label_map"
+        splits = {"train": args.max_train_samples or 20_000, "validation": args.max_eval_samples or 2_000}
+        return DatasetDict({split: cluttered_digits(split, count, seed=seed) for split, count in splits.items()})
+    if args.data_dir is not None:
+        images = load_folders(args.data_dir, args.image_column_name, args.label_column_name)
+    else:
+        images = load_dataset(args.dataset_name, args.dataset_config_name, revision=args.dataset_revision, token=token)
+    images = prepare_splits(
+        images,
+        columns=(args.image_column_name, args.label_column_name),
+        limits={"train": args.max_train_samples, "validation": args.max_eval_samples},
+        share=args.train_val_split,
+        seed=seed,
+    )
+    return images.cast_column(args.image_column_name, Image(mode="RGB"))
+
+
+def load_folders(data_dir: str, image_column: str, label_column: str) -> DatasetDict:
+    """Pairs of files `images/<split>/<name>.*` and `annotations/<split>/<name>.png`.
+
+    Raises:
+        `ValueError`: when there is no training image, or one has no annotation.
+    """
+    splits = {}
+    for split, folder in {"train": "training", "validation": "validation"}.items():
+        files = sorted(file for file in Path(data_dir, "images", folder).glob("*") if file.is_file())
+        maps = [Path(data_dir, "annotations", folder, f"{file.stem}.png") for file in files]
+        missing = [str(file) for file in maps if not file.exists()]
+        if missing:
+            raise ValueError(
+                f"{len(missing)} images have no label map, such as {missing[0]}; add it, or leave them out."
+            )
+        if files:
+            columns = {image_column: [str(file) for file in files], label_column: [str(file) for file in maps]}
+            splits[split] = (
+                Dataset.from_dict(columns).cast_column(image_column, Image()).cast_column(label_column, Image())
+            )
+    if "train" not in splits:
+        raise ValueError(
+            f"There is no image in {Path(data_dir, 'images', 'training')}; give the folder above `images`."
+        )
+    return DatasetDict(splits)
+
+
+def get_label_names(args: DataArguments, token: str | None) -> list[str]:
+    """Names of the classes, in the order of their numbers."""
+    if args.dataset_name == CLUTTERED_DIGITS and args.data_dir is None:
+        from cluttered_digits import DIGIT_NAMES
+
+        return [*DIGIT_NAMES, "background"]
+    path = args.id2label or f"{args.data_dir or args.dataset_name}/id2label.json"
+    if args.data_dir is None and not os.path.exists(path):
+        repository, _, name = path.rpartition("/")
+        path = hf_hub_download(repository, name, repo_type="dataset", token=token)
+    if not os.path.exists(path):
+        raise ValueError(
+            f"There is no file {path} with the names of the classes; write one, or name it by --id2label."
+        )
+    with open(path, encoding="utf-8") as file:
+        names = json.load(file)
+    return [names[str(index)] for index in range(len(names))]
+
+
+class Transform:
+    """Images and label maps -> normalised pixels (channels, height, width) and classes (height, width).
+
+    Training images are resized at random, their longer side being `min_scale` to `max_scale` times the input, and
+    cropped at random; evaluation images are resized to fit. What is smaller than the input is filled up with the mean
+    colour and ignored labels.
+    """
+
+    def __init__(self, args: DataArguments, processor: Any, training: bool):
+        self.args = args
+        self.size = (processor.size["height"], processor.size["width"])
+        colour = [round(255 * mean) for mean in processor.image_mean]
+        self.fill = {tv_tensors.Image: colour, tv_tensors.Mask: IGNORED}
+        resize = v2.ScaleJitter(self.size, (args.min_scale, args.max_scale) if training else (1.0, 1.0))
+        crop = [v2.RandomCrop(self.size, pad_if_needed=True, fill=self.fill)]
+        crop.append(v2.RandomHorizontalFlip(args.horizontal_flip))
+        crop.append(v2.RandomPhotometricDistort(p=args.photometric_distortion))
+        to_float = v2.ToDtype({tv_tensors.Image: torch.float32, tv_tensors.Mask: torch.int64}, scale=True)
+        normalize = v2.Normalize(processor.image_mean, processor.image_std)
+        self.transform = v2.Compose([resize, *(crop if training else [self.pad]), to_float, normalize])
+
+    def __call__(self, batch: dict[str, list]) -> dict[str, list]:
+        """A batch of columns, as `Dataset.set_transform` gives it."""
+        columns = (batch[self.args.image_column_name], batch[self.args.label_column_name])
+        pairs = [self.transform(tv_tensors.Image(image), self.classes(labels)) for image, labels in zip(*columns)]
+        return {"pixel_values": [pixels for pixels, _ in pairs], "labels": [labels for _, labels in pairs]}
+
+    def pad(self, image: tv_tensors.Image, labels: tv_tensors.Mask) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
+        """Fills up to the input size, below and on the right."""
+        height, width = labels.shape[-2:]
+        missing = [0, 0, self.size[1] - width, self.size[0] - height]
+        return v2.Pad(missing, fill=self.fill)(image, labels)
+
+    def classes(self, annotation: Any) -> tv_tensors.Mask:
+        """The class numbers (height, width) of an annotation.
+
+        Raises:
+            `ValueError`: for an annotation of colours.
+        """
+        labels = np.array(annotation).astype(np.int64)
+        if labels.ndim != 2:
+            raise ValueError(f"An annotation has the shape {labels.shape}; it must be class numbers (height, width).")
+        if self.args.reduce_labels:
+            labels = np.where((labels == 0) | (labels == IGNORED), IGNORED, labels - 1)
+        return tv_tensors.Mask(labels)
+
+
+def collate(examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Examples -> `pixel_values` (B, channels, height, width) and `labels` (B, height, width)."""
+    return {name: torch.stack([example[name] for example in examples]) for name in ("pixel_values", "labels")}
+
+
+def predicted_classes(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Logits (B, C, rows, columns) -> the best class of each pixel of `labels` (B, height, width)."""
+    maps = F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False)
+    return maps.argmax(dim=1).to(torch.int16)
+
+
+def main(arguments: list[str] | None = None) -> dict[str, float]:
+    """Trains, evaluates and saves; returns the evaluation metrics. `arguments` are those of the command line."""
+    parser = HfArgumentParser((SegmenterArguments, DataArguments, Ade20kArguments))
+    model_args, data_args, training_args = parser.parse_args_into_dataclasses(arguments)
+    transformers_logging.set_verbosity(training_args.get_process_log_level())
+    set_seed(training_args.seed)
+
+    images = load_images(data_args, model_args.token, training_args.seed)
+    label_names = get_label_names(data_args, model_args.token)
+    model = load_model(CroprViTForSemanticSegmentation, model_args, label_names, semantic_loss_ignore_index=IGNORED)
+    processor = SegformerImageProcessor(
+        size=input_size(model.config), do_reduce_labels=bool(data_args.reduce_labels), **normalization(model_args)
+    )
+    for split in images:
+        images[split].set_transform(Transform(data_args, processor, training=split == "train"))
+
+    mean_iou = evaluate.load(MEAN_IOU)
+
+    def compute_metrics(evaluation: EvalPrediction) -> dict[str, float]:
+        scores = mean_iou.compute(
+            predictions=evaluation.predictions,
+            references=evaluation.label_ids,
+            num_labels=len(label_names),
+            ignore_index=IGNORED,
+        )
+        return {name: float(score) for name, score in scores.items() if not name.startswith("per_category")}
+
+    trainer = CroprTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=images["train"],
+        eval_dataset=images["validation"],
+        data_collator=collate,
+        processing_class=processor,
+        preprocess_logits_for_metrics=predicted_classes,
+        compute_metrics=compute_metrics,
+        optimizer_cls_and_kwargs=layer_decay_optimizer(model, training_args, training_args.layer_decay),
+    )
+    return run(trainer, finetuned_from=model_args.model_name_or_path, task="image-segmentation")
+
+
+if __name__ == "__main__":
+    main()
