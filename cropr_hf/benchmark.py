@@ -139,12 +139,15 @@ def _summarize(timings: dict[str, Timing], reference: str) -> float:
 
 
 def pruning_candidates(
-    config: CroprViTConfig, task: str = "image_classification"
+    config: CroprViTConfig, task: str = "image_classification", training: bool = False
 ) -> dict[str, CroprViTPreTrainedModel]:
-    """The stripped model of `config` for one of `TASKS`, its unpruned twin, and a random pruner of its schedule."""
+    """The model of `config` for one of `TASKS`, its unpruned twin, and a random pruner of its schedule.
+
+    Without `training` the first is stripped, else it has its auxiliary heads.
+    """
     fields = config.to_dict() | {"use_auxiliary_heads": False}
     unpruned = fields | {"token_reducer": None, "pruning_rate": None, "pruning_schedule": None}
-    configs = {UNPRUNED: unpruned, "cropr": fields | {"token_reducer": "cropr"}}
+    configs = {UNPRUNED: unpruned, "cropr": fields | {"token_reducer": "cropr", "use_auxiliary_heads": training}}
     configs["random"] = fields | {"token_reducer": "random"}
     return {name: TASKS[task](CroprViTConfig(**fields)) for name, fields in configs.items()}
 
@@ -165,6 +168,23 @@ def transformers_twin(config: CroprViTConfig) -> ViTForImageClassification | Non
     return ViTForImageClassification(ViTConfig(**{name: getattr(config, name) for name in names}))
 
 
+def saved_bytes(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> int:
+    """Bytes of activations that a forward pass keeps for the backward pass; parameters do not count."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(**inputs).loss
+    total = sum(size for pointer, size in saved.items() if pointer not in own)
+    del loss  # until here the graph holds what was saved, so that no pointer occurs twice
+    return total
+
+
 @dataclass
 class BenchmarkArguments:
     """Arguments of the command.
@@ -177,6 +197,8 @@ class BenchmarkArguments:
         image_size: height and width in pixels.
         config: further configuration fields, as JSON.
         batch_size: images per call.
+        training: time training steps (forward and backward pass, with auxiliary heads) instead of inference.
+        gradient_checkpointing: in training, compute blocks and aggregators again in the backward pass.
         device, dtype: where and in which precision, for instance cuda and bfloat16.
         compile: whether to run `torch.compile`.
         min_rounds, max_rounds, tolerance: see `compare`.
@@ -190,6 +212,8 @@ class BenchmarkArguments:
     image_size: int | None = None
     config: str = "{}"
     batch_size: int = 8
+    training: bool = False
+    gradient_checkpointing: bool = False
     device: str = "cpu"
     dtype: str = "float32"
     compile: bool = False
@@ -224,19 +248,24 @@ def run(args: BenchmarkArguments) -> dict[str, Any]:
     config = _config_from(args)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     task = _task_of(args, config)
-    models: dict[str, torch.nn.Module] = dict(pruning_candidates(config, task))
+    models: dict[str, torch.nn.Module] = dict(pruning_candidates(config, task, args.training))
     if task == "image_classification" and (twin := transformers_twin(config)) is not None:
         models["transformers ViT"] = twin
-    height, width = (rows * config.patch_size for rows in config.grid_size)
-    pixels = torch.randn(args.batch_size, config.num_channels, height, width, device=device, dtype=dtype)
+    inputs = _random_inputs(args, config, task, device, dtype)
+    activations = {}
+    for name, model in models.items():
+        model.to(device, dtype).train(args.training)
+        if args.training and args.gradient_checkpointing:
+            model.gradient_checkpointing_enable()  # type: ignore[operator]
+        if args.training:
+            activations[name] = saved_bytes(model, inputs)
 
     def call(model: torch.nn.Module) -> Callable[[], Any]:
-        model = model.to(device, dtype).eval()
         run_model = torch.compile(model, fullgraph=True) if args.compile else model
-        return lambda: run_model(pixels)
+        return lambda: _training_step(run_model, inputs) if args.training else run_model(**inputs)
 
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    with torch.inference_mode():
+    with torch.inference_mode(not args.training):
         timings = compare(
             {name: call(model) for name, model in models.items()},
             UNPRUNED,
@@ -262,17 +291,44 @@ def run(args: BenchmarkArguments) -> dict[str, Any]:
                 "images_per_second": args.batch_size / timing.median,
                 "speedup": timing.speedup,
                 "spread": timing.spread,
+                "parameters": sum(parameter.numel() for parameter in models[name].parameters()),
+                "saved_activations": activations.get(name),
             }
             for name, timing in timings.items()
         },
     }
 
 
+def _random_inputs(
+    args: BenchmarkArguments, config: CroprViTConfig, task: str, device: torch.device, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Pixels, and labels in training."""
+    height, width = (count * config.patch_size for count in config.grid_size)
+    shape = (args.batch_size, config.num_channels, height, width)
+    inputs = {"pixel_values": torch.randn(shape, device=device, dtype=dtype)}
+    if args.training:
+        size = (args.batch_size, height, width) if task == "semantic_segmentation" else (args.batch_size,)
+        inputs["labels"] = torch.randint(config.num_labels or 1, size, device=device)
+    return inputs
+
+
+def _training_step(model: Any, inputs: dict[str, torch.Tensor]) -> None:
+    model.zero_grad()
+    model(**inputs).loss.backward()
+
+
 def format_table(record: dict[str, Any]) -> str:
     """The results of `run` as a Markdown table."""
-    lines = ["| model | images/s | speed-up | ± half IQR |", "| --- | ---: | ---: | ---: |"]
+    training = record["arguments"]["training"]
+    lines = [
+        "| model | images/s | speed-up | ± half IQR |" + (" parameters | saved for backward |" if training else "")
+    ]
+    lines.append("| --- |" + " ---: |" * (5 if training else 3))
     for name, row in record["results"].items():
-        lines.append(f"| {name} | {row['images_per_second']:.2f} | {row['speedup']:.2f} | {row['spread']:.3f} |")
+        line = f"| {name} | {row['images_per_second']:.2f} | {row['speedup']:.2f} | {row['spread']:.3f} |"
+        if training:
+            line += f" {row['parameters'] / 1e6:.0f} M | {row['saved_activations'] / 2**30:.2f} GiB |"
+        lines.append(line)
     share, spread = record["share_of_random"]
     lines += [
         "",

@@ -1,6 +1,6 @@
-"""Pictures of what was pruned where."""
+"""Pictures of what was pruned where, and of label maps beside it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,6 +9,8 @@ import torch
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+LABEL_OPACITY = 0.6
 
 
 def plot_pruning(
@@ -38,44 +40,162 @@ def plot_pruning(
         `ImportError`: without matplotlib (`pip install cropr_hf[viz]`).
         `ValueError`: when the numbers of images, maps, titles or patches do not fit.
     """
-    try:
-        from matplotlib import colormaps
-        from matplotlib.cm import ScalarMappable
-        from matplotlib.colors import BoundaryNorm
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Pictures need matplotlib: pip install cropr_hf[viz]") from error
     maps = _pruning_maps(pruned_after_block, grid_size)
-    if len(images) != len(maps) or (titles is not None and len(titles) != len(images)):
-        raise ValueError(
-            f"There are {len(images)} images, {len(maps)} pruning maps"
-            f"{'' if titles is None else f' and {len(titles)} titles'}; give one of each per image."
-        )
-    rows, columns = -(-len(images) // columns), min(columns, len(images))
-    figure = Figure(figsize=(3.6 * columns + 1.0, 2.0 * rows), layout="constrained")
-    axes = figure.subplots(rows, 2 * columns, squeeze=False)
-    colours = colormaps["viridis"].resampled(num_blocks - 1)
-    norm = BoundaryNorm(np.arange(0.5, num_blocks), num_blocks - 1)
-    for axis in axes.flat:
-        axis.set_axis_off()
-    for index, (image, blocks) in enumerate(zip(images, maps)):
-        left, right = axes[index // columns, 2 * (index % columns) :][:2]
-        pixels = np.asarray(image)
-        # One pixel per patch, stretched over the image; kept patches are transparent.
-        overlay = np.ma.masked_greater_equal(blocks, num_blocks)
-        left.imshow(pixels)
-        right.imshow(pixels)
-        extent = (-0.5, pixels.shape[1] - 0.5, pixels.shape[0] - 0.5, -0.5)
-        right.imshow(overlay, cmap=colours, norm=norm, alpha=0.85, extent=extent, interpolation="nearest")
-        if titles is not None:
-            left.set_title(titles[index], fontsize=8)
-    bar = figure.colorbar(ScalarMappable(norm, colours), ax=axes, ticks=range(1, num_blocks), fraction=0.02)
-    bar.set_label("pruned after block")
+    figure, panels = _panels(images, {"pruning maps": maps}, titles, columns)
+    _draw_pruning(figure, panels[:, 1], maps, num_blocks)
     return figure
 
 
-def _pruning_maps(pruned_after_block: torch.Tensor, grid_size: tuple[int, int] | None) -> np.ndarray:
-    """(B, patches) -> (B, rows, columns)"""
+def plot_segmentation(
+    images: Sequence[Any],
+    label_maps: Sequence[Any],
+    pruned_after_block: torch.Tensor | None,
+    num_blocks: int,
+    grid_size: tuple[int, int] | None = None,
+    titles: Sequence[str] | None = None,
+    columns: int = 1,
+    references: Sequence[Any] | None = None,
+    label_names: Mapping[int, str] | None = None,
+    clear_labels: Sequence[int] = (),
+) -> "Figure":
+    """A grid of panels: the image, its true and its predicted classes, and the patches that were pruned.
+
+    A class has the same colour in all figures, and no other class has it.
+
+    Args:
+        images: B images, each a `PIL.Image.Image` or an array (height, width, 3) of bytes.
+        label_maps: B predictions, each a tensor or array (height, width) of whole numbers; stretched over the image.
+        pruned_after_block: as in `plot_pruning`; `None` leaves its panel out.
+        num_blocks: as in `plot_pruning`.
+        grid_size: as in `plot_pruning`.
+        titles: one for each image.
+        columns: images in a row of the picture.
+        references: B true label maps, as `label_maps` or as a `PIL.Image.Image` of numbers; `None` leaves their panel
+            out.
+        label_names: for the legend, such as `model.config.id2label`; a class without a name goes by its number.
+        clear_labels: classes that are not drawn, such as the background and the ignored label.
+
+    Returns:
+        A matplotlib figure; `figure.savefig("segmentation.png")` writes it.
+
+    Raises:
+        `ImportError`: without matplotlib (`pip install cropr_hf[viz]`).
+        `ValueError`: when the numbers of images, maps, titles or patches do not fit, or a label map is not one of
+            whole numbers (height, width).
+    """
+    maps = {}
+    if references is not None:
+        maps["references"] = [_label_map(labels) for labels in references]
+    maps["predictions"] = [_label_map(labels) for labels in label_maps]
+    kinds = list(maps)
+    if pruned_after_block is not None:
+        maps["pruning maps"] = _pruning_maps(pruned_after_block, grid_size)
+    figure, panels = _panels(images, maps, titles, columns)
+    for name, axes in zip(maps, panels.T[1:]):
+        for axis in axes[:columns]:  # the first row
+            axis.set_title(name, fontsize=8)
+    for name, axes in zip(kinds, panels.T[1:]):
+        for axis, labels in zip(axes, maps[name]):
+            opacity = np.where(np.isin(labels, clear_labels), 0.0, LABEL_OPACITY)
+            _overlay(axis, np.dstack([_class_colours(labels), opacity]))
+    occurring = {label for name in kinds for labels in maps[name] for label in np.unique(labels).tolist()}
+    _draw_legend(figure, sorted(occurring.difference(clear_labels)), label_names or {})
+    if pruned_after_block is not None:
+        _draw_pruning(figure, panels[:, -1], maps["pruning maps"], num_blocks)
+    return figure
+
+
+def _panels(
+    images: Sequence[Any], maps: Mapping[str, Sequence[np.ndarray]], titles: Sequence[str] | None, columns: int
+) -> tuple["Figure", np.ndarray]:
+    """A figure with one panel for each image itself and one for each of its maps, all of which show the image.
+
+    Returns:
+        The figure, and its axes (images, 1 + kinds of maps).
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Pictures need matplotlib: pip install cropr_hf[viz]") from error
+    counts = {"images": len(images), **{name: len(values) for name, values in maps.items()}}
+    if titles is not None:
+        counts["titles"] = len(titles)
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"{count} {name}" for name, count in counts.items())
+        raise ValueError(f"There are {listed}; give one of each per image.")
+    num_panels = 1 + len(maps)
+    rows, columns = -(-len(images) // columns), min(columns, len(images))
+    figure = Figure(figsize=(1.8 * num_panels * columns + 1.0, 2.0 * rows), layout="constrained")
+    axes = figure.subplots(rows, num_panels * columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    # (rows, columns * panels) -> (rows * columns, panels) -> (images, panels)
+    panels = axes.reshape(-1, num_panels)[: len(images)]
+    for index, (image, image_panels) in enumerate(zip(images, panels)):
+        for axis in image_panels:
+            axis.imshow(np.asarray(image))
+        if titles is not None:
+            image_panels[0].set_title(titles[index], fontsize=8)
+    return figure, panels
+
+
+def _overlay(axis: Any, layer: np.ndarray, **kwargs: Any) -> None:
+    """Stretches a layer of any resolution over the image of a panel."""
+    axis.imshow(layer, extent=axis.images[0].get_extent(), interpolation="nearest", **kwargs)
+
+
+def _draw_pruning(figure: "Figure", axes: np.ndarray, maps: Sequence[np.ndarray], num_blocks: int) -> None:
+    """Covers the pruned patches of each panel, and explains their colours by a bar."""
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import BoundaryNorm
+
+    colours = colormaps["viridis"].resampled(num_blocks - 1)
+    norm = BoundaryNorm(np.arange(0.5, num_blocks), num_blocks - 1)
+    for axis, blocks in zip(axes, maps):
+        # One pixel per patch; kept patches are transparent.
+        _overlay(axis, np.ma.masked_greater_equal(blocks, num_blocks), cmap=colours, norm=norm, alpha=0.85)
+    bar = figure.colorbar(ScalarMappable(norm, colours), ax=figure.axes, ticks=range(1, num_blocks), fraction=0.02)
+    bar.set_label("pruned after block")
+
+
+def _draw_legend(figure: "Figure", labels: Sequence[int], names: Mapping[int, str]) -> None:
+    """Names the classes below the panels."""
+    from matplotlib.patches import Patch
+
+    if not labels:
+        return
+    columns = int(figure.get_figwidth() / 1.5)
+    figure.set_figheight(figure.get_figheight() + 0.2 * -(-len(labels) // columns))
+    handles = [
+        Patch(facecolor=(*colour, LABEL_OPACITY), label=names.get(label, str(label)))
+        for label, colour in zip(labels, _class_colours(np.array(labels)))
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
+
+
+def _class_colours(labels: np.ndarray) -> np.ndarray:
+    """(...) -> (..., 3), red, green and blue in [0, 1): a sequence that fills the cube evenly, however long it is.
+
+    Source: M. Roberts, "The unreasonable effectiveness of quasirandom sequences" (2018), in three dimensions.
+    """
+    plastic = 1.2207440846057596  # the root of x**4 = x + 1
+    return (0.5 + labels[..., None] / plastic ** np.arange(1, 4)) % 1
+
+
+def _label_map(labels: Any) -> np.ndarray:
+    """(height, width)"""
+    array = np.asarray(labels.cpu() if isinstance(labels, torch.Tensor) else labels)
+    if array.ndim != 2 or array.dtype.kind not in "iu":
+        raise ValueError(
+            f"A label map is {array.dtype} of the shape {array.shape}; it must be whole numbers (height, width), such "
+            "as the argmax of an image's logits over the classes."
+        )
+    return array
+
+
+def _pruning_maps(pruned_after_block: torch.Tensor, grid_size: tuple[int, int] | None) -> list[np.ndarray]:
+    """(B, patches) -> B times (rows, columns)"""
     num_patches = pruned_after_block.shape[1]
     side = int(num_patches**0.5)
     rows, columns = grid_size or (side, side)
@@ -83,4 +203,4 @@ def _pruning_maps(pruned_after_block: torch.Tensor, grid_size: tuple[int, int] |
         raise ValueError(
             f"{num_patches} patches do not form a grid of {rows} x {columns}; give `grid_size` (rows, columns)."
         )
-    return pruned_after_block.cpu().numpy().reshape(-1, rows, columns)
+    return list(pruned_after_block.cpu().numpy().reshape(-1, rows, columns))

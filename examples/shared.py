@@ -48,7 +48,7 @@ class ModelArguments:
         given = ("token_reducer", "pruning_rate", "pruning_schedule", "last_layer_fusion", "image_size", "patch_size")
         fields = {name: getattr(self, name) for name in given if getattr(self, name) is not None}
         if self.token_reducer == "none":
-            fields |= {"token_reducer": None, "pruning_rate": None}
+            fields["token_reducer"] = None
         return fields | {"drop_path_rate": self.drop_path_rate, "label_smoothing": self.label_smoothing}
 
     def hub(self) -> dict[str, str]:

@@ -106,6 +106,13 @@ class DataArguments:
             for name, value in ADE20K_ARGUMENTS.items():
                 if getattr(self, name) is None:
                     setattr(self, name, value)
+        if self.draws_digits:
+            self.label_column_name = "label_map"
+
+    @property
+    def draws_digits(self) -> bool:
+        """Whether the images are cluttered digits."""
+        return self.dataset_name == CLUTTERED_DIGITS and self.data_dir is None
 
 
 @dataclass
@@ -125,24 +132,26 @@ class Ade20kArguments(RecipeArguments):
 
 def load_images(args: DataArguments, token: str | None, seed: int) -> DatasetDict:
     """The splits `train` and `validation`."""
-    if args.dataset_name == CLUTTERED_DIGITS and args.data_dir is None:
+    if args.draws_digits:
         from cluttered_digits import cluttered_digits
 
-        args.label_column_name = "label_map"
         splits = {"train": args.max_train_samples or 20_000, "validation": args.max_eval_samples or 2_000}
         return DatasetDict({split: cluttered_digits(split, count, seed=seed) for split, count in splits.items()})
-    if args.data_dir is not None:
-        images = load_folders(args.data_dir, args.image_column_name, args.label_column_name)
-    else:
-        images = load_dataset(args.dataset_name, args.dataset_config_name, revision=args.dataset_revision, token=token)
     images = prepare_splits(
-        images,
+        load_source(args, token),
         columns=(args.image_column_name, args.label_column_name),
         limits={"train": args.max_train_samples, "validation": args.max_eval_samples},
         share=args.train_val_split,
         seed=seed,
     )
     return images.cast_column(args.image_column_name, Image(mode="RGB"))
+
+
+def load_source(args: DataArguments, token: str | None = None) -> DatasetDict:
+    """All splits of the folder, or of the data set on the Hub."""
+    if args.data_dir is not None:
+        return load_folders(args.data_dir, args.image_column_name, args.label_column_name)
+    return load_dataset(args.dataset_name, args.dataset_config_name, revision=args.dataset_revision, token=token)
 
 
 def load_folders(data_dir: str, image_column: str, label_column: str) -> DatasetDict:
@@ -174,12 +183,12 @@ def load_folders(data_dir: str, image_column: str, label_column: str) -> Dataset
 
 def get_label_names(args: DataArguments, token: str | None) -> list[str]:
     """Names of the classes, in the order of their numbers."""
-    if args.dataset_name == CLUTTERED_DIGITS and args.data_dir is None:
+    if args.draws_digits:
         from cluttered_digits import DIGIT_NAMES
 
         return [*DIGIT_NAMES, "background"]
     path = args.id2label or f"{args.data_dir or args.dataset_name}/id2label.json"
-    if args.data_dir is None and not os.path.exists(path):
+    if not os.path.exists(path) and (args.id2label or args.data_dir is None):
         repository, _, name = path.rpartition("/")
         path = hf_hub_download(repository, name, repo_type="dataset", token=token)
     if not os.path.exists(path):
@@ -215,7 +224,10 @@ class Transform:
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
         """A batch of columns, as `Dataset.set_transform` gives it."""
         columns = (batch[self.args.image_column_name], batch[self.args.label_column_name])
-        pairs = [self.transform(tv_tensors.Image(image), self.classes(labels)) for image, labels in zip(*columns)]
+        pairs = [
+            self.transform(tv_tensors.Image(image), tv_tensors.Mask(class_numbers(labels, self.args.reduce_labels)))
+            for image, labels in zip(*columns)
+        ]
         return {"pixel_values": [pixels for pixels, _ in pairs], "labels": [labels for _, labels in pairs]}
 
     def pad(self, image: tv_tensors.Image, labels: tv_tensors.Mask) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
@@ -224,18 +236,19 @@ class Transform:
         missing = [0, 0, self.size[1] - width, self.size[0] - height]
         return v2.Pad(missing, fill=self.fill)(image, labels)
 
-    def classes(self, annotation: Any) -> tv_tensors.Mask:
-        """The class numbers (height, width) of an annotation.
 
-        Raises:
-            `ValueError`: for an annotation of colours.
-        """
-        labels = np.array(annotation).astype(np.int64)
-        if labels.ndim != 2:
-            raise ValueError(f"An annotation has the shape {labels.shape}; it must be class numbers (height, width).")
-        if self.args.reduce_labels:
-            labels = np.where((labels == 0) | (labels == IGNORED), IGNORED, labels - 1)
-        return tv_tensors.Mask(labels)
+def class_numbers(annotation: Any, reduce_labels: bool | None) -> np.ndarray:
+    """The classes (height, width) of an annotation; with `reduce_labels`, 0 becomes ignored and 1 the first class.
+
+    Raises:
+        `ValueError`: for an annotation of colours.
+    """
+    labels = np.array(annotation).astype(np.int64)
+    if labels.ndim != 2:
+        raise ValueError(f"An annotation has the shape {labels.shape}; it must be class numbers (height, width).")
+    if reduce_labels:
+        labels = np.where((labels == 0) | (labels == IGNORED), IGNORED, labels - 1)
+    return labels
 
 
 def collate(examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

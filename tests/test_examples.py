@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, ViTImageProcessor
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    AutoModelForSemanticSegmentation,
+    SegformerImageProcessor,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
 
 import cropr_hf
 
@@ -171,3 +179,146 @@ def test_the_demo_prints_its_table(tiny_vit, tmp_path):
     rows = re.findall(r"^\| (\S+) \| ([\d.]+) % \| (\d+) of 36 \|", result.stdout, flags=re.MULTILINE)
     assert [(name, left) for name, _, left in rows] == [("unpruned", "36"), ("Cropr", "15"), ("random", "15")]
     assert (tmp_path / "pruning.png").stat().st_size > 10_000
+
+
+def segmentation_command(tiny_vit: str, output_dir: Path, **kwargs) -> list[str]:
+    return digits_command(
+        tiny_vit,
+        output_dir,
+        **{"learning_rate": 1e-3, "pruning_rate": 8, "min_scale": 0.8, "max_scale": 1.2, **kwargs},
+    )
+
+
+@pytest.fixture(scope="module")
+def trained_segmenter(example, tiny_vit, tmp_path_factory) -> Path:
+    """The script's whole recipe, augmentation and curriculum, on cluttered digits."""
+    folder = tmp_path_factory.mktemp("segmenter")
+    metrics = example("train_semantic_segmentation").main(segmentation_command(tiny_vit, folder))
+    assert 0 <= metrics["eval_mean_iou"] <= 1
+    return folder
+
+
+def write_label_maps(folder: Path, splits: dict[str, int]) -> None:
+    """Images and annotations in the layout of ADE20k: 0 for none, classes 1 and 2."""
+    for split, count in splits.items():
+        for kind in ("images", "annotations"):
+            (folder / kind / split).mkdir(parents=True)
+        for index in range(count):
+            random = np.random.default_rng(index)
+            size = (40 + 8 * index, 60)
+            Image.fromarray(random.integers(0, 255, (*size, 3), np.uint8)).save(
+                folder / "images" / split / f"{index}.jpg"
+            )
+            Image.fromarray(random.integers(0, 3, size, np.uint8)).save(
+                folder / "annotations" / split / f"{index}.png"
+            )
+
+
+class TestTrainSemanticSegmentation:
+    def test_the_result_is_stripped_and_loads_through_the_auto_class(self, trained_segmenter):
+        model = AutoModelForSemanticSegmentation.from_pretrained(trained_segmenter)
+        assert type(model).__name__ == "CroprViTForSemanticSegmentation"
+        assert not any("auxiliary" in name for name in model.state_dict())
+        assert model.config.id2label == {**{digit: str(digit) for digit in range(10)}, 10: "background"}
+        processor = AutoImageProcessor.from_pretrained(trained_segmenter)
+        assert type(processor).__name__.startswith("Segformer") and processor.size == {"height": 48, "width": 48}
+
+    def test_pruning_grows_and_parts_of_the_loss_are_logged(self, trained_segmenter):
+        logs = [entry for entry in history(trained_segmenter) if "loss" in entry]
+        assert len(logs) == 8
+        for entry in logs:
+            parts = entry["main_loss"] + entry["auxiliary_loss_1"] + entry["auxiliary_loss_2"]
+            assert entry["loss"] == pytest.approx(parts, abs=2e-3)
+
+    def test_resuming_repeats_the_uninterrupted_run(self, example, tiny_vit, trained_segmenter, tmp_path):
+        checkpoint = trained_segmenter / "checkpoint-4"
+        command = segmentation_command(tiny_vit, tmp_path, resume_from_checkpoint=str(checkpoint))
+        example("train_semantic_segmentation").main(command)
+        assert [e["loss"] for e in history(tmp_path) if "loss" in e] == [
+            e["loss"] for e in history(trained_segmenter) if "loss" in e
+        ]
+
+    def test_folders_in_the_layout_of_ade20k(self, example, tiny_vit, tmp_path):
+        write_label_maps(tmp_path / "data", {"training": 8, "validation": 3})
+        (tmp_path / "data" / "id2label.json").write_text(json.dumps({"0": "wall", "1": "sky"}))
+        data = {"data_dir": str(tmp_path / "data"), "reduce_labels": True}
+        command = segmentation_command(tiny_vit, tmp_path / "out", num_train_epochs=1, **data)
+        example("train_semantic_segmentation").main(command)
+        model = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "out")
+        assert model.config.id2label == {0: "wall", 1: "sky"}
+        assert AutoImageProcessor.from_pretrained(tmp_path / "out").do_reduce_labels
+        evaluation = ["--model_name_or_path", str(tmp_path / "out"), "--data_dir", data["data_dir"]]
+        evaluation += ["--reduce_labels", "True", "--stride", "24"]
+        scores = example("evaluate_semantic_segmentation").main(evaluation)
+        assert 0 <= scores["mean_iou"] <= 1
+
+    def test_transforms_keep_images_and_labels_together(self, example, tiny_vit):
+        """Labels that are the red channel are still the red channel after resizing, cropping, flipping and padding."""
+        script = example("train_semantic_segmentation")
+        args = script.DataArguments(dataset_name="other", photometric_distortion=0.0)
+        processor = SegformerImageProcessor(
+            size={"height": 48, "width": 48}, image_mean=[0.0, 0.0, 0.0], image_std=[1.0, 1.0, 1.0]
+        )
+        classes = np.kron(np.arange(12).reshape(3, 4), np.ones((20, 20), int)).astype(np.uint8)  # 60 x 80
+        image = Image.fromarray(np.repeat(20 * classes[..., None], 3, axis=2))
+        batch = {"image": [image], "annotation": [Image.fromarray(classes)]}
+        for training in (True, False):
+            torch.manual_seed(1)
+            transformed = script.Transform(args, processor, training)(batch)
+            pixels, labels = transformed["pixel_values"][0], transformed["labels"][0]
+            assert pixels.shape == (3, 48, 48) and labels.shape == (48, 48)
+            inside = labels != 255
+            assert inside.float().mean() > 0.2
+            # Bilinear pixels against nearest labels differ along borders alone.
+            agree = (pixels[0][inside] * 255 / 20).round() == labels[inside]
+            assert agree.float().mean() > 0.8
+            assert pixels[:, ~inside].abs().sum() == 0
+        assert (labels[36:] == 255).all() and (labels[:36] != 255).all()  # 36 x 48 fits, the rest is filled
+
+    def test_reduced_labels(self, example):
+        classes = example("train_semantic_segmentation").class_numbers
+        annotation = np.array([[0, 1, 150, 255]], np.uint8)
+        assert classes(annotation, True).tolist() == [[255, 0, 149, 255]]
+        assert classes(annotation, None).tolist() == [[0, 1, 150, 255]]
+        with pytest.raises(ValueError, match="class numbers"):
+            classes(np.zeros((4, 4, 3), np.uint8), True)
+
+    def test_defaults_are_the_recipe_of_the_paper(self, example):
+        script = example("train_semantic_segmentation")
+        assert script.SegmenterArguments().overrides() == {
+            "image_size": 512,
+            "patch_size": 16,
+            "pruning_rate": 40,
+            "drop_path_rate": 0.2,
+            "label_smoothing": 0.0,
+        }
+        assert "pruning_rate" not in script.SegmenterArguments(token_reducer="none").overrides()
+        assert script.SegmenterArguments("examples/digits_vit").overrides().keys() == {
+            "drop_path_rate",
+            "label_smoothing",
+        }
+        data = script.DataArguments()
+        assert data.reduce_labels and data.dataset_config_name == "scene_parsing"
+        assert script.DataArguments("other").reduce_labels is None
+
+    def test_wrong_data_says_what_to_do(self, example, tiny_vit, tmp_path):
+        script = example("train_semantic_segmentation")
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(ValueError, match="There is no image in"):
+            script.main(segmentation_command(tiny_vit, tmp_path, data_dir=str(tmp_path / "empty")))
+        write_label_maps(tmp_path / "data", {"training": 2})
+        with pytest.raises(ValueError, match="names of the classes"):
+            script.main(segmentation_command(tiny_vit, tmp_path, data_dir=str(tmp_path / "data")))
+        (tmp_path / "data" / "annotations" / "training" / "1.png").unlink()
+        with pytest.raises(ValueError, match="no label map"):
+            script.main(segmentation_command(tiny_vit, tmp_path, data_dir=str(tmp_path / "data")))
+
+
+def test_segmentation_is_evaluated_in_a_fresh_process_with_picture(trained_segmenter, tmp_path):
+    command = [sys.executable, str(EXAMPLES / "evaluate_semantic_segmentation.py"), "--max_eval_samples", "12"]
+    command += ["--dataset_name", "cluttered_digits", "--split", "test", "--picture", str(tmp_path / "maps.png")]
+    result = subprocess.run([*command, "--model_name_or_path", str(trained_segmenter)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert 0 <= json.loads(result.stdout.splitlines()[-1])["mean_iou"] <= 1
+    with Image.open(tmp_path / "maps.png") as picture:
+        assert picture.format == "PNG"

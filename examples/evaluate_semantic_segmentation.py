@@ -1,0 +1,148 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""Measure a published segmentation model, loaded by the Auto classes, at the resolution of the label maps.
+
+As in the paper, each image is resized to fit into the input, whose rest is filled with the mean colour. With
+`--stride`, windows of the input's size slide over the image instead, whose shorter side is resized to a window:
+
+    python examples/evaluate_semantic_segmentation.py --model_name_or_path outputs/ade20k --stride 512
+
+    python examples/evaluate_semantic_segmentation.py --model_name_or_path outputs/digit_maps \\
+        --dataset_name cluttered_digits --split test --picture outputs/digit_maps/segmentation.png
+
+It prints one line of JSON with the mean intersection over union.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import evaluate
+import torch
+from datasets import Dataset
+from shared import argument
+from torchvision.transforms.v2 import functional as F
+from train_semantic_segmentation import IGNORED, MEAN_IOU, DataArguments, class_numbers, load_source
+from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, HfArgumentParser
+from transformers.utils import logging
+
+import cropr_hf  # noqa: F401 (registers the models with the Auto classes)
+from cropr_hf.sliding_window import sliding_window_logits
+from cropr_hf.visualization import plot_segmentation
+
+
+@dataclass
+class EvaluationArguments:
+    """Which model to evaluate, and how."""
+
+    model_name_or_path: str = argument("outputs/semantic_segmentation", "Folder or Hub id of a segmentation model.")
+    split: str = argument("validation", "Split of the data set.")
+    stride: int | None = argument(None, "Step of sliding windows in pixels, if they are to slide.")
+    batch_size: int = argument(8, "Windows per forward pass.")
+    device: str = argument("cpu", "Where to run.")
+    seed: int = argument(0, "Of the drawn images.")
+    picture: str | None = argument(None, "A PNG file for a picture of predictions and of what was pruned.")
+    picture_images: int = argument(6, "Images in that picture.")
+
+
+class Segmenter:
+    """A model with what turns images into its input."""
+
+    def __init__(self, args: EvaluationArguments):
+        self.args = args
+        self.model = AutoModelForSemanticSegmentation.from_pretrained(args.model_name_or_path).to(args.device)
+        self.processor = AutoImageProcessor.from_pretrained(args.model_name_or_path)
+        self.size = (self.processor.size["height"], self.processor.size["width"])
+
+    def resize(self, image: torch.Tensor) -> torch.Tensor:
+        """An image (3, height, width) that fits into the input, or whose shorter side is that of a window."""
+        ratios = [target / length for target, length in zip(self.size, image.shape[-2:])]
+        ratio = min(ratios) if self.args.stride is None else max(ratios)
+        return F.resize(image, [round(ratio * length) for length in image.shape[-2:]])
+
+    def pad(self, image: torch.Tensor) -> torch.Tensor:
+        """Fills up to the input size with the mean colour, below and on the right; larger images stay."""
+        height, width = (max(target - length, 0) for target, length in zip(self.size, image.shape[-2:]))
+        return F.pad(image, [0, 0, width, height], fill=[round(255 * mean) for mean in self.processor.image_mean])
+
+    def normalize(self, image: torch.Tensor) -> torch.Tensor:
+        """Bytes (3, height, width) -> pixel values (1, 3, height, width)."""
+        pixels = F.to_dtype(image, torch.float32, scale=True)
+        return F.normalize(pixels, self.processor.image_mean, self.processor.image_std)[None].to(self.args.device)
+
+    def label_map(self, image: Any) -> torch.Tensor:
+        """The class of each pixel of a picture, (height, width)."""
+        image = F.pil_to_tensor(image)
+        resized = self.resize(image)
+        pixel_values = self.normalize(self.pad(resized))
+        logits = sliding_window_logits(self.model, pixel_values, self.size, self.args.stride, self.args.batch_size)
+        height, width = resized.shape[-2:]
+        logits = torch.nn.functional.interpolate(logits[..., :height, :width], image.shape[-2:], mode="bilinear")
+        return logits.argmax(dim=1)[0].cpu()
+
+    @torch.inference_mode()
+    def picture(self, images: Sequence[Any], references: Sequence[Any]) -> Any:
+        """A figure of images, stretched to the input, label maps, predictions and pruned patches."""
+        inputs = [F.resize(F.pil_to_tensor(image), list(self.size)) for image in images]
+        outputs = self.model(torch.cat([self.normalize(image) for image in inputs]), output_pruning=True)
+        label_maps = torch.nn.functional.interpolate(outputs.logits, self.size, mode="bilinear").argmax(dim=1)
+        config = self.model.config
+        return plot_segmentation(
+            [image.permute(1, 2, 0).numpy() for image in inputs],
+            label_maps,
+            outputs.pruned_after_block,
+            config.num_hidden_layers,
+            config.grid_size,
+            columns=2,
+            references=references,
+            label_names=config.id2label,
+            clear_labels=[IGNORED, *(index for index, name in config.id2label.items() if name == "background")],
+        )
+
+
+def load_split(args: EvaluationArguments, data_args: DataArguments) -> Dataset:
+    """The images to evaluate on.
+
+    Raises:
+        `ValueError`: when the data set has no such split.
+    """
+    if data_args.draws_digits:
+        from cluttered_digits import cluttered_digits
+
+        return cluttered_digits(args.split, data_args.max_eval_samples or 2000, seed=args.seed)
+    images = load_source(data_args)
+    if args.split not in images:
+        raise ValueError(f"The data set has no split {args.split!r}, only {', '.join(images)}.")
+    split = images[args.split]
+    return split.select(range(min(data_args.max_eval_samples or len(split), len(split))))
+
+
+def main(arguments: list[str] | None = None) -> dict[str, float]:
+    """Evaluates and returns the metrics; `arguments` are those of the command line."""
+    args, data_args = HfArgumentParser((EvaluationArguments, DataArguments)).parse_args_into_dataclasses(arguments)
+    split = load_split(args, data_args)
+    segmenter = Segmenter(args)
+    mean_iou = evaluate.load(MEAN_IOU)
+
+    def pair(index: int) -> tuple[Any, Any]:
+        row = split[index]
+        labels = class_numbers(row[data_args.label_column_name], data_args.reduce_labels)
+        return row[data_args.image_column_name].convert("RGB"), labels
+
+    for index in logging.tqdm(range(len(split)), desc="Evaluation"):
+        image, labels = pair(index)
+        mean_iou.add_batch(predictions=[segmenter.label_map(image)], references=[labels])
+    if args.picture is not None:
+        images, references = zip(*(pair(index) for index in range(min(args.picture_images, len(split)))))
+        segmenter.picture(images, references).savefig(args.picture, dpi=110)
+    scores = mean_iou.compute(num_labels=segmenter.model.config.num_labels, ignore_index=IGNORED)
+    return {name: score for name, score in scores.items() if not name.startswith("per_category")}
+
+
+if __name__ == "__main__":
+    print(json.dumps(main()))
