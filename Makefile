@@ -5,16 +5,17 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help demo test test-common test-slow bench style quality clean
+.PHONY: help demo demo-segmentation test test-common test-slow bench style quality clean
 
 help:
-	@echo "make demo         fine-tune, publish, load and compare pruned models on cluttered digits"
-	@echo "make test         the tests (CPU; no network needed after the installation)"
-	@echo "make test-common  the model test suite of the installed Transformers release"
-	@echo "make test-slow    tests that take more than a minute each"
-	@echo "make bench        ViT-L/16: Cropr against the unpruned model, a random pruner and Transformers' ViT"
-	@echo "make style        format and fix"
-	@echo "make quality      ruff and mypy"
+	@echo "make demo              fine-tune, publish, load and compare pruned models on cluttered digits"
+	@echo "make demo-segmentation the same for label maps"
+	@echo "make test              the tests (CPU; no network needed after the installation)"
+	@echo "make test-common       the model test suite of the installed Transformers release"
+	@echo "make test-slow         tests that take more than a minute each"
+	@echo "make bench             ViT-L/16: Cropr against the unpruned model, a random pruner and Transformers' ViT"
+	@echo "make style             format and fix"
+	@echo "make quality           ruff and mypy"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +27,10 @@ $(VENV)/.installed-%: pyproject.toml | $(BIN)/python
 
 demo: $(VENV)/.installed-demo
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python examples/demo.py
+
+demo-segmentation: $(VENV)/.installed-demo
+	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python examples/demo.py --task semantic_segmentation \
+		--train_images 10000 --epochs 2 --output_dir outputs/demo_segmentation
 
 test: $(VENV)/.installed-dev
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)

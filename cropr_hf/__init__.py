@@ -10,6 +10,7 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForSemanticSegmentation,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
 
 from .configuration_cropr_vit import CroprViTConfig
 from .modeling_cropr_vit import (
@@ -34,6 +35,8 @@ AutoModel.register(CroprViTConfig, CroprViTModel, exist_ok=True)
 AutoModelForImageClassification.register(CroprViTConfig, CroprViTForImageClassification, exist_ok=True)
 AutoModelForSemanticSegmentation.register(CroprViTConfig, CroprViTForSemanticSegmentation, exist_ok=True)
 AutoBackbone.register(CroprViTConfig, CroprViTBackbone, exist_ok=True)
+# The segmentation pipeline looks for the name here as well, and calls a model that it does not find unsupported.
+MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES[CroprViTConfig.model_type] = CroprViTForSemanticSegmentation.__name__
 
 __all__ = [
     "TOKEN_REDUCERS",

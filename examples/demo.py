@@ -4,7 +4,7 @@
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
 # an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
 # specific language governing permissions and limitations under the License.
-"""The whole workflow on cluttered digits, in minutes on a laptop CPU (`make demo`).
+"""The whole workflow on cluttered digits, in minutes on a laptop CPU (`make demo`, `make demo-segmentation`).
 
 A pretrained ViT is fine-tuned three times alike: as it is, with Cropr modules, and with tokens pruned at random. Each
 result is published to a folder (stripped), loaded again by the Auto classes in a process of its own, and measured on
@@ -15,13 +15,15 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import train_image_classification
+import train_semantic_segmentation
 from shared import CLUTTERED_DIGITS
-from transformers import AutoModelForImageClassification, HfArgumentParser
+from transformers import AutoModelForImageClassification, AutoModelForSemanticSegmentation, HfArgumentParser
 from transformers import logging as transformers_logging
 
 from cropr_hf import CroprViTConfig
@@ -32,14 +34,54 @@ HERE = Path(__file__).parent
 MODELS = {"unpruned": "none", "Cropr": "cropr", "random": "random"}
 
 
+@dataclass(frozen=True)
+class Task:
+    """Scripts of a task, the metric that they print, and what its fine-tuning needs beside the common settings."""
+
+    train: Callable[[list[str]], Any]
+    evaluate: str
+    metric: str  # on the test digits
+    auto_class: Any
+    settings: dict[str, Any]
+
+
+TASKS = {
+    "image_classification": Task(
+        train_image_classification.main,
+        "evaluate_image_classification.py",
+        "accuracy",
+        AutoModelForImageClassification,
+        # Digits are not mirrored, and a short fine-tuning of a small model needs no strong regularisation.
+        {
+            "horizontal_flip": 0,
+            "crop_min_scale": 1,
+            "randaugment_magnitude": 0,
+            "random_erasing": 0,
+            "mixup_alpha": 0,
+            "cutmix_alpha": 0,
+            "last_layer_fusion": False,
+        },
+    ),
+    "semantic_segmentation": Task(
+        train_semantic_segmentation.main,
+        "evaluate_semantic_segmentation.py",
+        "mean_iou",
+        AutoModelForSemanticSegmentation,
+        {"horizontal_flip": 0, "min_scale": 1, "max_scale": 1, "photometric_distortion": 0},
+    ),
+}
+
+
 @dataclass
 class DemoArguments:
     """Settings of the demo; the defaults take about five minutes on two CPU cores."""
 
+    task: str = "image_classification"
     pretrained: str = str(HERE / "digits_vit")
     output_dir: str = "outputs/demo"
     pruning_schedule: list[int] = field(default_factory=lambda: [144, 96, 56, 24, 24, 24])
     train_images: int = 5000
+    epochs: int = 1
     test_images: int = 2000
 
 
@@ -53,18 +95,11 @@ def fine_tune(args: DemoArguments, name: str) -> Path:
         "max_train_samples": args.train_images,
         "max_eval_samples": 200,
         "output_dir": folder,
-        "num_train_epochs": 1,
+        "num_train_epochs": args.epochs,
         "per_device_train_batch_size": 32,
         # Cropr modules are new and learn fast; the pretrained blocks below keep what they know.
         "learning_rate": 1e-2,
         "layer_decay": 0.3,
-        # Digits are not mirrored, and a short fine-tuning of a small model needs no strong regularisation.
-        "horizontal_flip": 0,
-        "crop_min_scale": 1,
-        "randaugment_magnitude": 0,
-        "random_erasing": 0,
-        "mixup_alpha": 0,
-        "cutmix_alpha": 0,
         "drop_path_rate": 0,
         "label_smoothing": 0,
         "logging_steps": 20,
@@ -72,38 +107,39 @@ def fine_tune(args: DemoArguments, name: str) -> Path:
         "eval_strategy": "no",
         "use_cpu": True,
         "disable_tqdm": True,
+        **TASKS[args.task].settings,
     }
     arguments = [part for key, value in command.items() for part in (f"--{key}", str(value))]
     if name != "unpruned":
         # In so few steps a router learns only from good features: pruning grows during the first half.
-        arguments += ["--pruning_curriculum", "0.5", "--last_layer_fusion", "False"]
+        arguments += ["--pruning_curriculum", "0.5"]
         arguments += ["--pruning_schedule", *(str(kept) for kept in args.pruning_schedule)]
-    train_image_classification.main(arguments)
+    TASKS[args.task].train(arguments)
     return folder
 
 
-def accuracy_in_fresh_process(args: DemoArguments, model: str | Path, picture: Path | None = None) -> float:
-    """Accuracy of a folder on the test digits, in percent, loaded by the Auto classes in a new interpreter."""
-    command = [sys.executable, str(HERE / "evaluate_image_classification.py"), "--model_name_or_path", str(model)]
-    command += ["--max_samples", str(args.test_images)]
+def score_in_fresh_process(args: DemoArguments, model: str | Path, picture: Path | None = None) -> float:
+    """The metric of a folder on the test digits, in percent, loaded by the Auto classes in a new interpreter."""
+    command = [sys.executable, str(HERE / TASKS[args.task].evaluate), "--model_name_or_path", str(model)]
+    command += ["--dataset_name", CLUTTERED_DIGITS, "--split", "test", "--max_eval_samples", str(args.test_images)]
     if picture is not None:
         command += ["--picture", str(picture)]
     result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return 100 * json.loads(result.stdout.splitlines()[-1])["accuracy"]
+    return 100 * json.loads(result.stdout.splitlines()[-1])[TASKS[args.task].metric]
 
 
-def table(args: DemoArguments, folders: dict[str, Path], accuracies: dict[str, float], record: dict) -> str:
+def table(args: DemoArguments, folders: dict[str, Path], scores: dict[str, float], record: dict) -> str:
     """What the demo found, as a Markdown table."""
     lines = [
-        "| model | test accuracy | patches left | parameters | multiply-adds | images/s | speed-up |",
+        f"| model | {TASKS[args.task].metric} | patches left | parameters | multiply-adds | images/s | speed-up |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, folder in folders.items():
         config = CroprViTConfig.from_pretrained(folder)
-        parameters = AutoModelForImageClassification.from_pretrained(folder).num_parameters()
+        parameters = TASKS[args.task].auto_class.from_pretrained(folder).num_parameters()
         speed = record["results"][name.lower()]
         lines.append(
-            f"| {name} | {accuracies[name]:.1f} % | {config.kept_patches()[-1]} of {config.num_patches} | "
+            f"| {name} | {scores[name]:.1f} % | {config.kept_patches()[-1]} of {config.num_patches} | "
             f"{parameters:,} | {multiply_adds(config) / 1e6:.0f} M | {speed['images_per_second']:.0f} | "
             f"{speed['speedup']:.2f} |"
         )
@@ -116,19 +152,20 @@ def main() -> None:
     transformers_logging.disable_progress_bar()
     start = time.perf_counter()
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    pretrained_accuracy = accuracy_in_fresh_process(args, args.pretrained)
-    print(f"\nThe pretrained ViT reaches {pretrained_accuracy:.1f} % on the test digits.\n", flush=True)
-    folders, accuracies = {}, {}
+    if args.task == "image_classification":
+        pretrained_accuracy = score_in_fresh_process(args, args.pretrained)
+        print(f"\nThe pretrained ViT reaches {pretrained_accuracy:.1f} % on the test digits.\n", flush=True)
+    folders, scores = {}, {}
     picture = Path(args.output_dir) / "pruning.png"
     for name in MODELS:
         print(f"Fine-tuning: {name}", flush=True)
         folders[name] = fine_tune(args, name)
-        accuracies[name] = accuracy_in_fresh_process(args, folders[name], picture if name == "Cropr" else None)
+        scores[name] = score_in_fresh_process(args, folders[name], picture if name == "Cropr" else None)
     print("\nBenchmark", flush=True)
     record = run(
         BenchmarkArguments(model_name_or_path=str(folders["Cropr"]), batch_size=64, max_rounds=12, tolerance=0.02)
     )
-    print("\n" + table(args, folders, accuracies, record))
+    print("\n" + table(args, folders, scores, record))
     print(f"\n{record['machine']}; multiply-add bound {record['multiply_add_bound']:.2f}; picture: {picture}")
     print(f"Total {(time.perf_counter() - start) / 60:.1f} minutes.")
 

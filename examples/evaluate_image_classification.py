@@ -35,7 +35,7 @@ class Arguments:
     model_name_or_path: str = argument("outputs/image_classification", "Folder or Hub id of a classifier.")
     dataset_name: str = argument(CLUTTERED_DIGITS, f"Data set id on the Hub, or '{CLUTTERED_DIGITS}'.")
     split: str = argument("test", "Split of the data set.")
-    max_samples: int = argument(2000, "Images to use at most.")
+    max_eval_samples: int = argument(2000, "Images to use at most.")
     image_column_name: str = argument("image", "Column of the images.")
     label_column_name: str = argument("label", "Column of the classes.")
     batch_size: int = argument(64, "Images per step.")
@@ -50,9 +50,9 @@ def load_images(args: Arguments) -> Dataset:
     if args.dataset_name == CLUTTERED_DIGITS:
         from cluttered_digits import cluttered_digits
 
-        return cluttered_digits(args.split, args.max_samples, seed=args.seed)
+        return cluttered_digits(args.split, args.max_eval_samples, seed=args.seed)
     images = load_dataset(args.dataset_name, split=args.split)
-    return images.select(range(min(args.max_samples, len(images))))
+    return images.select(range(min(args.max_eval_samples, len(images))))
 
 
 @torch.inference_mode()

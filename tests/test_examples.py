@@ -161,7 +161,7 @@ def test_evaluation_in_a_fresh_process_with_picture(example, tiny_vit, tmp_path)
     model = cropr_hf.CroprViTForImageClassification.from_vit(tiny_vit, pruning_rate=10, num_labels=10)
     model.save_pretrained(tmp_path)
     ViTImageProcessor.from_pretrained(tiny_vit).save_pretrained(tmp_path)
-    command = [sys.executable, str(EXAMPLES / "evaluate_image_classification.py"), "--max_samples", "20"]
+    command = [sys.executable, str(EXAMPLES / "evaluate_image_classification.py"), "--max_eval_samples", "20"]
     command += ["--model_name_or_path", str(tmp_path), "--picture", str(tmp_path / "pruning.png")]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -170,10 +170,12 @@ def test_evaluation_in_a_fresh_process_with_picture(example, tiny_vit, tmp_path)
         assert picture.format == "PNG"
 
 
-def test_the_demo_prints_its_table(tiny_vit, tmp_path):
-    """The workflow of `make demo` with a random ViT and a handful of images."""
+@pytest.mark.parametrize("task", ["image_classification", "semantic_segmentation"])
+def test_the_demo_prints_its_table(task, tiny_vit, tmp_path):
+    """The workflow of `make demo` and `make demo-segmentation` with a random ViT and a handful of images."""
     command = [sys.executable, str(EXAMPLES / "demo.py"), "--pretrained", tiny_vit, "--output_dir", str(tmp_path)]
-    command += ["--pruning_schedule", "30", "20", "15", "15", "--train_images", "64", "--test_images", "32"]
+    command += ["--pruning_schedule", "30", "15", "15", "15", "--train_images", "64", "--test_images", "32"]
+    command += ["--task", task]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     rows = re.findall(r"^\| (\S+) \| ([\d.]+) % \| (\d+) of 36 \|", result.stdout, flags=re.MULTILINE)
