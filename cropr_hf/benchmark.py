@@ -256,7 +256,9 @@ def run(args: BenchmarkArguments) -> dict[str, Any]:
     for name, model in models.items():
         model.to(device, dtype).train(args.training)
         if args.training and args.gradient_checkpointing:
-            model.gradient_checkpointing_enable()  # type: ignore[operator]
+            # Older releases of Transformers have the second name only.
+            enable: Any = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+            enable()
         if args.training:
             activations[name] = saved_bytes(model, inputs)
 
@@ -313,8 +315,8 @@ def _random_inputs(
 
 
 def _training_step(model: Any, inputs: dict[str, torch.Tensor]) -> None:
-    model.zero_grad()
     model(**inputs).loss.backward()
+    model.zero_grad()  # now, so that only one of the models has gradients at a time
 
 
 def format_table(record: dict[str, Any]) -> str:

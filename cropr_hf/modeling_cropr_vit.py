@@ -763,7 +763,8 @@ class CroprViTForSemanticSegmentation(CroprViTPreTrainedModel):
         height, width = pixel_values.shape[-2:]
         patch_size = self.config.patch_size
         padding = (-height % patch_size, -width % patch_size)
-        pixel_values = F.pad(pixel_values, (0, padding[1], 0, padding[0]))
+        if any(padding):
+            pixel_values = F.pad(pixel_values, (0, padding[1], 0, padding[0]))
         outputs = self.cropr_vit(pixel_values, output_pruning=output_pruning, **kwargs)
         grid_size = ((height + padding[0]) // patch_size, (width + padding[1]) // patch_size)
         patches = outputs.last_hidden_state[:, self.config.num_prefix_tokens :]
@@ -772,11 +773,12 @@ class CroprViTForSemanticSegmentation(CroprViTPreTrainedModel):
         # (B, rows * columns, C) -> (B, C, rows * columns) -> (B, C, rows, columns)
         logits = self.classifier(patches).transpose(1, 2).unflatten(2, grid_size)
         if any(padding):
-            logits = upsample(logits, pixel_values.shape[-2:])[..., :height, :width]
+            logits = upsample(logits, pixel_values.shape[-2:])[..., :height, :width].to(logits.dtype)
         self._warn_untrained(labels, outputs.auxiliary_logits)
         losses: dict[str, torch.Tensor] = {}
         if labels is not None:
             self._check_labels(labels, batch_size=len(logits))
+            labels = labels.long()
             main_loss = self.segmentation_loss(upsample(logits, labels.shape[-2:]), labels)
             auxiliary_losses = []
             if outputs.auxiliary_logits is not None:
@@ -800,7 +802,7 @@ class CroprViTForSemanticSegmentation(CroprViTPreTrainedModel):
         ignored = self.config.semantic_loss_ignore_index
         smoothing = self.config.label_smoothing
         total = F.cross_entropy(
-            logits.float(), labels.long(), ignore_index=ignored, label_smoothing=smoothing, reduction="sum"
+            logits.float(), labels, ignore_index=ignored, label_smoothing=smoothing, reduction="sum"
         )
         return total / (labels != ignored).sum().clamp(min=1)
 
@@ -817,14 +819,17 @@ class CroprViTForSemanticSegmentation(CroprViTPreTrainedModel):
         Returns:
             (B, rows * columns)
         """
-        missing = [
-            round(length * count * self.config.patch_size / pixels) - length
-            for length, count, pixels in zip(labels.shape[-2:], grid_size, image_size)
+        lengths = labels.shape[-2:]
+        # Centre of patch i in pixels: (2 i + 1) * patch size / 2; whole numbers, so that nothing is rounded.
+        places = [
+            (2 * torch.arange(count, device=labels.device) + 1) * self.config.patch_size * length // (2 * pixels)
+            for length, pixels, count in zip(lengths, image_size, grid_size)
         ]
-        padded = F.pad(labels, (0, missing[1], 0, missing[0]), value=self.config.semantic_loss_ignore_index)
-        # Of floating point for `interpolate`, exact for class numbers; "nearest" would take the upper left corners.
-        nearest = F.interpolate(padded[:, None].float(), size=grid_size, mode="nearest-exact")
-        return nearest.flatten(1).long()
+        rows, columns = (place.clamp(max=length - 1) for place, length in zip(places, lengths))
+        outside = (places[0] >= lengths[0])[:, None] | (places[1] >= lengths[1])
+        # (B, label height, label width) -> (B, rows, columns) -> (B, rows * columns)
+        nearest = labels[:, rows[:, None], columns]
+        return nearest.masked_fill(outside, self.config.semantic_loss_ignore_index).flatten(1)
 
     def _check_labels(self, labels: torch.Tensor, batch_size: int) -> None:
         if torch.compiler.is_compiling():

@@ -124,6 +124,13 @@ class StrippableModel(PreTrainedModel):
         """
         prefix = "" if self.base_model is self else self.base_model_prefix + "."
         resized = [entry if isinstance(entry, str) else entry[0] for entry in info.get("mismatched_keys", ())]
+        queries = [name for name in resized if name.endswith("router.scorer.queries")]
+        if queries:
+            raise ValueError(
+                f"The complete checkpoint {path} has another number of queries than the configuration, so that its "
+                "scores would be lost; strip it first (load it with `use_auxiliary_heads=False`, save it), and load "
+                "the result."
+            )
         resized = sorted(name for name in resized if name.startswith(prefix) and "token_reducers." not in name)
         if resized:
             raise ValueError(

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from cropr_hf import CroprViTConfig
+from cropr_hf import CroprViTConfig, CroprViTForSemanticSegmentation
 from cropr_hf.benchmark import (
     BenchmarkArguments,
     compare,
@@ -111,21 +111,59 @@ def test_candidates_share_schedule_and_shape():
     assert twin.num_parameters() - models["unpruned"].num_parameters() == 32
 
 
-def test_run_records_what_it_measured(tmp_path):
-    fields = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 48}
-    args = BenchmarkArguments(
-        size="tiny",
-        pruning_rate=3,
-        image_size=32,
-        config=json.dumps({**fields, "patch_size": 8}),
-        batch_size=2,
-        min_rounds=3,
-        max_rounds=3,
-    )
-    record = run(args)
+TINY = {
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "patch_size": 8,
+}
+
+
+def arguments(**fields):
+    defaults = {"size": "tiny", "pruning_rate": 3, "image_size": 32, "config": json.dumps(TINY), "batch_size": 2}
+    return BenchmarkArguments(**{**defaults, "min_rounds": 3, "max_rounds": 3, **fields})
+
+
+def test_run_records_what_it_measured():
+    record = run(arguments())
     assert set(record["results"]) == {"unpruned", "cropr", "random", "transformers ViT"}
     assert record["patches_kept"] == [12, 9, 9, 9]
     assert record["rounds"] == 3
     assert record["results"]["unpruned"]["speedup"] == 1.0
     table = format_table(json.loads(json.dumps(record)))
     assert "| cropr |" in table and "multiply-add bound" in table
+
+
+def test_run_of_semantic_segmentation():
+    record = run(arguments(task="semantic_segmentation", size="eva02_tiny"))
+    assert set(record["results"]) == {"unpruned", "cropr", "random"}
+    assert record["patches_kept"] == [12, 9, 9, 9]
+    parameters = {name: row["parameters"] for name, row in record["results"].items()}
+    assert parameters["random"] == parameters["unpruned"] == parameters["cropr"] - 2 * 32  # one vector per module
+
+
+def test_run_of_training_steps_of_semantic_segmentation():
+    record = run(arguments(task="semantic_segmentation", training=True))
+    rows = record["results"]
+    # 16 queries, an MLP of 4 D with a norm before it, a norm and a classifier of 150 classes
+    module = 16 * 32 + (2 * 32 + 2 * 4 * 32**2 + 5 * 32) + (2 * 32 + 33 * 150)
+    assert rows["cropr"]["parameters"] - rows["unpruned"]["parameters"] == 2 * module
+    saved = {name: row["saved_activations"] for name, row in rows.items()}
+    assert 0 < saved["random"] < min(saved["cropr"], saved["unpruned"])
+    less = run(arguments(task="semantic_segmentation", training=True, gradient_checkpointing=True))["results"]
+    assert all(less[name]["saved_activations"] < saved[name] for name in saved)
+    table = format_table(json.loads(json.dumps(record))).splitlines()
+    assert len({line.count("|") for line in table[:5]}) == 1  # as many columns in every row
+
+
+def test_a_checkpoint_says_its_task(tmp_path):
+    config = CroprViTConfig(**TINY, image_size=32, pruning_rate=3, num_labels=3, num_queries=None)
+    CroprViTForSemanticSegmentation(config).save_pretrained(tmp_path)
+    args = arguments(model_name_or_path=str(tmp_path), config="{}", pruning_rate=None, image_size=None)
+    assert set(run(args)["results"]) == {"unpruned", "cropr", "random"}
+
+
+def test_an_unknown_task_is_an_error():
+    with pytest.raises(ValueError, match="'depth'; choose one of image_classification, semantic_segmentation"):
+        run(arguments(task="depth"))

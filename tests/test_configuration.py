@@ -208,14 +208,23 @@ def test_a_schedule_may_fall_in_the_last_but_one_block_without_fusion():
     ]
 
 
-@pytest.mark.parametrize(("name", "value"), [("pruning_rate", 2.5), ("hidden_size", "32"), ("use_cls_token", 1)])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("pruning_rate", 2.5),
+        ("hidden_size", "32"),
+        ("use_cls_token", 1),
+        ("num_queries", 2.5),
+        ("semantic_loss_ignore_index", None),
+    ],
+)
 def test_wrong_types_are_refused(name, value):
     with pytest.raises(StrictDataclassError, match=name):
         tiny_config(**{name: value})
 
 
 def test_unknown_size_names_the_known_ones():
-    with pytest.raises(ValueError, match=r"'giant'; choose one of tiny, small, base, large, huge"):
+    with pytest.raises(ValueError, match=r"'giant'; choose one of tiny, small, .*, eva02_base, eva02_large, or"):
         CroprViTConfig.from_size("giant")
 
 
@@ -223,7 +232,18 @@ def test_unknown_size_names_the_known_ones():
 
 
 @pytest.mark.parametrize(
-    ("size", "millions"), [("tiny", 5.5), ("small", 21.7), ("base", 85.8), ("large", 303.3), ("huge", 630.8)]
+    ("size", "millions"),
+    [
+        ("tiny", 5.5),
+        ("small", 21.7),
+        ("base", 85.8),
+        ("large", 303.3),
+        ("huge", 630.8),
+        ("eva02_tiny", 5.5),
+        ("eva02_small", 21.6),
+        ("eva02_base", 85.8),
+        ("eva02_large", 303.3),
+    ],
 )
 def test_presets_have_the_published_number_of_parameters(size, millions):
     with torch.device("meta"):
@@ -237,6 +257,12 @@ def test_presets_have_the_published_number_of_parameters(size, millions):
 def test_from_size_lets_fields_override():
     config = CroprViTConfig.from_size("huge", patch_size=16, pruning_rate=4, num_labels=3)
     assert (config.patch_size, config.num_labels, config.hidden_size) == (16, 3, 1280)
+
+
+def test_the_segmentation_model_of_the_paper():
+    config = CroprViTConfig.from_size("eva02_large", patch_size=16, image_size=512, pruning_rate=40, num_queries=None)
+    assert config.num_patches == 1024 and config.rope_reference_grid == 16
+    assert sequence_lengths(config) == [*(984 - 40 * module for module in range(22)), 144, 144]
 
 
 def test_attribute_map_gives_the_other_usual_names():
@@ -259,6 +285,7 @@ def stored_fields(config):
         {"pruning_rate": None, "pruning_schedule": (16, 10, 7, 7, 7), "use_auxiliary_heads": True},
         {"token_reducer": None, "pruning_rate": None, "problem_type": "multi_label_classification"},
         {"scorer_num_heads": 2, "aggregator_mlp_ratio": None, "rope_theta": 100, "out_indices": [1, 3]},
+        {"num_queries": None, "semantic_loss_ignore_index": -100},
     ],
 )
 def test_json_round_trip_changes_nothing(overrides, tmp_path):
@@ -289,6 +316,13 @@ def test_from_pretrained_checks_overrides_with_the_stored_fields(tmp_path):
         CroprViTConfig.from_pretrained(tmp_path, pruning_rate=30)
     with pytest.raises(ValueError, match="'regression'"):
         CroprViTConfig.from_pretrained(tmp_path, problem_type="regression")
+
+
+def test_the_number_of_queries_can_be_overridden_by_none(tmp_path):
+    tiny_config(num_queries=3).save_pretrained(tmp_path)
+    assert CroprViTConfig.from_pretrained(tmp_path).num_queries == 3
+    assert CroprViTConfig.from_pretrained(tmp_path, num_queries=None).num_queries is None
+    assert AutoConfig.from_pretrained(tmp_path, num_queries=None).num_queries is None
 
 
 def test_from_pretrained_overrides_replace_the_stored_pruning(tmp_path):

@@ -24,6 +24,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn import functional as F
 from transformers import (
     BeitConfig,
     BeitModel,
@@ -47,10 +48,17 @@ from transformers import (
     ViTModel,
 )
 
-from cropr_hf import CroprViTBackbone, CroprViTForImageClassification, CroprViTModel
+from cropr_hf import (
+    CroprViTBackbone,
+    CroprViTConfig,
+    CroprViTForImageClassification,
+    CroprViTForSemanticSegmentation,
+    CroprViTModel,
+)
 from cropr_hf.conversion import SUPPORTED_FAMILIES
 from cropr_hf.conversion.hf import PLAIN_MLP_RULES, RULES
-from cropr_hf.conversion.table import Recipe, half_rotary_layout
+from cropr_hf.conversion.table import Recipe, half_rotary_layout, resample_patch_kernel
+from cropr_hf.conversion.timm import describe_timm
 
 
 # The native grid is 4 x 4; the last size has as many patches, on another grid.
@@ -345,6 +353,80 @@ def test_another_image_size_resamples_the_positions_as_running_at_it_does(name):
     assert torch.equal(resized(pixel_values).last_hidden_state, native(pixel_values).last_hidden_state)
 
 
+@pytest.mark.parametrize(("old", "new"), [(14, 16), (16, 14), (8, 16), (16, 4)])
+def test_patch_kernels_are_resampled_as_in_timm(old, new):
+    layers = pytest.importorskip("timm.layers")
+    kernel = torch.randn(5, 3, old, old)
+    assert_close(resample_patch_kernel(kernel, new), layers.resample_patch_embed(kernel, [new, new]))
+    assert resample_patch_kernel(kernel.bfloat16(), new).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("old", "new"), [(14, 16), (8, 16)])
+def test_an_enlarged_patch_gives_what_the_patch_gave(old, new):
+    kernel, patch = torch.randn(5, 3, old, old), torch.randn(2, 3, old, old)
+    enlarged = F.interpolate(patch, (new, new), mode="bicubic", antialias=True)
+    assert_close(F.conv2d(enlarged, resample_patch_kernel(kernel, new)), F.conv2d(patch, kernel), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("patch_size", "image_size"),
+    [(16, 64), (16, 96), (16, (48, 80)), (7, 56), (12, 36)],  # the native grid, larger and smaller ones
+)
+@torch.no_grad()
+def test_another_patch_size_equals_the_model_of_timm_at_that_size(patch_size, image_size):
+    native = {**EVA02, "img_size": 56, "patch_size": 14, "scale_mlp": True}
+    source = randomized(timm_source("eva", **native))
+    from timm.models.eva import checkpoint_filter_fn
+
+    resized = timm_source("eva", **{**native, "patch_size": patch_size, "img_size": image_size}).eval()
+    resized.load_state_dict(checkpoint_filter_fn(source.state_dict(), resized))
+    # Weaker than other images: large kernels sum more rounding errors
+    pixel_values = 0.2 * images((image_size, image_size) if isinstance(image_size, int) else image_size)
+    model = CroprViTForImageClassification.from_vit(
+        source, token_reducer=None, patch_size=patch_size, image_size=image_size
+    )
+    assert_close(model(pixel_values).logits, resized(pixel_values))
+    segmenter = CroprViTForSemanticSegmentation.from_vit(
+        source, token_reducer=None, patch_size=patch_size, image_size=image_size, num_labels=3
+    )
+    tokens = segmenter.cropr_vit(pixel_values).last_hidden_state
+    assert_close(tokens, resized.forward_features(pixel_values))
+
+
+@pytest.mark.parametrize(("patch_size", "image_size"), [(16, 64), (4, 16), (6, 24)])
+@torch.no_grad()
+def test_another_patch_size_from_transformers(patch_size, image_size):
+    layers = pytest.importorskip("timm.layers")
+    source = build("vit")
+    weights = source.state_dict()
+    (name,) = (name for name, tensor in weights.items() if tensor.dim() == 4)
+    weights[name] = layers.resample_patch_embed(weights[name], [patch_size, patch_size])
+    resized = ViTForImageClassification(
+        ViTConfig(**{**WITH_MLP, "patch_size": patch_size, "image_size": image_size})
+    ).eval()
+    resized.load_state_dict(weights)
+    model = CroprViTForImageClassification.from_vit(
+        source, token_reducer=None, patch_size=patch_size, image_size=image_size
+    )
+    pixel_values = images((image_size, image_size))
+    assert_close(model(pixel_values).logits, resized(pixel_values).logits)
+
+
+def test_a_patch_size_that_does_not_divide_the_image_is_refused():
+    with pytest.raises(ValueError, match="`image_size` 32 is not a multiple of `patch_size` 5"):
+        CroprViTModel.from_vit(build("vit"), patch_size=5)
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "base", "large"])
+def test_eva02_sizes_are_those_of_timm(size):
+    timm = pytest.importorskip("timm", "1.0.31")  # 1.0.20 needs memory for its weights
+    with torch.device("meta"):
+        source = timm.create_model(f"eva02_{size}_patch14_224")
+    fields = describe_timm(source).fields
+    config = CroprViTConfig.from_size(f"eva02_{size}")
+    assert {name: getattr(config, name) for name in fields} == fields
+
+
 def test_positions_of_prefix_tokens_are_added_to_them():
     source = build("deit")
     model = CroprViTModel.from_vit(source, token_reducer=None)
@@ -504,6 +586,23 @@ def test_auxiliary_heads_are_the_default_of_prunable_task_classes_only():
     assert CroprViTModel.from_vit(source, pruning_rate=2, use_auxiliary_heads=True).config.use_auxiliary_heads
 
 
+@pytest.mark.parametrize("name", ["vit", "dinov3", "timm_eva02_separate"])
+@torch.no_grad()
+def test_a_segmentation_model_has_one_query_per_patch_and_the_tokens_of_its_source(name):
+    source = build(name)
+    model = CroprViTForSemanticSegmentation.from_vit(source, pruning_rate=2, image_size=[48, 40], num_labels=3)
+    assert model.config.use_auxiliary_heads and model.config.num_queries is None
+    assert model.cropr_vit.token_reducers["1"].router.scorer.queries.shape == (6 * 5, 32)
+    assert model.classifier.weight.shape == (3, 32) and model.classifier.weight.std() < 0.03  # its own first weights
+    model.set_pruning(0)
+    expected = CASES[name].tokens(source, images((48, 40)))
+    assert_close(model.cropr_vit(images((48, 40))).last_hidden_state, expected)
+    without = CroprViTForSemanticSegmentation.from_vit(source, token_reducer="random", pruning_rate=2, num_labels=3)
+    assert not without.config.use_auxiliary_heads
+    with pytest.raises(ValueError, match=r"`num_queries` is 2, .*set `num_queries=None`"):
+        CroprViTForSemanticSegmentation.from_vit(source, pruning_rate=2, num_queries=2)
+
+
 def test_labels_come_along_while_their_number_stays():
     names = dict(enumerate(["ant", "bee", "cat", "dog", "eel"]))
     config = ViTConfig(**{key: value for key, value in WITH_MLP.items() if key != "num_labels"}, id2label=names)
@@ -660,8 +759,8 @@ def test_loading_arguments_for_a_model_in_memory_are_refused():
 
 def test_overrides_that_the_weights_contradict_are_refused():
     source = build("vit")
-    with pytest.raises(ValueError, match=r"`patch_size` is 16, but the weights of the source have 8; .* not"):
-        CroprViTModel.from_vit(source, patch_size=16)
+    with pytest.raises(ValueError, match=r"`hidden_size` is 64, but the weights of the source have 32; leave it out"):
+        CroprViTModel.from_vit(source, hidden_size=64)
     with pytest.raises(ValueError, match="`num_register_tokens` is 4, but the weights of the source have 0"):
         CroprViTModel.from_vit(source, num_register_tokens=4)
     assert CroprViTModel.from_vit(source, patch_size=8, hidden_size=32, pruning_rate=2)

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForImageClassification, ViTImageProcessor
+from transformers import AutoModelForImageClassification, SegformerImageProcessor, ViTImageProcessor
 
-from cropr_hf import CroprViTConfig, CroprViTForImageClassification
+from cropr_hf import CroprViTConfig, CroprViTForImageClassification, CroprViTForSemanticSegmentation
 from cropr_hf.hub import AUTO_MAP, save_for_hub
 
 
@@ -22,25 +22,23 @@ class Block:
             raise ModuleNotFoundError("No module named 'cropr_hf'", name="cropr_hf")
 sys.meta_path.insert(0, Block())
 import torch, transformers
-folder = sys.argv[1]
-results = {}
-for name in ("AutoModel", "AutoModelForImageClassification"):
-    model = getattr(transformers, name).from_pretrained(folder, trust_remote_code=True)
-    output = model(torch.load(folder + "/pixels.pt"))
-    results[name] = output.logits if "logits" in output else output.last_hidden_state
+folder, auto_class = sys.argv[1], getattr(transformers, sys.argv[2])
+pixels = torch.load(folder + "/pixels.pt")
+base = transformers.AutoModel.from_pretrained(folder, trust_remote_code=True)
+model = auto_class.from_pretrained(folder, trust_remote_code=True)
+results = {"base": base(pixels).last_hidden_state, "logits": model(pixels).logits}
 config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
 transformers.AutoImageProcessor.from_pretrained(folder)
-trainable = transformers.AutoModelForImageClassification.from_pretrained(
-    folder, trust_remote_code=True, use_auxiliary_heads=True
-)
-results["trainable"] = trainable(torch.load(folder + "/pixels.pt")).logits
+trainable = auto_class.from_pretrained(folder, trust_remote_code=True, use_auxiliary_heads=True)
+results["trainable"] = trainable(pixels).logits
+trainable.train()(pixels, labels=torch.load(folder + "/labels.pt")).loss.backward()
+assert all(parameter.grad is not None for parameter in trainable.parameters())
 trainable.save_pretrained(folder + "/again")
 torch.save(results, folder + "/results.pt")
 """
 
 
-@pytest.fixture
-def model() -> CroprViTForImageClassification:
+def build(model_class: type, **fields):
     torch.manual_seed(0)
     config = CroprViTConfig(
         hidden_size=32,
@@ -53,26 +51,61 @@ def model() -> CroprViTForImageClassification:
         num_labels=3,
         use_auxiliary_heads=True,
         rope_theta=100.0,
+        **fields,
     )
-    return CroprViTForImageClassification(config).eval()
+    return model_class(config).eval()
 
 
-def test_it_runs_without_the_package(model, tmp_path):
-    save_for_hub(model, tmp_path, ViTImageProcessor(size={"height": 32, "width": 32}))
+@pytest.fixture
+def model() -> CroprViTForImageClassification:
+    return build(CroprViTForImageClassification)
+
+
+@pytest.mark.parametrize(
+    ("auto_class", "model_class", "fields", "processor", "labels"),
+    [
+        (
+            "AutoModelForImageClassification",
+            CroprViTForImageClassification,
+            {},
+            ViTImageProcessor(size={"height": 32, "width": 32}),
+            torch.tensor([0, 2]),
+        ),
+        (
+            "AutoModelForSemanticSegmentation",
+            CroprViTForSemanticSegmentation,
+            {"num_queries": None},
+            SegformerImageProcessor(size={"height": 32, "width": 32}),
+            torch.arange(2 * 32 * 32).view(2, 32, 32) % 3,
+        ),
+    ],
+    ids=["classification", "segmentation"],
+)
+def test_it_runs_without_the_package(auto_class, model_class, fields, processor, labels, tmp_path):
+    model = build(model_class, **fields)
+    save_for_hub(model, tmp_path, processor)
     assert getattr(model.config, "auto_map", None) is None and model.config.use_auxiliary_heads
     assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == AUTO_MAP
+    assert AUTO_MAP[auto_class] == f"modeling_cropr_vit.{model_class.__name__}"
+    assert {file.stem for file in tmp_path.glob("*.py")} == {
+        "configuration_cropr_vit",
+        "token_reduction",
+        "saving",
+        "modeling_cropr_vit",
+    }
     pixels = torch.randn(2, 3, 32, 32)
     torch.save(pixels, tmp_path / "pixels.pt")
+    torch.save(labels, tmp_path / "labels.pt")
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", LOADER, str(tmp_path)]
+    command = [sys.executable, "-c", LOADER, str(tmp_path), auto_class]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]
     results = torch.load(tmp_path / "results.pt")
     with torch.no_grad():
-        torch.testing.assert_close(results["AutoModelForImageClassification"], model(pixels).logits)
+        torch.testing.assert_close(results["logits"], model(pixels).logits)
         torch.testing.assert_close(results["trainable"], model(pixels).logits)
-        torch.testing.assert_close(results["AutoModel"], model.cropr_vit(pixels).last_hidden_state)
-    again = CroprViTForImageClassification.from_pretrained(tmp_path / "again")
+        torch.testing.assert_close(results["base"], model.cropr_vit(pixels).last_hidden_state)
+    again = model_class.from_pretrained(tmp_path / "again")
     assert not again.config.use_auxiliary_heads
 
 

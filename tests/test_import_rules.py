@@ -8,16 +8,23 @@ import pytest
 
 
 PACKAGE = Path(__file__).resolve().parents[1] / "cropr_hf"
-CLOSURE = {"configuration_cropr_vit", "token_reduction", "modeling_cropr_vit", "modeling_cropr_vit_detection"}
+CLOSURE = {
+    "configuration_cropr_vit",
+    "token_reduction",
+    "saving",
+    "modeling_cropr_vit",
+    "modeling_cropr_vit_detection",
+}
 
 # Modules of the Hub closure: which of its siblings and which third-party packages each may import.
 ALLOWED = {
     "configuration_cropr_vit": (set(), {"transformers", "huggingface_hub"}),
     "token_reduction": ({"configuration_cropr_vit"}, {"torch", "transformers"}),
-    "modeling_cropr_vit": (
+    "saving": (
         {"configuration_cropr_vit", "token_reduction"},
         {"torch", "transformers", "safetensors", "huggingface_hub"},
     ),
+    "modeling_cropr_vit": ({"configuration_cropr_vit", "token_reduction", "saving"}, {"torch", "transformers"}),
     "modeling_cropr_vit_detection": (
         {"configuration_cropr_vit", "token_reduction", "modeling_cropr_vit"},
         {"torch", "torchvision", "transformers"},

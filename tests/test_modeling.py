@@ -4,7 +4,6 @@ import random
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
 from cropr_hf import CroprViTBackbone, CroprViTForImageClassification, CroprViTModel
 from cropr_hf.modeling_cropr_vit import CroprViTDropPath, CroprViTModelOutput
@@ -15,9 +14,14 @@ from tests.common import (
     NUM_LABELS,
     NUM_PATCHES,
     TASKS,
+    combinations,
+    fill_with_ramps,
     make_identity_blocks,
     make_images,
     make_model,
+    naive_forward,
+    ramp_images,
+    random_schedule,
     tiny_config,
     with_heads,
 )
@@ -27,18 +31,8 @@ PRUNED = [name for name in CONFIGS if name != "unpruned"]
 DETERMINISTIC = [name for name in CONFIGS if name != "random"]
 
 
-def combinations(config_names):
-    """Every task class with every configuration that it can have."""
-    return [
-        pytest.param(task, name, id=f"{task}-{name}")
-        for task in TASKS
-        for name in config_names
-        if not (TASKS[task].needs_fusion and not tiny_config(name).last_layer_fusion)
-    ]
-
-
 def build(task, name, **overrides):
-    return make_model(TASKS[task].model_class, tiny_config(name, **overrides))
+    return TASKS[task].build(name, **overrides)
 
 
 # The suite that every task class passes
@@ -59,8 +53,10 @@ def test_forward_gives_finite_outputs_at_every_size(task, name, height, width):
         left = num_patches if model.config.last_layer_fusion else model.config.kept_patches(num_patches)[-1]
         assert value.shape == (2, model.config.num_prefix_tokens + left, 32)
         assert outputs.pooler_output.shape == (2, 64 if model.config.pooling == "cls_patch_mean" else 32)
+    elif task == "segmentation":
+        assert value.shape == (2, NUM_LABELS, height // 8, width // 8)
     else:
-        assert value.shape[0] == 2 and value.shape[1] == NUM_LABELS
+        assert value.shape == (2, NUM_LABELS)
 
 
 @pytest.mark.parametrize(("task", "name"), combinations(DETERMINISTIC))
@@ -241,58 +237,17 @@ def test_pruning_map_of_the_unpruned_model_is_full():
     assert outputs.pruned_after_block.tolist() == [[NUM_BLOCKS] * NUM_PATCHES] * 2
 
 
-@torch.no_grad()
-def naive_forward(model, image):
-    """The model on one image, in plain loops: lists of (place, token), one token pruned at a time."""
-    config, prefix = model.config, model.config.num_prefix_tokens
-    tokens, grid_size = model.embeddings(image)
-    rotation = model.rotary_embedding(grid_size, tokens.dtype, tokens.device) if model.rotary_embedding else None
-    alive = list(enumerate(tokens[0]))
-    aside = []
-    kept = config.kept_patches(len(alive) - prefix)
-    blocks_of = dict.fromkeys(range(len(alive) - prefix), config.num_hidden_layers)
-    for block, layer in enumerate(model.layers, start=1):
-        if block == config.num_hidden_layers and config.last_layer_fusion:
-            alive = sorted(alive + aside, key=lambda item: item[0])
-        positions = None
-        if rotation:
-            places = [place for place, _ in alive]
-            positions = tuple(part[:, places] for part in rotation)
-        output = layer(torch.stack([token for _, token in alive])[None], positions)[0]
-        alive = [(place, token) for (place, _), token in zip(alive, output)]
-        if block not in config.pruning_blocks:
-            continue
-        query = model.token_reducers[str(block)].router.scorer.query()
-        while len(alive) - prefix > kept[block - 1]:
-            scores = []
-            for _, token in alive[prefix:]:
-                token = F.layer_norm(token, token.shape, eps=1e-6) if config.scorer_pre_norm else token
-                scores.append(torch.dot(token, query).item())
-            worst = prefix + min(range(len(scores)), key=lambda index: scores[index])
-            blocks_of[alive[worst][0] - prefix] = block
-            aside.append(alive.pop(worst))
-    return torch.stack([token for _, token in alive]), [blocks_of[place] for place in sorted(blocks_of)]
-
-
 @pytest.mark.parametrize("name", [name for name in PRUNED if name != "random"])
 @torch.no_grad()
 def test_the_model_equals_a_naive_loop_over_tokens(name):
     model, images = build("model", name), make_images(3, 40, 48)
     outputs = model(images, output_pruning=True)
     for index in range(3):
-        tokens, blocks = naive_forward(model, images[index : index + 1])
+        tokens, blocks, _ = naive_forward(model, images[index : index + 1])
         if model.config.norm_before_pooling:
             tokens = model.layernorm(tokens)
         assert outputs.pruned_after_block[index].tolist() == blocks
         torch.testing.assert_close(outputs.last_hidden_state[index], tokens, rtol=0, atol=2e-5)
-
-
-def random_schedule(rng, num_patches, fusion):
-    last = NUM_BLOCKS - (2 if fusion else 1)
-    while True:
-        entries = sorted((rng.randint(1, num_patches) for _ in range(last)), reverse=True)
-        if entries[-1] < num_patches:
-            return entries + [entries[-1]] * (NUM_BLOCKS - last)
 
 
 @pytest.mark.parametrize("seed", range(25))
@@ -612,7 +567,6 @@ def test_dropout_acts_in_training_only():
     ("name", "shape", "message"),
     [
         ("plain", (2, 1, 32, 32), r"has 1 channels, the model takes 3; convert"),
-        ("plain", (2, 3, 32, 30), r"is 32 x 30, not a multiple of the patch size 8; resize or pad"),
         ("plain", (2, 3, 0, 32), r"is 0 x 32"),
         ("plain", (2, 3, 16, 16), r"A pruning rate of 2 at 3 modules leaves -3 of 4 patch tokens"),
         ("schedule", (2, 3, 16, 16), r"keeps 10 patch tokens after block 2, but the input has only 4"),
@@ -622,6 +576,12 @@ def test_dropout_acts_in_training_only():
 def test_wrong_images_raise_value_error(task, name, shape, message):
     with pytest.raises(ValueError, match=message):
         build(task, name)(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("task", [task for task in TASKS if task != "segmentation"])  # which pads
+def test_images_of_broken_patches_raise_value_error(task):
+    with pytest.raises(ValueError, match=r"is 32 x 30, not a multiple of the patch size 8; resize or pad"):
+        build(task, "plain")(torch.zeros(2, 3, 32, 30))
 
 
 @pytest.mark.parametrize(
@@ -644,21 +604,6 @@ def test_wrong_labels_raise_value_error(labels, overrides, message, training):
 
 
 # Pinned numbers
-
-
-def fill_with_ramps(model: PreTrainedModel) -> None:
-    """Weights that no initialisation code can change: sine waves whose phase is the position in the sorted names."""
-    with torch.no_grad():
-        for phase, (name, parameter) in enumerate(sorted(model.named_parameters())):
-            wave = torch.sin(torch.arange(parameter.numel(), dtype=torch.float64) * 0.7 + 1.3 * phase)
-            scale = 1.0 if name.endswith(("queries", "cls_token", "position_embeddings")) else 0.3
-            offset = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-            parameter.copy_((offset + scale * wave).view(parameter.shape))
-
-
-def ramp_images():
-    ramp = torch.arange(2 * 3 * 32 * 32, dtype=torch.float64)
-    return (torch.cos(ramp * 0.01) + 0.5 * torch.sin(ramp * 0.37)).view(2, 3, 32, 32).float()
 
 
 # Recorded on 22 November 2026; the same in float64. A change of these numbers changes what checkpoints mean.

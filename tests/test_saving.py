@@ -24,7 +24,17 @@ from transformers import (
 )
 
 from cropr_hf import CroprViTBackbone, CroprViTConfig, CroprViTForImageClassification, CroprViTModel
-from tests.common import CONFIGS, IMAGE_SIZE, NUM_LABELS, TASKS, make_images, make_model, tiny_config, with_heads
+from tests.common import (
+    CONFIGS,
+    IMAGE_SIZE,
+    NUM_LABELS,
+    TASKS,
+    combinations,
+    make_images,
+    make_model,
+    tiny_config,
+    with_heads,
+)
 
 
 TRAINING_PARTS = ("queries", "aggregator", "auxiliary_head", "projection", "scorer.norm")
@@ -69,10 +79,9 @@ def stored_weights(folder):
 # Stripping
 
 
-@pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("name", [name for name in CONFIGS if with_heads(name) and name != "unpruned"])
+@pytest.mark.parametrize(("task", "name"), combinations([name for name in CONFIGS if with_heads(name)]))
 def test_saving_strips_the_file_and_leaves_the_model_alone(task, name, tmp_path):
-    model = make_model(TASKS[task].model_class, tiny_config(name, use_auxiliary_heads=True))
+    model = TASKS[task].build(name, use_auxiliary_heads=True)
     weights = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     model.save_pretrained(tmp_path)
     saved = stored_weights(tmp_path)
@@ -412,6 +421,7 @@ def test_remote_code_without_the_package_predicts_trains_and_saves(registered_fo
     assert {file.name for file in (tmp_path / "model").glob("*.py")} == {
         "configuration_cropr_vit.py",
         "token_reduction.py",
+        "saving.py",
         "modeling_cropr_vit.py",
     }
     safetensors.torch.save_file({"images": make_images()}, tmp_path / "images.safetensors")

@@ -356,8 +356,9 @@ def test_golden_numbers_of_a_module_worked_out_by_hand():
     state = TokenState(hidden_states, torch.arange(5)[None], num_prefix_tokens=1)
 
     assert score_tokens(hidden_states, module.router.scorer.query())[0].tolist() == scores.tolist()
+    scorer = module.router.scorer
     np.testing.assert_allclose(
-        module.aggregator(module.router.scorer, hidden_states)[0].detach(), aggregated, atol=1e-12
+        module.aggregator(scorer.queries, hidden_states, scorer)[0].detach(), aggregated, atol=1e-12
     )
     reduced, logits = module(state, num_keep=2)
     np.testing.assert_allclose(logits[0].detach(), auxiliary_logits, atol=1e-12)

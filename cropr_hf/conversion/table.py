@@ -119,10 +119,10 @@ def resample_patch_kernel(kernel: torch.Tensor, patch_size: int) -> torch.Tensor
     pixels = torch.eye(old_size**2, dtype=torch.float64).view(-1, 1, old_size, old_size)
     resized = F.interpolate(pixels, size=(patch_size, patch_size), mode="bicubic", antialias=True)
     # Row i of `resized` is what pixel i of an old patch becomes: (old pixels, new pixels) = Bᵀ
-    inverse = torch.linalg.pinv(resized.flatten(1)).to(kernel.device)
+    inverse = torch.linalg.pinv(resized.flatten(1))
     # (D, channels, old pixels) x (old pixels, new pixels) -> (D, channels, new size, new size)
-    resampled = kernel.double().flatten(2) @ inverse.T
-    return resampled.unflatten(2, (patch_size, patch_size)).to(kernel.dtype)
+    resampled = kernel.cpu().double().flatten(2) @ inverse.T
+    return resampled.unflatten(2, (patch_size, patch_size)).to(kernel)
 
 
 def rename_weights(source: Mapping[str, torch.Tensor], recipe: Recipe) -> Weights:

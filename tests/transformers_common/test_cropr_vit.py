@@ -14,7 +14,13 @@ from transformers_tests.test_backbone_common import BackboneTesterMixin
 from transformers_tests.test_configuration_common import ConfigTester
 from transformers_tests.test_modeling_common import ModelTesterMixin, floats_tensor
 
-from cropr_hf import CroprViTBackbone, CroprViTConfig, CroprViTForImageClassification, CroprViTModel
+from cropr_hf import (
+    CroprViTBackbone,
+    CroprViTConfig,
+    CroprViTForImageClassification,
+    CroprViTForSemanticSegmentation,
+    CroprViTModel,
+)
 from cropr_hf.modeling_cropr_vit import CroprViTPreTrainedModel
 
 
@@ -181,6 +187,10 @@ class ImageClassificationTests(CommonTests):
                 torch.testing.assert_close(old[name], new[name])
 
 
+class SemanticSegmentationTests(CommonTests):
+    all_model_classes = (CroprViTForSemanticSegmentation,)
+
+
 class BackboneTests(CommonTests, BackboneTesterMixin):
     all_model_classes = (CroprViTBackbone,)
 
@@ -196,7 +206,11 @@ class BackboneTests(CommonTests, BackboneTesterMixin):
         self.assertIsNotNone(outputs.attentions[0].grad)
 
 
-for case in (ModelTests, ImageClassificationTests, BackboneTests):
+for case in (ModelTests, ImageClassificationTests, SemanticSegmentationTests, BackboneTests):
     for variant, settings in VARIANTS.items():
+        if case is SemanticSegmentationTests and variant == "fusion":
+            continue  # every variant that prunes
+        if case is SemanticSegmentationTests and variant != "unpruned":
+            settings = {**settings, "num_hidden_layers": 3, "last_layer_fusion": True, "num_queries": None}
         name = f"{case.__name__}_{variant}"
         globals()[name] = type(name, (case, unittest.TestCase), {"settings": settings, "__module__": __name__})
