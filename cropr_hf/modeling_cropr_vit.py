@@ -385,7 +385,7 @@ class CroprViTPreTrainedModel(StrippableModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": CroprViTLayer, "attentions": CroprViTAttention}
     _input_embed_layer = "patch_embeddings"
-    # The loss is a mean over the batch, not over `num_items_in_batch`, which miscounts soft targets.
+    # The loss is a mean over the batch, not over `num_items_in_batch`, which miscounts soft and ignored targets.
     accepts_loss_kwargs = False
 
     @torch.no_grad()
@@ -703,8 +703,8 @@ class CroprViTForSemanticSegmentation(CroprViTPreTrainedModel):
     stripped model has.
 
     Raises:
-        `ValueError`: when the configuration prunes without last layer fusion or with another number of queries, or has
-            fewer than 1 class, the ignore label among its classes, or several labels per pixel.
+        `ValueError`: when the configuration prunes without last layer fusion, has auxiliary heads with another number
+            of queries, no class, the ignore label among its classes, or several labels per pixel.
     """
 
     def __init__(self, config: CroprViTConfig):
@@ -715,17 +715,27 @@ class CroprViTForSemanticSegmentation(CroprViTPreTrainedModel):
         self.classifier = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
+    def add_auxiliary_heads(self) -> None:
+        """See `CroprViTPreTrainedModel.add_auxiliary_heads`; raises `ValueError` unless there is a query per patch."""
+        self._check_queries(self.config)
+        super().add_auxiliary_heads()
+
     @staticmethod
-    def _check_config(config: CroprViTConfig) -> None:
+    def _check_queries(config: CroprViTConfig) -> None:
+        if config.num_queries is not None:
+            raise ValueError(
+                f"`num_queries` is {config.num_queries}, but semantic segmentation trains one query per patch; set "
+                "`num_queries=None`."
+            )
+
+    @classmethod
+    def _check_config(cls, config: CroprViTConfig) -> None:
+        if config.use_auxiliary_heads:
+            cls._check_queries(config)
         if config.token_reducer is not None and not config.last_layer_fusion:
             raise ValueError(
                 "`last_layer_fusion` is False, but a label map needs every patch back; set it to True, or "
                 "`token_reducer` to None."
-            )
-        if has_auxiliary_heads(config.token_reducer) and config.num_queries is not None:
-            raise ValueError(
-                f"`num_queries` is {config.num_queries}, but semantic segmentation trains one query per patch; set "
-                "`num_queries=None`."
             )
         if not config.num_labels:
             raise ValueError("`num_labels` is 0; semantic segmentation needs at least 1 class.")
@@ -771,9 +781,9 @@ class CroprViTForSemanticSegmentation(CroprViTPreTrainedModel):
         if not self.config.norm_before_pooling:
             patches = self.cropr_vit.layernorm(patches)
         # (B, rows * columns, C) -> (B, C, rows * columns) -> (B, C, rows, columns)
-        logits = self.classifier(patches).transpose(1, 2).unflatten(2, grid_size)
+        logits = patch_logits = self.classifier(patches).transpose(1, 2).unflatten(2, grid_size)
         if any(padding):
-            logits = upsample(logits, pixel_values.shape[-2:])[..., :height, :width].to(logits.dtype)
+            logits = upsample(patch_logits, pixel_values.shape[-2:])[..., :height, :width]
         self._warn_untrained(labels, outputs.auxiliary_logits)
         losses: dict[str, torch.Tensor] = {}
         if labels is not None:
@@ -791,7 +801,7 @@ class CroprViTForSemanticSegmentation(CroprViTPreTrainedModel):
             losses = self._sum_losses(main_loss, auxiliary_losses)
         return CroprViTTaskOutput(
             **losses,
-            logits=logits,
+            logits=logits.to(patch_logits.dtype),
             pruned_after_block=outputs.pruned_after_block,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -810,6 +820,8 @@ class CroprViTForSemanticSegmentation(CroprViTPreTrainedModel):
         self, labels: torch.Tensor, image_size: tuple[int, int], grid_size: tuple[int, int]
     ) -> torch.Tensor:
         """The label at the centre of each patch; centres outside of the image are ignored.
+
+        (The reference code takes the upper left pixel of each patch.)
 
         Args:
             labels: (B, label height, label width), over the whole image.

@@ -49,8 +49,8 @@ def plot_pruning(
 def plot_segmentation(
     images: Sequence[Any],
     label_maps: Sequence[Any],
-    pruned_after_block: torch.Tensor | None,
-    num_blocks: int,
+    pruned_after_block: torch.Tensor | None = None,
+    num_blocks: int | None = None,
     grid_size: tuple[int, int] | None = None,
     titles: Sequence[str] | None = None,
     columns: int = 1,
@@ -66,7 +66,7 @@ def plot_segmentation(
         images: B images, each a `PIL.Image.Image` or an array (height, width, 3) of bytes.
         label_maps: B predictions, each a tensor or array (height, width) of whole numbers; stretched over the image.
         pruned_after_block: as in `plot_pruning`; `None` leaves its panel out.
-        num_blocks: as in `plot_pruning`.
+        num_blocks: as in `plot_pruning`; needed with `pruned_after_block`.
         grid_size: as in `plot_pruning`.
         titles: one for each image.
         columns: images in a row of the picture.
@@ -83,6 +83,8 @@ def plot_segmentation(
         `ValueError`: when the numbers of images, maps, titles or patches do not fit, or a label map is not one of
             whole numbers (height, width).
     """
+    if pruned_after_block is not None and num_blocks is None:
+        raise ValueError("`pruned_after_block` needs `num_blocks`, such as `model.config.num_hidden_layers`.")
     maps = {}
     if references is not None:
         maps["references"] = [_label_map(labels) for labels in references]
@@ -100,7 +102,7 @@ def plot_segmentation(
             _overlay(axis, np.dstack([_class_colours(labels), opacity]))
     occurring = {label for name in kinds for labels in maps[name] for label in np.unique(labels).tolist()}
     _draw_legend(figure, sorted(occurring.difference(clear_labels)), label_names or {})
-    if pruned_after_block is not None:
+    if num_blocks is not None and pruned_after_block is not None:
         _draw_pruning(figure, panels[:, -1], maps["pruning maps"], num_blocks)
     return figure
 

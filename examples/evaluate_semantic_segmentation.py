@@ -23,11 +23,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import evaluate
+import numpy as np
 import torch
 from datasets import Dataset
 from shared import argument
+from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
-from train_semantic_segmentation import IGNORED, MEAN_IOU, DataArguments, class_numbers, load_source
+from train_semantic_segmentation import MEAN_IOU, DataArguments, load_source
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, HfArgumentParser
 from transformers.utils import logging
 
@@ -59,10 +61,10 @@ class Segmenter:
         self.processor = AutoImageProcessor.from_pretrained(args.model_name_or_path)
         self.size = (self.processor.size["height"], self.processor.size["width"])
 
-    def resize(self, image: torch.Tensor) -> torch.Tensor:
-        """An image (3, height, width) that fits into the input, or whose shorter side is that of a window."""
+    def resize(self, image: torch.Tensor, covers: bool = False) -> torch.Tensor:
+        """An image (3, height, width) as large as fits into the input, or as small as covers it."""
         ratios = [target / length for target, length in zip(self.size, image.shape[-2:])]
-        ratio = min(ratios) if self.args.stride is None else max(ratios)
+        ratio = max(ratios) if covers else min(ratios)
         return F.resize(image, [round(ratio * length) for length in image.shape[-2:]])
 
     def pad(self, image: torch.Tensor) -> torch.Tensor:
@@ -78,7 +80,7 @@ class Segmenter:
     def label_map(self, image: Any) -> torch.Tensor:
         """The class of each pixel of a picture, (height, width)."""
         image = F.pil_to_tensor(image)
-        resized = self.resize(image)
+        resized = self.resize(image, covers=self.args.stride is not None)
         pixel_values = self.normalize(self.pad(resized))
         logits = sliding_window_logits(self.model, pixel_values, self.size, self.args.stride, self.args.batch_size)
         height, width = resized.shape[-2:]
@@ -86,23 +88,31 @@ class Segmenter:
         return logits.argmax(dim=1)[0].cpu()
 
     @torch.inference_mode()
-    def picture(self, images: Sequence[Any], references: Sequence[Any]) -> Any:
-        """A figure of images, stretched to the input, label maps, predictions and pruned patches."""
-        inputs = [F.resize(F.pil_to_tensor(image), list(self.size)) for image in images]
+    def picture(self, images: Sequence[Any], references: Sequence[np.ndarray]) -> Any:
+        """A figure of the model's input (the whole image in one window), label maps, predictions, pruned patches."""
+        inputs = [self.pad(self.resize(F.pil_to_tensor(image))) for image in images]
         outputs = self.model(torch.cat([self.normalize(image) for image in inputs]), output_pruning=True)
-        label_maps = torch.nn.functional.interpolate(outputs.logits, self.size, mode="bilinear").argmax(dim=1)
         config = self.model.config
         return plot_segmentation(
             [image.permute(1, 2, 0).numpy() for image in inputs],
-            label_maps,
+            torch.nn.functional.interpolate(outputs.logits, self.size, mode="bilinear").argmax(dim=1),
             outputs.pruned_after_block,
             config.num_hidden_layers,
             config.grid_size,
             columns=2,
-            references=references,
+            references=[self.pad_labels(labels) for labels in references],
             label_names=config.id2label,
-            clear_labels=[IGNORED, *(index for index, name in config.id2label.items() if name == "background")],
+            clear_labels=[
+                config.semantic_loss_ignore_index,
+                *(index for index, name in config.id2label.items() if name == "background"),
+            ],
         )
+
+    def pad_labels(self, labels: np.ndarray) -> torch.Tensor:
+        """A label map as the input shows it: resized, and filled up with ignored labels."""
+        resized = self.resize(tv_tensors.Mask(labels[None]))
+        height, width = (target - length for target, length in zip(self.size, resized.shape[-2:]))
+        return F.pad(resized, [0, 0, width, height], fill=self.model.config.semantic_loss_ignore_index)[0]
 
 
 def load_split(args: EvaluationArguments, data_args: DataArguments) -> Dataset:
@@ -131,8 +141,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 
     def pair(index: int) -> tuple[Any, Any]:
         row = split[index]
-        labels = class_numbers(row[data_args.label_column_name], data_args.reduce_labels)
-        return row[data_args.image_column_name].convert("RGB"), labels
+        return row[data_args.image_column_name].convert("RGB"), data_args.classes(row[data_args.label_column_name])
 
     for index in logging.tqdm(range(len(split)), desc="Evaluation"):
         image, labels = pair(index)
@@ -140,7 +149,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     if args.picture is not None:
         images, references = zip(*(pair(index) for index in range(min(args.picture_images, len(split)))))
         segmenter.picture(images, references).savefig(args.picture, dpi=110)
-    scores = mean_iou.compute(num_labels=segmenter.model.config.num_labels, ignore_index=IGNORED)
+    scores = mean_iou.compute(num_labels=segmenter.model.config.num_labels, ignore_index=data_args.ignore_index)
     return {name: score for name, score in scores.items() if not name.startswith("per_category")}
 
 

@@ -158,7 +158,9 @@ def run(trainer: Trainer, finetuned_from: str, task: str) -> dict[str, float]:
     """Trains (or goes on), saves the stripped model, evaluates and publishes, as the arguments say."""
     args: Any = trainer.args
     if args.pruning_curriculum > 0 and trainer.model.config.token_reducer is not None:
-        trainer.add_callback(PruningCurriculum(args.pruning_curriculum))
+        # A compiled model compiles each schedule anew, and gives up after 8.
+        levels = 6 if args.torch_compile else 32
+        trainer.add_callback(PruningCurriculum(args.pruning_curriculum, levels))
     if args.do_train:
         checkpoint = args.resume_from_checkpoint
         if checkpoint is not None and checkpoint.lower() in ("true", "last"):

@@ -7,16 +7,27 @@
 """Fine-tune any pretrained ViT with token pruning on semantic segmentation.
 
 The defaults are the ADE20k recipe of the paper: EVA-02-L, patches resampled from 14 to 16 pixels, at 512 pixels,
-R = 40, pruning that grows over the first half of the training (the total batch is 8, on however many devices):
+R = 40, pruning that grows over the first half of the training, 8 images per step (on one device; on 8 devices pass
+`--per_device_train_batch_size 1`):
 
     accelerate launch examples/train_semantic_segmentation.py --fp16 --dataloader_num_workers 8 \\
         --output_dir outputs/ade20k
 
-`--data_dir` takes a folder laid out as the ADE20k download: `images/training`, `annotations/training`, and the same
-for `validation`. `--dataset_name cluttered_digits` draws its images on the spot and needs no network:
+(The reference code also draws a crop again when one class fills more than three quarters of it; this script does not.)
+
+`--data_dir` takes a folder laid out as the ADE20k download, `images/training`, `annotations/training`, and the same
+for `validation`, with the names of the classes in `id2label.json`. For that download itself:
+
+    accelerate launch examples/train_semantic_segmentation.py --data_dir ADEChallengeData2016 --reduce_labels True \\
+        --id2label huggingface/label-files/ade20k-id2label.json
+
+`--dataset_name cluttered_digits` draws its images on the spot and needs no network:
 
     python examples/train_semantic_segmentation.py --model_name_or_path examples/digits_vit \\
         --dataset_name cluttered_digits --pruning_rate 30 --output_dir outputs/digit_maps
+
+While it trains, it measures at the size of the input; `evaluate_semantic_segmentation.py` measures the published model
+at the size of the label maps, also in sliding windows.
 """
 
 import json
@@ -61,7 +72,6 @@ ADE20K_ARGUMENTS = {
     "id2label": "huggingface/label-files/ade20k-id2label.json",
     "reduce_labels": True,
 }
-IGNORED = 255
 
 
 @dataclass
@@ -83,7 +93,7 @@ class SegmenterArguments(ModelArguments):
 
 @dataclass
 class DataArguments:
-    """Which images and label maps to train on, and how they are augmented."""
+    """Which images and label maps."""
 
     dataset_name: str = argument(ADE20K, f"Data set id on the Hub, or '{CLUTTERED_DIGITS}'.")
     dataset_config_name: str | None = argument(None, "Configuration of that data set.")
@@ -91,15 +101,11 @@ class DataArguments:
     data_dir: str | None = argument(None, "Folder with `images` and `annotations`, instead of a data set.")
     id2label: str | None = argument(None, "JSON file of class names, or 'owner/name/file' on the Hub.")
     reduce_labels: bool | None = argument(None, "Whether label 0 means none and classes start at 1, as in ADE20k.")
-    train_val_split: float = argument(0.15, "Share of the training images to validate on, if there are no others.")
+    ignore_index: int = argument(255, "Label of pixels that do not count.")
     max_train_samples: int | None = argument(None, "Use fewer training images.")
     max_eval_samples: int | None = argument(None, "Use fewer validation images.")
     image_column_name: str = argument("image", "Column of the images.")
     label_column_name: str = argument("annotation", "Column of the label maps.")
-    min_scale: float = argument(0.5, "Smallest random size, relative to the largest that fits into the input.")
-    max_scale: float = argument(2.0, "Largest random size.")
-    horizontal_flip: float = argument(0.5, "Probability of a mirror image.")
-    photometric_distortion: float = argument(0.5, "Probability of each change of brightness, contrast and colour.")
 
     def __post_init__(self) -> None:
         if self.dataset_name == ADE20K and self.data_dir is None:
@@ -113,6 +119,33 @@ class DataArguments:
     def draws_digits(self) -> bool:
         """Whether the images are cluttered digits."""
         return self.dataset_name == CLUTTERED_DIGITS and self.data_dir is None
+
+    def classes(self, annotation: Any) -> np.ndarray:
+        """The class numbers (height, width) of an annotation; with `reduce_labels`, 1 becomes the first class.
+
+        Raises:
+            `ValueError`: for an annotation of colours.
+        """
+        labels = np.array(annotation).astype(np.int64)
+        if labels.ndim != 2:
+            raise ValueError(
+                f"An annotation has the shape {labels.shape}; it must be class numbers (height, width): convert its "
+                "colours first."
+            )
+        if self.reduce_labels:
+            labels = np.where((labels == 0) | (labels == self.ignore_index), self.ignore_index, labels - 1)
+        return labels
+
+
+@dataclass
+class AugmentationArguments:
+    """How training images are changed, and what is left to validate on."""
+
+    train_val_split: float = argument(0.15, "Share of the training images to validate on, if there are no others.")
+    min_scale: float = argument(0.5, "Smallest random size, relative to the largest that fits into the input.")
+    max_scale: float = argument(2.0, "Largest random size.")
+    horizontal_flip: float = argument(0.5, "Probability of a mirror image.")
+    photometric_distortion: float = argument(0.5, "Probability of each change of brightness, contrast and colour.")
 
 
 @dataclass
@@ -128,9 +161,10 @@ class Ade20kArguments(RecipeArguments):
     pruning_curriculum: float = argument(0.5, "Share of the training over which pruning grows from nothing; 0 is off.")
     per_device_train_batch_size: int = argument(8, "Images per process and step.")
     per_device_eval_batch_size: int = argument(8, "Images per process and evaluation step.")
+    batch_eval_metrics: bool = argument(True, "Label maps are too many to be collected.")
 
 
-def load_images(args: DataArguments, token: str | None, seed: int) -> DatasetDict:
+def load_images(args: DataArguments, train_val_split: float, token: str | None, seed: int) -> DatasetDict:
     """The splits `train` and `validation`."""
     if args.draws_digits:
         from cluttered_digits import cluttered_digits
@@ -141,7 +175,7 @@ def load_images(args: DataArguments, token: str | None, seed: int) -> DatasetDic
         load_source(args, token),
         columns=(args.image_column_name, args.label_column_name),
         limits={"train": args.max_train_samples, "validation": args.max_eval_samples},
-        share=args.train_val_split,
+        share=train_val_split,
         seed=seed,
     )
     return images.cast_column(args.image_column_name, Image(mode="RGB"))
@@ -189,14 +223,13 @@ def get_label_names(args: DataArguments, token: str | None) -> list[str]:
         return [*DIGIT_NAMES, "background"]
     path = args.id2label or f"{args.data_dir or args.dataset_name}/id2label.json"
     if not os.path.exists(path) and (args.id2label or args.data_dir is None):
-        repository, _, name = path.rpartition("/")
-        path = hf_hub_download(repository, name, repo_type="dataset", token=token)
+        owner, name, file = path.split("/", 2)
+        path = hf_hub_download(f"{owner}/{name}", file, repo_type="dataset", token=token)
     if not os.path.exists(path):
         raise ValueError(
             f"There is no file {path} with the names of the classes; write one, or name it by --id2label."
         )
-    with open(path, encoding="utf-8") as file:
-        names = json.load(file)
+    names = json.loads(Path(path).read_text(encoding="utf-8"))
     return [names[str(index)] for index in range(len(names))]
 
 
@@ -208,24 +241,28 @@ class Transform:
     colour and ignored labels.
     """
 
-    def __init__(self, args: DataArguments, processor: Any, training: bool):
+    def __init__(self, args: DataArguments, processor: Any, augmentation: AugmentationArguments | None = None):
         self.args = args
         self.size = (processor.size["height"], processor.size["width"])
         colour = [round(255 * mean) for mean in processor.image_mean]
-        self.fill = {tv_tensors.Image: colour, tv_tensors.Mask: IGNORED}
-        resize = v2.ScaleJitter(self.size, (args.min_scale, args.max_scale) if training else (1.0, 1.0))
-        crop = [v2.RandomCrop(self.size, pad_if_needed=True, fill=self.fill)]
-        crop.append(v2.RandomHorizontalFlip(args.horizontal_flip))
-        crop.append(v2.RandomPhotometricDistort(p=args.photometric_distortion))
-        to_float = v2.ToDtype({tv_tensors.Image: torch.float32, tv_tensors.Mask: torch.int64}, scale=True)
-        normalize = v2.Normalize(processor.image_mean, processor.image_std)
-        self.transform = v2.Compose([resize, *(crop if training else [self.pad]), to_float, normalize])
+        self.fill = {tv_tensors.Image: colour, tv_tensors.Mask: args.ignore_index}
+        steps: list[Any] = [v2.ScaleJitter(self.size, (1.0, 1.0)), self.pad]
+        if augmentation is not None:
+            steps = [
+                v2.ScaleJitter(self.size, (augmentation.min_scale, augmentation.max_scale)),
+                *photometric_distortion(augmentation.photometric_distortion),
+                v2.RandomCrop(self.size, pad_if_needed=True, fill=self.fill),
+                v2.RandomHorizontalFlip(augmentation.horizontal_flip),
+            ]
+        steps.append(v2.ToDtype({tv_tensors.Image: torch.float32, tv_tensors.Mask: torch.int64}, scale=True))
+        steps.append(v2.Normalize(processor.image_mean, processor.image_std))
+        self.transform = v2.Compose(steps)
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
         """A batch of columns, as `Dataset.set_transform` gives it."""
         columns = (batch[self.args.image_column_name], batch[self.args.label_column_name])
         pairs = [
-            self.transform(tv_tensors.Image(image), tv_tensors.Mask(class_numbers(labels, self.args.reduce_labels)))
+            self.transform(tv_tensors.Image(image), tv_tensors.Mask(self.args.classes(labels)))
             for image, labels in zip(*columns)
         ]
         return {"pixel_values": [pixels for pixels, _ in pairs], "labels": [labels for _, labels in pairs]}
@@ -237,18 +274,10 @@ class Transform:
         return v2.Pad(missing, fill=self.fill)(image, labels)
 
 
-def class_numbers(annotation: Any, reduce_labels: bool | None) -> np.ndarray:
-    """The classes (height, width) of an annotation; with `reduce_labels`, 0 becomes ignored and 1 the first class.
-
-    Raises:
-        `ValueError`: for an annotation of colours.
-    """
-    labels = np.array(annotation).astype(np.int64)
-    if labels.ndim != 2:
-        raise ValueError(f"An annotation has the shape {labels.shape}; it must be class numbers (height, width).")
-    if reduce_labels:
-        labels = np.where((labels == 0) | (labels == IGNORED), IGNORED, labels - 1)
-    return labels
+def photometric_distortion(probability: float) -> list[v2.Transform]:
+    """Each of brightness, contrast, saturation and hue is changed with a probability, as much as in the reference."""
+    changes = {"brightness": 0.125, "contrast": 0.5, "saturation": 0.5, "hue": 0.1}
+    return [v2.RandomApply([v2.ColorJitter(**{name: most})], probability) for name, most in changes.items()]
 
 
 def collate(examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -259,35 +288,39 @@ def collate(examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 def predicted_classes(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Logits (B, C, rows, columns) -> the best class of each pixel of `labels` (B, height, width)."""
     maps = F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False)
-    return maps.argmax(dim=1).to(torch.int16)
+    return maps.argmax(dim=1).to(torch.int32)
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     """Trains, evaluates and saves; returns the evaluation metrics. `arguments` are those of the command line."""
-    parser = HfArgumentParser((SegmenterArguments, DataArguments, Ade20kArguments))
-    model_args, data_args, training_args = parser.parse_args_into_dataclasses(arguments)
+    parser = HfArgumentParser((SegmenterArguments, DataArguments, AugmentationArguments, Ade20kArguments))
+    model_args, data_args, augmentation, training_args = parser.parse_args_into_dataclasses(arguments)
     transformers_logging.set_verbosity(training_args.get_process_log_level())
     set_seed(training_args.seed)
 
-    images = load_images(data_args, model_args.token, training_args.seed)
+    images = load_images(data_args, augmentation.train_val_split, model_args.token, training_args.seed)
     label_names = get_label_names(data_args, model_args.token)
-    model = load_model(CroprViTForSemanticSegmentation, model_args, label_names, semantic_loss_ignore_index=IGNORED)
+    model = load_model(
+        CroprViTForSemanticSegmentation,
+        model_args,
+        label_names,
+        num_queries=None,  # one per patch
+        semantic_loss_ignore_index=data_args.ignore_index,
+    )
     processor = SegformerImageProcessor(
         size=input_size(model.config), do_reduce_labels=bool(data_args.reduce_labels), **normalization(model_args)
     )
-    for split in images:
-        images[split].set_transform(Transform(data_args, processor, training=split == "train"))
+    images["train"].set_transform(Transform(data_args, processor, augmentation))
+    images["validation"].set_transform(Transform(data_args, processor))
 
     mean_iou = evaluate.load(MEAN_IOU)
 
-    def compute_metrics(evaluation: EvalPrediction) -> dict[str, float]:
-        scores = mean_iou.compute(
-            predictions=evaluation.predictions,
-            references=evaluation.label_ids,
-            num_labels=len(label_names),
-            ignore_index=IGNORED,
-        )
-        return {name: float(score) for name, score in scores.items() if not name.startswith("per_category")}
+    def compute_metrics(batch: EvalPrediction, compute_result: bool) -> dict[str, float]:
+        mean_iou.add_batch(predictions=batch.predictions.cpu(), references=batch.label_ids.cpu())
+        if not compute_result:
+            return {}
+        scores = mean_iou.compute(num_labels=len(label_names), ignore_index=data_args.ignore_index)
+        return {name: score for name, score in scores.items() if not name.startswith("per_category")}
 
     trainer = CroprTrainer(
         model=model,

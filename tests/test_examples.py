@@ -141,12 +141,13 @@ class TestTrainImageClassification:
         with pytest.raises(ValueError, match="at most"):
             script.main(digits_command(tiny_vit, tmp_path, pruning_rate=100))
 
-    def test_two_processes_by_accelerate(self, tiny_vit, tmp_path):
+    @pytest.mark.parametrize("task", ["image_classification", "semantic_segmentation"])
+    def test_two_processes_by_accelerate(self, task, tiny_vit, tmp_path):
         """`accelerate launch` with two CPU processes (gloo)."""
         launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
         launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
         launch += ["--main_process_port", "0"]
-        script = str(EXAMPLES / "train_image_classification.py")
+        script = str(EXAMPLES / f"train_{task}.py")
         command = digits_command(tiny_vit, tmp_path, num_train_epochs=1, per_device_train_batch_size=4)
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         result = subprocess.run([*launch, script, *command], capture_output=True, text=True, env=environment)
@@ -154,7 +155,7 @@ class TestTrainImageClassification:
         logs = [entry for entry in history(tmp_path) if "loss" in entry]
         assert len(logs) == 4  # 32 images, 2 processes of 4
         assert all("auxiliary_loss_2" in entry for entry in logs)
-        assert AutoModelForImageClassification.from_pretrained(tmp_path).config.use_auxiliary_heads is False
+        assert cropr_hf.CroprViTConfig.from_pretrained(tmp_path).use_auxiliary_heads is False
 
 
 def test_evaluation_in_a_fresh_process_with_picture(example, tiny_vit, tmp_path):
@@ -257,16 +258,17 @@ class TestTrainSemanticSegmentation:
     def test_transforms_keep_images_and_labels_together(self, example, tiny_vit):
         """Labels that are the red channel are still the red channel after resizing, cropping, flipping and padding."""
         script = example("train_semantic_segmentation")
-        args = script.DataArguments(dataset_name="other", photometric_distortion=0.0)
+        args = script.DataArguments(dataset_name="other")
+        augmentation = script.AugmentationArguments(photometric_distortion=0.0)
         processor = SegformerImageProcessor(
             size={"height": 48, "width": 48}, image_mean=[0.0, 0.0, 0.0], image_std=[1.0, 1.0, 1.0]
         )
         classes = np.kron(np.arange(12).reshape(3, 4), np.ones((20, 20), int)).astype(np.uint8)  # 60 x 80
         image = Image.fromarray(np.repeat(20 * classes[..., None], 3, axis=2))
         batch = {"image": [image], "annotation": [Image.fromarray(classes)]}
-        for training in (True, False):
+        for changes in (augmentation, None):
             torch.manual_seed(1)
-            transformed = script.Transform(args, processor, training)(batch)
+            transformed = script.Transform(args, processor, changes)(batch)
             pixels, labels = transformed["pixel_values"][0], transformed["labels"][0]
             assert pixels.shape == (3, 48, 48) and labels.shape == (48, 48)
             inside = labels != 255
@@ -277,13 +279,32 @@ class TestTrainSemanticSegmentation:
             assert pixels[:, ~inside].abs().sum() == 0
         assert (labels[36:] == 255).all() and (labels[:36] != 255).all()  # 36 x 48 fits, the rest is filled
 
+    def test_distorted_images_keep_their_labels_and_the_fill_its_colour(self, example):
+        script = example("train_semantic_segmentation")
+        processor = SegformerImageProcessor(
+            size={"height": 48, "width": 48}, image_mean=[0.5, 0.25, 0.75], image_std=[0.5, 0.5, 0.5]
+        )
+        augmentation = script.AugmentationArguments(photometric_distortion=1.0, max_scale=0.5)
+        transform = script.Transform(script.DataArguments(dataset_name="other"), processor, augmentation)
+        image = Image.fromarray(np.full((30, 30, 3), 128, np.uint8))
+        batch = transform({"image": [image], "annotation": [Image.fromarray(np.ones((30, 30), np.uint8))]})
+        pixels, labels = batch["pixel_values"][0], batch["labels"][0]
+        assert (labels == 1).sum() == 24 * 24 and (labels == 255).sum() == 48 * 48 - 24 * 24
+        assert pixels[:, labels == 255].abs().max() < 0.01  # the mean, normalised
+        assert pixels[:, labels == 1].std(dim=1).max() < 0.01 and pixels[:, labels == 1].abs().mean() > 0.1
+
     def test_reduced_labels(self, example):
-        classes = example("train_semantic_segmentation").class_numbers
+        data = example("train_semantic_segmentation").DataArguments
         annotation = np.array([[0, 1, 150, 255]], np.uint8)
-        assert classes(annotation, True).tolist() == [[255, 0, 149, 255]]
-        assert classes(annotation, None).tolist() == [[0, 1, 150, 255]]
+        assert data("other", reduce_labels=True).classes(annotation).tolist() == [[255, 0, 149, 255]]
+        assert data("other").classes(annotation).tolist() == [[0, 1, 150, 255]]
         with pytest.raises(ValueError, match="class numbers"):
-            classes(np.zeros((4, 4, 3), np.uint8), True)
+            data("other").classes(np.zeros((4, 4, 3), np.uint8))
+
+    def test_a_published_classifier_becomes_a_segmenter(self, example, trained, tmp_path):
+        command = segmentation_command(str(trained), tmp_path, num_train_epochs=1, ignore_mismatched_sizes=True)
+        example("train_semantic_segmentation").main(command)
+        assert "auxiliary_loss_1" in history(tmp_path)[0]
 
     def test_defaults_are_the_recipe_of_the_paper(self, example):
         script = example("train_semantic_segmentation")

@@ -448,8 +448,6 @@ def test_pinned_numbers(name):
             {"token_reducer": "random", "last_layer_fusion": False},
             r"`last_layer_fusion` is False.*set it to True, or `token_reducer` to None",
         ),
-        ({"num_queries": 1}, r"`num_queries` is 1, .*set `num_queries=None`"),
-        ({"num_queries": 16}, r"`num_queries` is 16, .*set `num_queries=None`"),
         ({"num_labels": 0}, r"`num_labels` is 0; semantic segmentation needs at least 1 class"),
         ({"semantic_loss_ignore_index": 4}, r"`semantic_loss_ignore_index` 4 is one of the 5 classes.* such as -100"),
         ({"semantic_loss_ignore_index": 0}, r"`semantic_loss_ignore_index` 0 is one of the 5 classes"),
@@ -462,6 +460,15 @@ def test_configurations_that_cannot_be_are_refused(overrides, heads, message):
     heads = heads and overrides.get("token_reducer") != "random"
     with pytest.raises(ValueError, match=message):
         segmenter(use_auxiliary_heads=heads, **overrides)
+
+
+@pytest.mark.parametrize("num_queries", [1, 16])
+def test_heads_need_a_query_per_patch(num_queries):
+    with pytest.raises(ValueError, match=rf"`num_queries` is {num_queries}, .*set `num_queries=None`"):
+        segmenter(use_auxiliary_heads=True, num_queries=num_queries)
+    stripped = segmenter(num_queries=num_queries)  # the number does not matter there
+    with pytest.raises(ValueError, match=rf"`num_queries` is {num_queries}, .*set `num_queries=None`"):
+        stripped.add_auxiliary_heads()
 
 
 @pytest.mark.parametrize(
@@ -568,9 +575,8 @@ def test_a_model_with_rotary_positions_alone_can_change_its_image_size(tmp_path)
 def test_from_a_classification_checkpoint(auto_class, tmp_path):
     source = make_model(CroprViTForImageClassification, tiny_config(num_labels=7, use_auxiliary_heads=True))
     source.save_pretrained(tmp_path)
-    for kwargs in ({}, {"use_auxiliary_heads": True}):
-        with pytest.raises(ValueError, match=r"`num_queries` is 1, .*set `num_queries=None`"):
-            auto_class.from_pretrained(tmp_path, **kwargs)
+    with pytest.raises(ValueError, match=r"`num_queries` is 1, .*set `num_queries=None`"):
+        auto_class.from_pretrained(tmp_path, use_auxiliary_heads=True)
     model = auto_class.from_pretrained(
         tmp_path, num_queries=None, use_auxiliary_heads=True, num_labels=5, ignore_mismatched_sizes=True
     )

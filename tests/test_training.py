@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from torch._dynamo.testing import CompileCounter
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from cropr_hf import CroprViTConfig, CroprViTForImageClassification, CroprViTForSemanticSegmentation
 from cropr_hf.training import (
@@ -258,18 +259,46 @@ class TestSemanticSegmentation:
 
 
 class TestPruningCurriculum:
-    def test_the_schedule_grows_in_steps_of_eight_to_the_configured_one(self):
-        config = CroprViTConfig.from_size("large", pruning_rate=8)
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"pruning_rate": 8},
+            {"pruning_rate": 7, "use_cls_token": False, "pooling": "patch_mean"},
+            {"pruning_rate": 3, "num_register_tokens": 4},
+            {"pruning_schedule": [196] * 3 + [39] * 21, "last_layer_fusion": False},
+            {"pruning_schedule": [150, 149, 148, 99, 98, 97, *[50] * 18]},
+        ],
+    )
+    def test_the_schedule_grows_in_multiples_of_eight_to_the_configured_one(self, fields):
+        config = CroprViTConfig.from_size("large", **fields)
         final = config.kept_patches()
         assert curriculum_schedule(config, 0.0) == [196] * 24
         assert curriculum_schedule(config, 1.0) == final
         before = curriculum_schedule(config, 0.0)
-        for progress in (0.1, 0.35, 0.5, 0.75, 0.99):
+        for progress in (level / 32 for level in range(1, 32)):
             schedule = curriculum_schedule(config, progress)
             assert config.kept_patches(pruning=schedule) == schedule  # possible for this model
-            assert all(now <= earlier for now, earlier in zip(schedule, before))
-            assert all(kept == 196 or (kept - last) % 8 == 0 for kept, last in zip(schedule, final))
+            for now, earlier, last in zip(schedule, before, final):
+                assert last <= now <= earlier
+                assert now == 196 or (now + config.num_prefix_tokens) % 8 == 0
+                assert now - last - (1 - progress) * (196 - last) < 8
             before = schedule
+
+    @pytest.mark.parametrize(("share", "levels", "schedules"), [(0.5, 4, 5), (1.0, 1, 1), (0.25, 32, 33)])
+    def test_schedules_are_few_and_a_function_of_the_step(self, share, levels, schedules):
+        model, state = tiny_model(pruning_rate=5), TrainerState(max_steps=400)
+        curriculum = PruningCurriculum(share, levels)
+        arguments, control = TrainingArguments("unused", use_cpu=True), TrainerControl()
+        seen = []
+        for state.global_step in range(400):
+            curriculum.on_step_begin(arguments, state, control, model=model)
+            seen.append(model.cropr_vit.pruning)
+            curriculum.on_step_end(arguments, state, control, model=model)
+            assert model.cropr_vit.pruning is None  # what evaluation and checkpoints see
+        first_final = round(share * 400)
+        assert seen[first_final:] == [None] * (400 - first_final) and None not in seen[:first_final]
+        assert seen[0] == [16] * len(seen[0])
+        assert len({str(schedule) for schedule in seen}) <= schedules
 
     def test_a_resumed_run_repeats_the_uninterrupted_one(self, tmp_path):
         def trainer(folder) -> Trainer:
@@ -293,6 +322,23 @@ class TestPruningCurriculum:
         resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-8"))
         assert losses(resumed) == losses(whole)
 
+    def test_token_counts_can_be_variables_of_the_compiled_graph(self, monkeypatch):
+        """The setting that the docstring recommends: few compilations, however many schedules follow."""
+        monkeypatch.setattr(torch._dynamo.config, "allow_unspec_int_on_nn_module", True)
+        torch._dynamo.reset()
+        counter = CompileCounter()
+        model = tiny_model(pruning_rate=100, image_size=128).train()
+        compiled = torch.compile(model, backend=counter, fullgraph=True)
+        schedules = [curriculum_schedule(model.config, level / 16) for level in range(16)]
+        assert len({tuple(schedule) for schedule in schedules}) > 2 * 6
+        for schedule in schedules:
+            model.set_pruning(schedule)
+            compiled(torch.zeros(2, 3, 128, 128), labels=torch.tensor([0, 1]))
+        torch._dynamo.reset()
+        assert counter.frame_count <= 6
+
     def test_shares_out_of_range_are_errors(self):
         with pytest.raises(ValueError, match=r"1\.5"):
             PruningCurriculum(1.5)
+        with pytest.raises(ValueError, match="`levels` is 0"):
+            PruningCurriculum(0.5, levels=0)

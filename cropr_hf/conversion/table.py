@@ -97,7 +97,7 @@ def convert_weights(source: Mapping[str, torch.Tensor], recipe: Recipe, config: 
     if table is not None and table.shape[1] == native.num_patches and native.grid_size != config.grid_size:
         weights[POSITIONS] = resample_grid(table, native.grid_size, config.grid_size, config.interpolate_antialias)
     kernel = weights.get(PATCH_KERNEL)
-    if kernel is not None and kernel.shape[-1] == native.patch_size != config.patch_size:
+    if kernel is not None and kernel.shape[-1] == native.patch_size and native.patch_size != config.patch_size:
         weights[PATCH_KERNEL] = resample_patch_kernel(kernel, config.patch_size)
     return weights
 

@@ -1,5 +1,6 @@
 """Pruning that starts gently, for routers that start cold (as the paper trains segmentation)."""
 
+import math
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -13,29 +14,34 @@ TOKEN_MULTIPLE = 8
 def curriculum_schedule(config: CroprViTConfig, progress: float) -> list[int]:
     """Patch tokens kept after each block when pruning has grown to a share of what is configured.
 
-    While it grows, token counts differ from the final ones by multiples of 8, so that there are few different ones.
+    While it grows, the tokens after a block, prefix included, are all of them or a multiple of 8, rounded up: kernels
+    like such lengths, and there are few different ones.
 
     Args:
         config: its schedule at `image_size` is the final one.
         progress: in [0, 1], where 0 keeps every token and 1 is the final schedule.
     """
+    final, all_patches, prefix = config.kept_patches(), config.num_patches, config.num_prefix_tokens
+    if progress >= 1:
+        return final
     schedule = []
-    for kept in config.kept_patches():
-        still_kept = (1.0 - progress) * (config.num_patches - kept)
-        rounded = -int(-still_kept // TOKEN_MULTIPLE) * TOKEN_MULTIPLE  # up
-        schedule.append(min(kept + rounded, config.num_patches))
+    for kept in final:
+        tokens = prefix + kept + (1.0 - progress) * (all_patches - kept)
+        rounded = math.ceil(tokens / TOKEN_MULTIPLE) * TOKEN_MULTIPLE
+        schedule.append(min(rounded - prefix, all_patches))
     return schedule
 
 
 class PruningCurriculum(TrainerCallback):
     """Grows pruning linearly from nothing to the configured schedule, then leaves it there.
 
-    The schedule is a function of the step alone, so that a resumed run goes on where it stopped. The configuration,
-    and with it every checkpoint, holds the final schedule.
+    The schedule is a function of the step alone, so that a resumed run goes on where it stopped. Evaluation and
+    checkpoints have the configured schedule at any time. Training images must have the size `config.image_size`.
 
     A new schedule costs nothing in itself in eager mode. A model under `torch.compile` is compiled again for each one,
-    up to the limit of `torch._dynamo.config.recompile_limit`; with `torch._dynamo.config.allow_unspec_int_on_nn_module
-    = True` the fourth compilation takes token counts as variables and serves for all further schedules.
+    up to the limit of `torch._dynamo.config.recompile_limit` (8); take fewer `levels` there, or set
+    `torch._dynamo.config.allow_unspec_int_on_nn_module = True`: after a few compilations token counts are variables of
+    the graph, which then serves for all further schedules.
 
     Args:
         share: share of the training steps over which pruning grows, in (0, 1]; half of them in the paper.
@@ -61,8 +67,8 @@ class PruningCurriculum(TrainerCallback):
         level = int(self.levels * state.global_step / (self.share * state.max_steps))
         model.set_pruning(curriculum_schedule(model.config, level / self.levels) if level < self.levels else None)
 
-    def on_train_end(
+    def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        """Leaves the model with its configured schedule, also after an early stop."""
+        """Back to the configured schedule, for evaluation and after the training."""
         model.set_pruning(None)
