@@ -222,7 +222,8 @@ def get_label_names(args: DataArguments, token: str | None) -> list[str]:
 
         return [*DIGIT_NAMES, "background"]
     path = args.id2label or f"{args.data_dir or args.dataset_name}/id2label.json"
-    if not os.path.exists(path) and (args.id2label or args.data_dir is None):
+    on_hub = path.count("/") > 1 and (args.id2label is not None or args.data_dir is None)
+    if not os.path.exists(path) and on_hub:
         owner, name, file = path.split("/", 2)
         path = hf_hub_download(f"{owner}/{name}", file, repo_type="dataset", token=token)
     if not os.path.exists(path):
