@@ -29,7 +29,7 @@ from datasets import Dataset
 from shared import argument
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
-from train_semantic_segmentation import MEAN_IOU, DataArguments, load_source
+from train_semantic_segmentation import MEAN_IOU, DataArguments, fill_up, fill_values, load_source
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, HfArgumentParser
 from transformers.utils import logging
 
@@ -60,17 +60,17 @@ class Segmenter:
         self.model = AutoModelForSemanticSegmentation.from_pretrained(args.model_name_or_path).to(args.device)
         self.processor = AutoImageProcessor.from_pretrained(args.model_name_or_path)
         self.size = (self.processor.size["height"], self.processor.size["width"])
+        self.fill = fill_values(self.processor, self.model.config.semantic_loss_ignore_index)
 
     def resize(self, image: torch.Tensor, covers: bool = False) -> torch.Tensor:
-        """An image (3, height, width) as large as fits into the input, or as small as covers it."""
+        """An image or label map (..., height, width) as large as fits into the input, or as small as covers it."""
         ratios = [target / length for target, length in zip(self.size, image.shape[-2:])]
         ratio = max(ratios) if covers else min(ratios)
         return F.resize(image, [round(ratio * length) for length in image.shape[-2:]])
 
-    def pad(self, image: torch.Tensor) -> torch.Tensor:
-        """Fills up to the input size with the mean colour, below and on the right; larger images stay."""
-        height, width = (max(target - length, 0) for target, length in zip(self.size, image.shape[-2:]))
-        return F.pad(image, [0, 0, width, height], fill=[round(255 * mean) for mean in self.processor.image_mean])
+    def fit(self, image: torch.Tensor) -> torch.Tensor:
+        """An image or label map as the input shows it: resized, and filled up."""
+        return fill_up(self.size, self.fill, self.resize(image))
 
     def normalize(self, image: torch.Tensor) -> torch.Tensor:
         """Bytes (3, height, width) -> pixel values (1, 3, height, width)."""
@@ -79,9 +79,9 @@ class Segmenter:
 
     def label_map(self, image: Any) -> torch.Tensor:
         """The class of each pixel of a picture, (height, width)."""
-        image = F.pil_to_tensor(image)
+        image = tv_tensors.Image(image)
         resized = self.resize(image, covers=self.args.stride is not None)
-        pixel_values = self.normalize(self.pad(resized))
+        pixel_values = self.normalize(fill_up(self.size, self.fill, resized))
         logits = sliding_window_logits(self.model, pixel_values, self.size, self.args.stride, self.args.batch_size)
         height, width = resized.shape[-2:]
         logits = torch.nn.functional.interpolate(logits[..., :height, :width], image.shape[-2:], mode="bilinear")
@@ -90,7 +90,7 @@ class Segmenter:
     @torch.inference_mode()
     def picture(self, images: Sequence[Any], references: Sequence[np.ndarray]) -> Any:
         """A figure of the model's input (the whole image in one window), label maps, predictions, pruned patches."""
-        inputs = [self.pad(self.resize(F.pil_to_tensor(image))) for image in images]
+        inputs = [self.fit(tv_tensors.Image(image)) for image in images]
         outputs = self.model(torch.cat([self.normalize(image) for image in inputs]), output_pruning=True)
         config = self.model.config
         return plot_segmentation(
@@ -100,19 +100,13 @@ class Segmenter:
             config.num_hidden_layers,
             config.grid_size,
             columns=2,
-            references=[self.pad_labels(labels) for labels in references],
+            references=[self.fit(tv_tensors.Mask(labels[None]))[0] for labels in references],
             label_names=config.id2label,
             clear_labels=[
                 config.semantic_loss_ignore_index,
                 *(index for index, name in config.id2label.items() if name == "background"),
             ],
         )
-
-    def pad_labels(self, labels: np.ndarray) -> torch.Tensor:
-        """A label map as the input shows it: resized, and filled up with ignored labels."""
-        resized = self.resize(tv_tensors.Mask(labels[None]))
-        height, width = (target - length for target, length in zip(self.size, resized.shape[-2:]))
-        return F.pad(resized, [0, 0, width, height], fill=self.model.config.semantic_loss_ignore_index)[0]
 
 
 def load_split(args: EvaluationArguments, data_args: DataArguments) -> Dataset:

@@ -9,7 +9,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from datasets import DatasetDict
+from datasets import DatasetDict, Image
 from transformers import AutoConfig, AutoImageProcessor, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -125,13 +125,19 @@ def input_size(config: CroprViTConfig) -> dict[str, int]:
     return {"height": height, "width": width}
 
 
-def prepare_splits(
-    images: DatasetDict, columns: tuple[str, str], limits: dict[str, int | None], share: float, seed: int
-):
-    """The splits `train` and `validation` of a data set, cut to `limits` (none if `None`).
+def draw_digits(args: Any, seed: int) -> DatasetDict:
+    """Cluttered digits for training and validation, as many as the data arguments of a script say."""
+    from cluttered_digits import cluttered_digits
+
+    splits = {"train": args.max_train_samples or 20_000, "validation": args.max_eval_samples or 2_000}
+    return DatasetDict({split: cluttered_digits(split, count, seed=seed) for split, count in splits.items()})
+
+
+def prepare_splits(images: DatasetDict, args: Any, share: float, seed: int) -> DatasetDict:
+    """The splits `train` and `validation` of a data set, with images in RGB.
 
     Args:
-        columns: those of images and labels, which must be there.
+        args: the data arguments of a script: names of the columns, and how many images to use at most.
         share: of the training images to validate on, if there is no validation split.
 
     Raises:
@@ -139,7 +145,7 @@ def prepare_splits(
     """
     if "train" not in images:
         raise ValueError(f"The data set has no split 'train', only {', '.join(images)}; choose another.")
-    missing = set(columns) - set(images["train"].column_names)
+    missing = {args.image_column_name, args.label_column_name} - set(images["train"].column_names)
     if missing:
         raise ValueError(
             f"The data set has no column {', '.join(sorted(missing))}, only "
@@ -148,10 +154,12 @@ def prepare_splits(
     if "validation" not in images:
         split = images["train"].train_test_split(share, seed=seed)
         images = DatasetDict(train=split["train"], validation=split["test"])
+    limits = {"train": args.max_train_samples, "validation": args.max_eval_samples}
     for split, limit in limits.items():
         if limit is not None:
             images[split] = images[split].shuffle(seed=seed).select(range(min(limit, len(images[split]))))
-    return DatasetDict({split: images[split] for split in limits})
+    images = DatasetDict({split: images[split] for split in limits})
+    return images.cast_column(args.image_column_name, Image(mode="RGB"))
 
 
 def run(trainer: Trainer, finetuned_from: str, task: str) -> dict[str, float]:

@@ -26,12 +26,13 @@ from typing import Any
 import evaluate
 import numpy as np
 import torch
-from datasets import ClassLabel, DatasetDict, Image, load_dataset
+from datasets import ClassLabel, DatasetDict, load_dataset
 from shared import (
     CLUTTERED_DIGITS,
     ModelArguments,
     RecipeArguments,
     argument,
+    draw_digits,
     input_size,
     load_model,
     normalization,
@@ -106,10 +107,7 @@ def load_images(args: DataArguments, token: str | None, seed: int) -> DatasetDic
         `ValueError`: when no data set is named, or it lacks a column.
     """
     if args.dataset_name == CLUTTERED_DIGITS:
-        from cluttered_digits import cluttered_digits
-
-        splits = {"train": args.max_train_samples or 20_000, "validation": args.max_eval_samples or 2_000}
-        return DatasetDict({split: cluttered_digits(split, count, seed=seed) for split, count in splits.items()})
+        return draw_digits(args, seed)
     if args.dataset_name is not None:
         images = load_dataset(args.dataset_name, args.dataset_config_name, token=token)
     elif args.train_dir is not None:
@@ -118,14 +116,7 @@ def load_images(args: DataArguments, token: str | None, seed: int) -> DatasetDic
         images = load_dataset("imagefolder", data_files=files)
     else:
         raise ValueError("Name the images: --dataset_name, or --train_dir.")
-    images = prepare_splits(
-        images,
-        columns=(args.image_column_name, args.label_column_name),
-        limits={"train": args.max_train_samples, "validation": args.max_eval_samples},
-        share=args.train_val_split,
-        seed=seed,
-    )
-    return images.cast_column(args.image_column_name, Image(mode="RGB"))
+    return prepare_splits(images, args, args.train_val_split, seed)
 
 
 def get_label_names(images: DatasetDict, column: str) -> list[str]:

@@ -47,6 +47,7 @@ from shared import (
     ModelArguments,
     RecipeArguments,
     argument,
+    draw_digits,
     input_size,
     load_model,
     normalization,
@@ -167,18 +168,8 @@ class Ade20kArguments(RecipeArguments):
 def load_images(args: DataArguments, train_val_split: float, token: str | None, seed: int) -> DatasetDict:
     """The splits `train` and `validation`."""
     if args.draws_digits:
-        from cluttered_digits import cluttered_digits
-
-        splits = {"train": args.max_train_samples or 20_000, "validation": args.max_eval_samples or 2_000}
-        return DatasetDict({split: cluttered_digits(split, count, seed=seed) for split, count in splits.items()})
-    images = prepare_splits(
-        load_source(args, token),
-        columns=(args.image_column_name, args.label_column_name),
-        limits={"train": args.max_train_samples, "validation": args.max_eval_samples},
-        share=train_val_split,
-        seed=seed,
-    )
-    return images.cast_column(args.image_column_name, Image(mode="RGB"))
+        return draw_digits(args, seed)
+    return prepare_splits(load_source(args, token), args, train_val_split, seed)
 
 
 def load_source(args: DataArguments, token: str | None = None) -> DatasetDict:
@@ -245,8 +236,7 @@ class Transform:
     def __init__(self, args: DataArguments, processor: Any, augmentation: AugmentationArguments | None = None):
         self.args = args
         self.size = (processor.size["height"], processor.size["width"])
-        colour = [round(255 * mean) for mean in processor.image_mean]
-        self.fill = {tv_tensors.Image: colour, tv_tensors.Mask: args.ignore_index}
+        self.fill = fill_values(processor, args.ignore_index)
         steps: list[Any] = [v2.ScaleJitter(self.size, (1.0, 1.0)), self.pad]
         if augmentation is not None:
             steps = [
@@ -269,10 +259,20 @@ class Transform:
         return {"pixel_values": [pixels for pixels, _ in pairs], "labels": [labels for _, labels in pairs]}
 
     def pad(self, image: tv_tensors.Image, labels: tv_tensors.Mask) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
-        """Fills up to the input size, below and on the right."""
-        height, width = labels.shape[-2:]
-        missing = [0, 0, self.size[1] - width, self.size[0] - height]
-        return v2.Pad(missing, fill=self.fill)(image, labels)
+        """Fills both up to the input size."""
+        return fill_up(self.size, self.fill, image, labels)
+
+
+def fill_values(processor: Any, ignore_index: int) -> dict[Any, Any]:
+    """What images and label maps are filled up with: the mean colour, and ignored labels."""
+    colour = [round(255 * mean) for mean in processor.image_mean]
+    return {tv_tensors.Image: colour, tv_tensors.Mask: ignore_index}
+
+
+def fill_up(size: tuple[int, int], fill: dict[Any, Any], *images: torch.Tensor) -> Any:
+    """Images and label maps of one size, filled up to `size` below and on the right; larger ones stay."""
+    height, width = (max(target - length, 0) for target, length in zip(size, images[0].shape[-2:]))
+    return v2.Pad([0, 0, width, height], fill=fill)(*images)
 
 
 def photometric_distortion(probability: float) -> list[v2.Transform]:

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 import cropr_hf
+from cropr_hf.training import PruningCurriculum
 
 
 EXAMPLES = Path(cropr_hf.__file__).parents[1] / "examples"
@@ -70,6 +71,18 @@ def history(output_dir: Path) -> list[dict]:
     return json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
 
 
+def losses(output_dir: Path) -> list[float]:
+    return [entry["loss"] for entry in history(output_dir) if "loss" in entry]
+
+
+def check_loss_parts(output_dir: Path) -> None:
+    logs = [entry for entry in history(output_dir) if "loss" in entry]
+    assert len(logs) == 8
+    for entry in logs:
+        parts = entry["main_loss"] + entry["auxiliary_loss_1"] + entry["auxiliary_loss_2"]
+        assert entry["loss"] == pytest.approx(parts, abs=2e-3)
+
+
 @pytest.fixture(scope="module")
 def trained(example, tiny_vit, tmp_path_factory) -> Path:
     """The script's whole recipe, augmentation, mixup and all, on cluttered digits."""
@@ -88,19 +101,13 @@ class TestTrainImageClassification:
         assert (trained / "preprocessor_config.json").exists()
 
     def test_loss_parts_are_in_the_log_history(self, trained):
-        logs = [entry for entry in history(trained) if "loss" in entry]
-        assert len(logs) == 8
-        for entry in logs:
-            parts = entry["main_loss"] + entry["auxiliary_loss_1"] + entry["auxiliary_loss_2"]
-            assert entry["loss"] == pytest.approx(parts, abs=2e-3)
+        check_loss_parts(trained)
 
     def test_resuming_repeats_the_uninterrupted_run(self, example, tiny_vit, trained, tmp_path):
         checkpoint = trained / "checkpoint-4"
         command = digits_command(tiny_vit, tmp_path, resume_from_checkpoint=str(checkpoint))
         example("train_image_classification").main(command)
-        assert [e["loss"] for e in history(tmp_path) if "loss" in e] == [
-            e["loss"] for e in history(trained) if "loss" in e
-        ]
+        assert losses(tmp_path) == losses(trained)
 
     def test_a_published_model_is_trained_further(self, example, trained, tmp_path):
         command = digits_command(str(trained), tmp_path, num_train_epochs=1)
@@ -226,20 +233,26 @@ class TestTrainSemanticSegmentation:
         processor = AutoImageProcessor.from_pretrained(trained_segmenter)
         assert type(processor).__name__.startswith("Segformer") and processor.size == {"height": 48, "width": 48}
 
-    def test_pruning_grows_and_parts_of_the_loss_are_logged(self, trained_segmenter):
-        logs = [entry for entry in history(trained_segmenter) if "loss" in entry]
-        assert len(logs) == 8
-        for entry in logs:
-            parts = entry["main_loss"] + entry["auxiliary_loss_1"] + entry["auxiliary_loss_2"]
-            assert entry["loss"] == pytest.approx(parts, abs=2e-3)
+    def test_pruning_grows_over_the_first_half(self, example, tiny_vit, tmp_path, monkeypatch):
+        schedules = []
+
+        class Watched(PruningCurriculum):
+            def on_step_begin(self, args, state, control, model=None, **kwargs):
+                super().on_step_begin(args, state, control, model=model, **kwargs)
+                schedules.append(model.cropr_vit.pruning)
+
+        monkeypatch.setattr(example("shared"), "PruningCurriculum", Watched)
+        example("train_semantic_segmentation").main(segmentation_command(tiny_vit, tmp_path))
+        assert schedules[0] == [36] * 4 and None not in schedules[:4] and schedules[4:] == [None] * 4
+
+    def test_loss_parts_are_in_the_log_history(self, trained_segmenter):
+        check_loss_parts(trained_segmenter)
 
     def test_resuming_repeats_the_uninterrupted_run(self, example, tiny_vit, trained_segmenter, tmp_path):
         checkpoint = trained_segmenter / "checkpoint-4"
         command = segmentation_command(tiny_vit, tmp_path, resume_from_checkpoint=str(checkpoint))
         example("train_semantic_segmentation").main(command)
-        assert [e["loss"] for e in history(tmp_path) if "loss" in e] == [
-            e["loss"] for e in history(trained_segmenter) if "loss" in e
-        ]
+        assert losses(tmp_path) == losses(trained_segmenter)
 
     def test_folders_in_the_layout_of_ade20k(self, example, tiny_vit, tmp_path):
         write_label_maps(tmp_path / "data", {"training": 8, "validation": 3})
