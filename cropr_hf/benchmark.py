@@ -236,15 +236,27 @@ def _config_from(args: BenchmarkArguments) -> CroprViTConfig:
     return CroprViTConfig.from_size(args.size, **{**defaults, **overrides})
 
 
-def _task_of(args: BenchmarkArguments, config: CroprViTConfig) -> str:
+def _check(args: BenchmarkArguments) -> None:
     if args.task not in TASKS:
         raise ValueError(f"The task is {args.task!r}; choose one of {', '.join(TASKS)}.")
+    if not isinstance(getattr(torch, args.dtype, None), torch.dtype):
+        raise ValueError(f"`dtype` is {args.dtype!r}; give a type of torch, such as float32 or bfloat16.")
+    if args.gradient_checkpointing and not args.training:
+        raise ValueError("`gradient_checkpointing` is a matter of training steps; pass `training` as well.")
+
+
+def _task_of(args: BenchmarkArguments, config: CroprViTConfig) -> str:
     stored = getattr(config, "architectures", None) or []
     return next((task for task, model_class in TASKS.items() if model_class.__name__ in stored), args.task)
 
 
 def run(args: BenchmarkArguments) -> dict[str, Any]:
-    """Runs the comparison and returns the record: settings, versions, speed-ups, multiply-add bound."""
+    """Runs the comparison and returns the record: settings, versions, speed-ups, multiply-add bound.
+
+    Raises:
+        `ValueError`: for an unknown task or dtype, or `gradient_checkpointing` without `training`.
+    """
+    _check(args)
     config = _config_from(args)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     task = _task_of(args, config)

@@ -127,8 +127,9 @@ class CroprViTEmbeddings(nn.Module):
             return table
         return resample_grid(table, self.config.grid_size, grid_size, self.config.interpolate_antialias)
 
-    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
-        """(B, channels, height, width) -> (B, prefix + rows * columns, D), and (rows, columns)."""
+    @staticmethod
+    def check_pixels(pixel_values: torch.Tensor) -> None:
+        """Raises `ValueError` for raw pixels, and for what is no batch of images."""
         if not pixel_values.is_floating_point():
             raise ValueError(
                 f"`pixel_values` are {pixel_values.dtype}; give normalised floating-point values, as image processors "
@@ -139,6 +140,10 @@ class CroprViTEmbeddings(nn.Module):
                 f"`pixel_values` has the shape {tuple(pixel_values.shape)}; it must be (batch, channels, height, "
                 "width)."
             )
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+        """(B, channels, height, width) -> (B, prefix + rows * columns, D), and (rows, columns)."""
+        self.check_pixels(pixel_values)
         channels, height, width = pixel_values.shape[1:]
         patch_size = self.config.patch_size
         if channels != self.config.num_channels:
@@ -770,6 +775,7 @@ class CroprViTForSemanticSegmentation(CroprViTPreTrainedModel):
         Raises:
             `ValueError`: labels of the wrong shape or out of range, and as `CroprViTModel.forward`.
         """
+        self.cropr_vit.embeddings.check_pixels(pixel_values)
         height, width = pixel_values.shape[-2:]
         patch_size = self.config.patch_size
         padding = (-height % patch_size, -width % patch_size)

@@ -167,3 +167,17 @@ def test_a_checkpoint_says_its_task(tmp_path):
 def test_an_unknown_task_is_an_error():
     with pytest.raises(ValueError, match="'depth'; choose one of image_classification, semantic_segmentation"):
         run(arguments(task="depth"))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"task": "segmentation"}, "choose one of image_classification, semantic_segmentation"),
+        ({"dtype": "float23"}, "'float23'; give a type of torch"),
+        ({"dtype": "nn"}, "'nn'; give a type of torch"),
+        ({"gradient_checkpointing": True}, "pass `training` as well"),
+    ],
+)
+def test_wrong_arguments_say_what_to_do(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        run(BenchmarkArguments(**wrong))

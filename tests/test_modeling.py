@@ -571,6 +571,7 @@ def test_dropout_acts_in_training_only():
         ("plain", (2, 3, 16, 16), r"A pruning rate of 2 at 3 modules leaves -3 of 4 patch tokens"),
         ("schedule", (2, 3, 16, 16), r"keeps 10 patch tokens after block 2, but the input has only 4"),
         ("plain", (3, 32, 32), r"\(3, 32, 32\).*\(batch, channels, height, width\)"),
+        ("plain", (96,), r"\(96,\).*\(batch, channels, height, width\)"),
     ],
 )
 def test_wrong_images_raise_value_error(task, name, shape, message):
