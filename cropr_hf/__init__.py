@@ -8,11 +8,14 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForImageClassification,
+    AutoModelForImageSegmentation,
+    AutoModelForInstanceSegmentation,
+    AutoModelForObjectDetection,
     AutoModelForSemanticSegmentation,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
+from transformers.models.auto import modeling_auto
 
-from .configuration_cropr_vit import CroprViTConfig
+from .configuration_cropr_vit import CroprViTConfig, schedule_from_sides
 from .modeling_cropr_vit import (
     CroprViTBackbone,
     CroprViTForImageClassification,
@@ -20,6 +23,7 @@ from .modeling_cropr_vit import (
     CroprViTModel,
     CroprViTPreTrainedModel,
 )
+from .modeling_cropr_vit_detection import CroprViTForInstanceSegmentation, CroprViTForObjectDetection
 from .token_reduction import (
     TOKEN_REDUCERS,
     TokenReducer,
@@ -34,15 +38,28 @@ AutoConfig.register(CroprViTConfig.model_type, CroprViTConfig, exist_ok=True)
 AutoModel.register(CroprViTConfig, CroprViTModel, exist_ok=True)
 AutoModelForImageClassification.register(CroprViTConfig, CroprViTForImageClassification, exist_ok=True)
 AutoModelForSemanticSegmentation.register(CroprViTConfig, CroprViTForSemanticSegmentation, exist_ok=True)
+AutoModelForObjectDetection.register(CroprViTConfig, CroprViTForObjectDetection, exist_ok=True)
+AutoModelForInstanceSegmentation.register(CroprViTConfig, CroprViTForInstanceSegmentation, exist_ok=True)
+# The segmentation pipeline looks here first; `config.architectures` decides between the two.
+AutoModelForImageSegmentation.register(
+    CroprViTConfig, (CroprViTForSemanticSegmentation, CroprViTForInstanceSegmentation), exist_ok=True
+)
 AutoBackbone.register(CroprViTConfig, CroprViTBackbone, exist_ok=True)
-# The segmentation pipeline looks for the name here as well, and calls a model that it does not find unsupported.
-MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES[CroprViTConfig.model_type] = CroprViTForSemanticSegmentation.__name__
+# Pipelines look for the names here as well, and call a model that they do not find unsupported.
+for names, model_class in (
+    (modeling_auto.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES, CroprViTForSemanticSegmentation),
+    (modeling_auto.MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES, CroprViTForObjectDetection),
+    (modeling_auto.MODEL_FOR_INSTANCE_SEGMENTATION_MAPPING_NAMES, CroprViTForInstanceSegmentation),
+):
+    names[CroprViTConfig.model_type] = model_class.__name__
 
 __all__ = [
     "TOKEN_REDUCERS",
     "CroprViTBackbone",
     "CroprViTConfig",
     "CroprViTForImageClassification",
+    "CroprViTForInstanceSegmentation",
+    "CroprViTForObjectDetection",
     "CroprViTForSemanticSegmentation",
     "CroprViTModel",
     "CroprViTPreTrainedModel",
@@ -51,4 +68,5 @@ __all__ = [
     "__version__",
     "has_auxiliary_heads",
     "register_token_reducer",
+    "schedule_from_sides",
 ]

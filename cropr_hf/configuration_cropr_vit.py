@@ -15,6 +15,7 @@
 
 # No `from __future__ import annotations` here: it would switch the type checks of `@strict` off.
 import difflib
+import math
 from collections.abc import Sequence
 from dataclasses import fields
 from itertools import pairwise
@@ -28,6 +29,8 @@ from transformers.backbone_utils import BackboneConfigMixin
 
 POOLING_MODES = ("mean", "patch_mean", "cls", "cls_patch_mean")
 ROPE_COORDINATES = ("index", "centered")
+WINDOW_ROPE_MODES = ("origin", "slot", "global")
+NMS_METHODS = ("hard", "linear")
 PROBLEM_TYPES = (None, "single_label_classification", "multi_label_classification")
 DEFAULT_PRUNING_RATE = 8
 
@@ -86,6 +89,52 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
+def schedule_from_sides(
+    num_hidden_layers: int,
+    num_patches: int,
+    blocks: Sequence[int] = (5, 8, 11, 14, 20),
+    sides: Sequence[int] = (80, 64, 48, 32, 16),
+) -> list[int]:
+    """A `pruning_schedule` that leaves squares of patches, which tile into windows again when windows divide the sides.
+
+    The defaults are the schedule of the paper for EVA-02-L at 1536 pixels: 96 x 96 patches, of which 97 % are pruned.
+
+    Args:
+        num_hidden_layers: blocks L of the model.
+        num_patches: before pruning.
+        blocks: ascending numbers (1 to L) of the blocks to prune after.
+        sides: side of the square of patches that is left after each of them.
+
+    Raises:
+        `ValueError`: when there are not as many sides as blocks, or blocks do not ascend within 1 to L.
+    """
+    if len(blocks) != len(sides):
+        raise ValueError(f"There are {len(blocks)} blocks but {len(sides)} sides; give one side per block.")
+    if list(blocks) != sorted(set(blocks)) or not all(1 <= block <= num_hidden_layers for block in blocks):
+        raise ValueError(f"The blocks are {list(blocks)}; they must ascend within 1 to {num_hidden_layers}.")
+    kept = dict(zip(blocks, sides))
+    schedule = []
+    for block in range(1, num_hidden_layers + 1):
+        num_patches = kept[block] ** 2 if block in kept else num_patches
+        schedule.append(num_patches)
+    return schedule
+
+
+# The detector of the paper: windows of 16 patches, every third block global.
+SIZES["eva02_large_detection"] = {
+    **SIZES["eva02_large"],
+    "image_size": 1536,
+    "patch_size": 16,
+    "use_cls_token": False,
+    "use_final_norm": False,
+    "interpolate_antialias": False,
+    "window_size": 16,
+    "window_block_indices": tuple(index for index in range(24) if index % 3 != 2),
+    "pruning_schedule": schedule_from_sides(24, 96 * 96),
+    "num_labels": 80,
+}
+
+
 @strict
 class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
     r"""
@@ -110,7 +159,17 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
         norm_before_pooling (`bool`): final LayerNorm on every token before pooling, or on the pooled vector after it.
         drop_path_rate (`float`): stochastic depth of the last block, growing linearly from 0 at the first; when the
             model prunes, the last block has none (as in the reference code of the paper).
+        use_final_norm (`bool`): whether there is a final norm at all; detectors have none.
         apply_layernorm (`bool`): whether `CroprViTBackbone` applies the final norm to its feature maps.
+        reshape_hidden_states (`bool`): `False` makes `CroprViTBackbone` return sequences, CLS token first, instead of
+            maps, as DPT and Depth Anything want them.
+        window_size (`int`, *optional*): side, in patches, of the windows of windowed attention.
+        window_block_indices (`list[int]`): blocks, from 0, whose attention is windowed; the others are global. Pruned
+            tokens form a smaller grid, in raster order, which is cut into windows again; where their number does not
+            tile into windows, attention is global.
+        window_rope_mode (`str`): rotary positions of tokens in windowed blocks after pruning. `"origin"`: place in the
+            window where the token stood in the image; `"slot"`: place in the window where it stands now; `"global"`:
+            place in the image.
 
     Token reduction:
         token_reducer (`str`, *optional*): `"cropr"`, `"random"` (the baseline of the paper), or `None`: unpruned.
@@ -122,6 +181,7 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
         last_layer_fusion (`bool`): put the pruned tokens back before the last block (Last Layer Fusion in the paper).
         align_first_module (`bool`): with a CLS token, the first module of `pruning_rate` removes one token more, so
             that the sequence length, CLS included, stays a multiple of 4 or 8 (197 -> 188 -> 180 ...).
+        prune_padding_first (`bool`): patches of padding (`pixel_mask` of a detector) go before all others.
         num_queries (`int`, *optional*): queries per module, N in the paper. `None` is one per patch of `image_size`,
             as semantic segmentation trains them.
         scorer_num_heads (`int`), scorer_query_projection, scorer_key_projection, scorer_pre_norm (`bool`),
@@ -135,6 +195,22 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
         label_smoothing (`float`, in [0, 1)): of the main and the auxiliary classification losses. (The argument of
             `TrainingArguments` would take the labels away from the model, and with them the auxiliary losses.)
         semantic_loss_ignore_index (`int`): label of pixels that semantic segmentation leaves out of its losses.
+
+    Detection (simple feature pyramid and Cascade Mask R-CNN; the defaults are those of ViTDet and EVA-02):
+        pyramid_channels (`int`): channels of the feature pyramid and of the convolutions in the heads.
+        anchor_sizes (`list[int]`): side in pixels of the anchors at strides 4, 8, 16, 32 and 64.
+        box_head_size (`int`): width of the linear layer of each box head.
+        num_proposals (`int`): proposals per image that the box heads refine.
+        rois_per_image (`int`): proposals per image that train the box heads, a quarter of them on objects at most.
+        score_threshold (`float`): detections with a lower score are dropped before suppression; 0.0 in the system
+            protocol of EVA-02, which the paper's figures of detectors follow.
+        nms_method (`str`): `"hard"` suppression, or `"linear"` soft suppression (scores times 1 - IoU), which the
+            system protocol uses with `nms_threshold=0.6`.
+        nms_threshold (`float`): overlap (IoU) of two boxes of a class from which the lower one is suppressed.
+        detections_per_image (`int`): detections in the output.
+        maskness_threshold (`float`, *optional*): multiplies scores of instances by the mean probability of the mask
+            pixels above it; 0.5 in the system protocol for masks.
+        mask_stride (`int`): pixels of the input per pixel of the instance masks in the output.
 
     Raises:
         `ValueError` when a value is out of range or two fields contradict; the `StrictDataclassError` of
@@ -188,13 +264,19 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
     rope_reference_grid: int = 16
     pooling: str = "mean"
     norm_before_pooling: bool = False
+    use_final_norm: bool = True
     apply_layernorm: bool = True
+    reshape_hidden_states: bool = True
+    window_size: int | None = None
+    window_block_indices: list[int] | tuple[int, ...] = ()
+    window_rope_mode: str = "origin"
     # Token reduction
     token_reducer: str | None = "cropr"
     pruning_rate: int | None = None
     pruning_schedule: list[int] | tuple[int, ...] | None = None
     last_layer_fusion: bool = True
     align_first_module: bool = True
+    prune_padding_first: bool = False
     num_queries: int | None = 1
     scorer_num_heads: int = 1
     scorer_query_projection: bool = False
@@ -207,6 +289,18 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
     auxiliary_loss_weight: float | int = 1.0
     label_smoothing: float | int = 0.0
     semantic_loss_ignore_index: int = 255
+    # Detection
+    pyramid_channels: int = 256
+    anchor_sizes: list[int] | tuple[int, ...] = (32, 64, 128, 256, 512)
+    box_head_size: int = 1024
+    num_proposals: int = 1000
+    rois_per_image: int = 512
+    score_threshold: float | int = 0.05
+    nms_method: str = "hard"
+    nms_threshold: float = 0.5
+    detections_per_image: int = 100
+    maskness_threshold: float | None = None
+    mask_stride: int = 4
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
@@ -221,7 +315,9 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
         super().__post_init__(**kwargs)
         # `@strict` runs these as well, but wraps what they raise; here a wrong value is a plain `ValueError`.
         self.validate_backbone()
+        self.validate_windows()
         self.validate_training()
+        self.validate_detection()
         self.validate_token_reduction()
 
     def _check_unknown(self, kwargs: dict[str, Any]) -> None:
@@ -233,15 +329,17 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @classmethod
     def from_size(cls, size: str, **kwargs: Any) -> "CroprViTConfig":
-        """A ViT (`"tiny"`, `"small"`, `"base"`, `"large"`, `"huge"`) or EVA-02 (`"eva02_tiny"`, `"eva02_small"`,
-        `"eva02_base"`, `"eva02_large"`) of a standard size; `kwargs` override fields.
+        """A ViT (`"tiny"`, `"small"`, `"base"`, `"large"`, `"huge"`), an EVA-02 (`"eva02_tiny"`, `"eva02_small"`,
+        `"eva02_base"`, `"eva02_large"`), or the detector of the paper (`"eva02_large_detection"`); `kwargs` override
+        fields, and what they say about pruning replaces a schedule.
 
         Raises:
             `ValueError`: for another size.
         """
         if size not in SIZES:
             raise ValueError(f"Unknown size {size!r}; choose one of {', '.join(SIZES)}, or give the fields.")
-        return cls(**{**SIZES[size], **kwargs})
+        stored = {name: value for name, value in SIZES[size].items() if name not in _replaced_pruning(kwargs)}
+        return cls(**{**stored, **kwargs})
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
@@ -258,10 +356,7 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
         names = {field.name for field in fields(cls)} - {field.name for field in fields(PreTrainedConfig)}
         names |= {"problem_type", *cls.attribute_map}
         overrides = {cls.attribute_map.get(name, name): kwargs.pop(name) for name in names & kwargs.keys()}
-        replaced: set[str] = set()
-        pruning = {"pruning_rate", "pruning_schedule"}
-        if pruning & overrides.keys() or overrides.get("token_reducer", "") is None:
-            replaced |= pruning
+        replaced = _replaced_pruning(overrides)
         if "num_hidden_layers" in overrides:
             replaced |= {"stage_names", "out_features", "out_indices"}
         stored = {name: value for name, value in config_dict.items() if name not in replaced}
@@ -366,6 +461,28 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
             kept.append(remaining)
         return kept
 
+    def window_grid(self, block: int, num_patches: int, grid_size: tuple[int, int]) -> tuple[int, int] | None:
+        """Rows and columns of the tokens that a windowed block cuts into windows; `None` where attention is global.
+
+        Pruned tokens are laid out on the grid of whole windows whose shape is nearest to that of the image.
+
+        Args:
+            block: number of the block, 1 to L.
+            num_patches: patch tokens in the sequence there.
+            grid_size: rows and columns of the patches before pruning.
+        """
+        rows, columns = grid_size
+        if self.window_size is None or block - 1 not in self.window_block_indices:
+            return None
+        if num_patches == rows * columns:
+            return grid_size
+        windows, rest = divmod(num_patches, self.window_size**2)
+        if rest:
+            return None
+        shapes = [(count, windows // count) for count in range(1, windows + 1) if windows % count == 0]
+        down, across = min(shapes, key=lambda shape: abs(math.log(shape[0] * columns / (shape[1] * rows))))
+        return down * self.window_size, across * self.window_size
+
     def validate_backbone(self):
         """Checks of the plain ViT, across fields."""
         positive = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size")
@@ -402,6 +519,46 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"`rope_theta` is {self.rope_theta}; it must be positive, or `None` for no rotation.")
         if self.rope_coordinates not in ROPE_COORDINATES:
             raise ValueError(f"`rope_coordinates` is {self.rope_coordinates!r}; choose 'index' or 'centered'.")
+
+    def validate_windows(self):
+        """Checks of windowed attention."""
+        indices = list(self.window_block_indices)
+        if self.window_size is None:
+            if indices:
+                raise ValueError(f"`window_block_indices` is {indices} without `window_size`; give both or none.")
+            return
+        if self.window_size < 1:
+            raise ValueError(f"`window_size` is {self.window_size}; it must be 1 patch or more, or None.")
+        if any(not 0 <= block < self.num_hidden_layers for block in indices) or len(set(indices)) < len(indices):
+            raise ValueError(
+                f"`window_block_indices` is {indices}; it must hold different blocks from 0 to "
+                f"{self.num_hidden_layers - 1}."
+            )
+        if self.num_prefix_tokens:
+            raise ValueError(
+                f"Windowed attention has no place for the {self.num_prefix_tokens} CLS and register tokens; set "
+                "`use_cls_token=False`, `num_register_tokens=0` and `pooling='patch_mean'`."
+            )
+        if self.window_rope_mode not in WINDOW_ROPE_MODES:
+            raise ValueError(
+                f"`window_rope_mode` is {self.window_rope_mode!r}; choose one of {', '.join(WINDOW_ROPE_MODES)}."
+            )
+
+    def validate_detection(self):
+        """Checks of the detector."""
+        positive = ("pyramid_channels", "box_head_size", "num_proposals", "rois_per_image", "detections_per_image")
+        for name in (*positive, "mask_stride"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least 1.")
+        for name in ("score_threshold", "nms_threshold", "maskness_threshold"):
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be in [0, 1).")
+        if len(self.anchor_sizes) != 5 or any(size < 1 for size in self.anchor_sizes):
+            raise ValueError(
+                f"`anchor_sizes` is {list(self.anchor_sizes)}; give 5 sides in pixels, one per level of the pyramid."
+            )
+        if self.nms_method not in NMS_METHODS:
+            raise ValueError(f"`nms_method` is {self.nms_method!r}; choose one of {', '.join(NMS_METHODS)}.")
 
     def validate_training(self):
         """Checks of rates and of the loss."""
@@ -463,4 +620,10 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
                 )
 
 
-__all__ = ["CroprViTConfig"]
+def _replaced_pruning(overrides: dict[str, Any]) -> set[str]:
+    """Stored fields that no longer hold when overrides say how to prune."""
+    pruning = {"pruning_rate", "pruning_schedule"}
+    return pruning if pruning & overrides.keys() or overrides.get("token_reducer", "") is None else set()
+
+
+__all__ = ["CroprViTConfig", "schedule_from_sides"]

@@ -209,6 +209,30 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
+def partition_windows(tokens: torch.Tensor, grid_size: tuple[int, int], window_size: int) -> torch.Tensor:
+    """Tokens in raster order (B, rows * columns, ...) -> windows (B * windows, window size ** 2, ...).
+
+    A grid that does not tile gets zeros at the bottom and on the right, which attention does not mask (as in ViTDet).
+    """
+    bottom, right = (-length % window_size for length in grid_size)
+    tokens = tokens.unflatten(1, grid_size)
+    if bottom or right:
+        tokens = F.pad(tokens, (0, 0, 0, right, 0, bottom))
+    # (B, rows, columns, D) -> (B, down, w, across, w, D) -> (B, down, across, w, w, D) -> (B * windows, w * w, D)
+    tokens = tokens.unflatten(2, (-1, window_size)).unflatten(1, (-1, window_size))
+    return tokens.transpose(2, 3).flatten(3, 4).flatten(0, 2)
+
+
+def merge_windows(windows: torch.Tensor, grid_size: tuple[int, int], window_size: int) -> torch.Tensor:
+    """Undoes `partition_windows`: (B * windows, window size ** 2, D) -> (B, rows * columns, D)."""
+    rows, columns = grid_size
+    down, across = -(-rows // window_size), -(-columns // window_size)
+    # (B * windows, w * w, D) -> (B, down, across, w, w, D) -> (B, down, w, across, w, D) -> (B, rows, columns, D)
+    tokens = windows.unflatten(1, (window_size, window_size)).unflatten(0, (-1, down, across))
+    tokens = tokens.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    return tokens[:, :rows, :columns].flatten(1, 2)
+
+
 def eager_attention_forward(
     module: nn.Module,
     query: torch.Tensor,
@@ -344,6 +368,7 @@ class CroprViTLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: CroprViTConfig, drop_path_rate: float = 0.0):
         super().__init__()
+        self.window_size = config.window_size
         self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attention = CroprViTAttention(config)
         self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -355,10 +380,24 @@ class CroprViTLayer(GradientCheckpointingLayer):
         self.drop_path = CroprViTDropPath(drop_path_rate)
 
     def forward(
-        self, hidden_states: torch.Tensor, position_embeddings: Rotation | None = None, **kwargs: Any
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: Rotation | None = None,
+        window_grid: tuple[int, int] | None = None,
+        **kwargs: Any,
     ) -> torch.Tensor:
-        """(B, T, D) -> (B, T, D)"""
-        attended, _ = self.attention(self.layernorm_before(hidden_states), position_embeddings, **kwargs)
+        """(B, T, D) -> (B, T, D)
+
+        Args:
+            position_embeddings: rotary positions of the tokens, or of the tokens in windows.
+            window_grid: rows and columns of the T tokens if attention is to stay within windows.
+        """
+        attended = self.layernorm_before(hidden_states)
+        if window_grid is not None:
+            attended = partition_windows(attended, window_grid, self.window_size)
+        attended, _ = self.attention(attended, position_embeddings, **kwargs)
+        if window_grid is not None:
+            attended = merge_windows(attended, window_grid, self.window_size)
         hidden_states = hidden_states + self.drop_path(self.layer_scale1(self.dropout(attended)))
         transformed = self.mlp(self.layernorm_after(hidden_states))
         return hidden_states + self.drop_path(self.layer_scale2(self.dropout(transformed)))
@@ -390,6 +429,8 @@ class CroprViTPreTrainedModel(StrippableModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": CroprViTLayer, "attentions": CroprViTAttention}
     _input_embed_layer = "patch_embeddings"
+    # Fields that `from_vit` sets unless it is told otherwise.
+    conversion_fields: dict[str, Any] = {}
     # The loss is a mean over the batch, not over `num_items_in_batch`, which miscounts soft and ignored targets.
     accepts_loss_kwargs = False
 
@@ -432,6 +473,15 @@ class CroprViTPreTrainedModel(StrippableModel):
             largest = 0 if isinstance(runtime, int) else max(runtime, default=0)
             self.config.kept_patches(max(largest, self.config.num_patches), runtime)
         self.base_model.pruning = runtime  # type: ignore[assignment]
+
+    @staticmethod
+    def _check_fusion(config: CroprViTConfig) -> None:
+        """Raises `ValueError` for what dense tasks cannot do with: patches that do not come back."""
+        if config.token_reducer is not None and not config.last_layer_fusion:
+            raise ValueError(
+                "`last_layer_fusion` is False, but dense prediction needs every patch back; set it to True, or "
+                "`token_reducer` to None."
+            )
 
     def _sum_losses(self, main_loss: torch.Tensor, auxiliary_losses: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         """The loss fields of `CroprViTTaskOutput`, from the main loss and one auxiliary loss per module."""
@@ -488,40 +538,41 @@ class CroprViTModel(CroprViTPreTrainedModel):
         if self.token_reducers:
             drop_path_rates[-1] = 0.0
         self.layers = nn.ModuleList([CroprViTLayer(config, rate) for rate in drop_path_rates])
-        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layernorm: nn.Module = nn.Identity()
+        if config.use_final_norm:
+            self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.pruning: int | list[int] | None = None  # see `set_pruning`
         self.post_init()
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(self, pixel_values: torch.Tensor, output_pruning: bool = False, **kwargs: Any) -> CroprViTModelOutput:
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        pixel_mask: torch.Tensor | None = None,
+        output_pruning: bool = False,
+        **kwargs: Any,
+    ) -> CroprViTModelOutput:
         """
         Args:
             pixel_values: (B, channels, height, width), height and width multiples of the patch size.
+            pixel_mask: (B, height, width), 0 for padding; only `config.prune_padding_first` heeds it.
             output_pruning: also return `pruned_after_block`.
             kwargs: `output_hidden_states`, `output_attentions`, and what the attention implementation takes.
 
         Raises:
             `ValueError`: wrong channels or size, or an image with too few patches for the schedule.
         """
-        hidden_states, grid_size = self.embeddings(pixel_values)
-        rotation = None
-        if self.rotary_embedding is not None:
-            rotation = self.rotary_embedding(grid_size, hidden_states.dtype, hidden_states.device)
-        state = TokenState(
-            hidden_states,
-            token_indices=torch.arange(hidden_states.shape[1], device=hidden_states.device)[None],
-            position_embeddings=rotation,
-            num_prefix_tokens=self.config.num_prefix_tokens,
-            grid_size=grid_size,
-        )
+        state = self.embed(pixel_values, pixel_mask)
         kept_patches = self.config.kept_patches(state.num_patches, self.pruning)
         num_blocks, auxiliary_logits, pruned_after_block = len(self.layers), [], None
         for block, (layer, num_keep) in enumerate(zip(self.layers, kept_patches), start=1):
             if block == num_blocks:
                 pruned_after_block = state.pruning_map(num_blocks) if output_pruning else None
                 state = state.fuse() if self.config.last_layer_fusion else state
-            state = replace(state, hidden_states=layer(state.hidden_states, state.position_embeddings, **kwargs))
+            window_grid = self.config.window_grid(block, state.num_patches, state.grid_size)
+            positions = state.position_embeddings if window_grid is None else self.window_positions(state, window_grid)
+            state = replace(state, hidden_states=layer(state.hidden_states, positions, window_grid, **kwargs))
             if str(block) in self.token_reducers:
                 state, logits = self.token_reducers[str(block)](state, num_keep)
                 auxiliary_logits += [] if logits is None else [logits]
@@ -532,6 +583,55 @@ class CroprViTModel(CroprViTPreTrainedModel):
             pruned_after_block=pruned_after_block,
             auxiliary_logits=tuple(auxiliary_logits) or None,
         )
+
+    def embed(self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None = None) -> TokenState:
+        """The state before the first block; see `forward`."""
+        hidden_states, grid_size = self.embeddings(pixel_values)
+        prefix = self.config.num_prefix_tokens
+        rotation = window_rotation = padding = None
+        if self.rotary_embedding is not None:
+            rotation = self.rotary_embedding(grid_size, hidden_states.dtype, hidden_states.device)
+            if self.config.window_size is not None and self.config.window_rope_mode == "origin":
+                window_rotation = self.window_table(grid_size, hidden_states)
+        if self.config.prune_padding_first and pixel_mask is not None:
+            inside = F.max_pool2d(pixel_mask[:, None].float(), self.config.patch_size)
+            padding = F.pad(inside.flatten(1), (prefix, 0), value=1.0) == 0
+        return TokenState(
+            hidden_states,
+            token_indices=torch.arange(hidden_states.shape[1], device=hidden_states.device)[None],
+            position_embeddings=rotation,
+            window_embeddings=window_rotation,
+            padding=padding,
+            num_prefix_tokens=prefix,
+            grid_size=grid_size,
+        )
+
+    def window_table(self, grid_size: tuple[int, int], like: torch.Tensor) -> Rotation:
+        """Rotary positions inside windows, which begin anew in each: cosine and sine (1, rows * columns, d / 2)."""
+        size = self.config.window_size
+        rows, columns = (torch.arange(length, device=like.device) % size for length in grid_size)
+        places = (rows[:, None] * size + columns).flatten()
+        cos, sin = self.rotary_embedding((size, size), like.dtype, like.device)
+        return cos[:, places], sin[:, places]
+
+    def window_positions(self, state: TokenState, window_grid: tuple[int, int]) -> Rotation | None:
+        """Rotary positions for a windowed block: (1 or B * windows, window size ** 2, d / 2); see `config`."""
+        if self.rotary_embedding is None:
+            return None
+        size, mode = self.config.window_size, self.config.window_rope_mode
+        if mode == "slot" or (mode == "origin" and not state.pruned):
+            return self.window_table((size, size), state.hidden_states)
+        cos, sin = state.position_embeddings if mode == "global" else state.window_embeddings  # type: ignore[misc]
+        images = len(state.hidden_states)
+        return (
+            partition_windows(cos.expand(images, -1, -1), window_grid, size),
+            partition_windows(sin.expand(images, -1, -1), window_grid, size),
+        )
+
+    def patches(self, outputs: CroprViTModelOutput) -> torch.Tensor:
+        """The patch tokens of an output, after the final norm if there is one: (B, patches, D)."""
+        patches = outputs.last_hidden_state[:, self.config.num_prefix_tokens :]  # type: ignore[index]
+        return patches if self.config.norm_before_pooling else self.layernorm(patches)
 
     def pool(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens (B, T, D) -> tokens (B, T, D), normalised if the config says so, and the pooled vector."""
@@ -546,11 +646,34 @@ class CroprViTModel(CroprViTPreTrainedModel):
         return hidden_states, pooler_output if config.norm_before_pooling else self.layernorm(pooler_output)
 
 
+@dataclass
+class CroprViTBackboneOutput(BackboneOutput):
+    """Output of `CroprViTBackbone`.
+
+    Attributes:
+        feature_maps: (B, D, rows, columns) for each of `out_features`; with `reshape_hidden_states=False`
+            (B, 1 + rows * columns, D), CLS token first.
+        auxiliary_losses: (modules,), in training with auxiliary heads and labels. No task loss contains them: add
+            `config.auxiliary_loss_weight` times their sum.
+        hidden_states, attentions: see `CroprViTModelOutput`.
+    """
+
+    auxiliary_losses: torch.Tensor | None = None
+
+
 class CroprViTBackbone(BackboneMixin, CroprViTPreTrainedModel):
-    """Feature maps for dense-prediction models. A pruned patch shows the state in which it was pruned."""
+    """Feature maps for dense-prediction models. A pruned patch shows the state in which it was pruned.
+
+    Inside another model `cropr_hf.training.train_routers` brings the labels here, and the auxiliary losses to the loss.
+
+    Raises:
+        `ValueError`: when sequences with a CLS token are wanted from a model that has none.
+    """
 
     def __init__(self, config: CroprViTConfig):
         super().__init__(config)
+        if not config.reshape_hidden_states and not config.use_cls_token:
+            raise ValueError("`reshape_hidden_states=False` returns a CLS token; set `use_cls_token=True`.")
         self.cropr_vit = CroprViTModel(config)
         self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
         self.post_init()
@@ -561,14 +684,19 @@ class CroprViTBackbone(BackboneMixin, CroprViTPreTrainedModel):
 
     @can_return_tuple
     @filter_output_hidden_states
-    def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> BackboneOutput:
+    def forward(
+        self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs: Any
+    ) -> CroprViTBackboneOutput:
         """
         Args:
             pixel_values: (B, channels, height, width), height and width multiples of the patch size.
+            labels: presence of each class in each image, (B, C) in [0, 1], for the auxiliary losses.
 
         Returns:
-            `feature_maps`: (B, D, rows, columns) for each of `out_features`, after the final norm if
-            `config.apply_layernorm`.
+            `feature_maps`, after the final norm if `config.apply_layernorm`; see `CroprViTBackboneOutput`.
+
+        Raises:
+            `ValueError`: labels of the wrong shape or out of range, and as `CroprViTModel.forward`.
         """
         kwargs["output_hidden_states"] = True  # the decorator does so in newer releases of Transformers only
         outputs = self.cropr_vit(pixel_values, output_pruning=True, **kwargs)
@@ -578,15 +706,54 @@ class CroprViTBackbone(BackboneMixin, CroprViTPreTrainedModel):
         stages = complete_hidden_states(
             outputs.hidden_states, outputs.pruned_after_block, self.config.num_prefix_tokens
         )
-        for name, patches in zip(self.stage_names, stages):
-            if name in self.out_features:
-                if self.config.apply_layernorm:
-                    patches = self.cropr_vit.layernorm(patches)
+        for name, patches, states in zip(self.stage_names, stages, outputs.hidden_states):
+            if name not in self.out_features:
+                continue
+            if not self.config.reshape_hidden_states:
+                patches = torch.cat([states[:, :1], patches], dim=1)
+            if self.config.apply_layernorm:
+                patches = self.cropr_vit.layernorm(patches)
+            if self.config.reshape_hidden_states:
                 # (B, rows * columns, D) -> (B, D, rows * columns) -> (B, D, rows, columns)
-                feature_maps.append(patches.transpose(1, 2).unflatten(2, grid_size).contiguous())
-        return BackboneOutput(
-            feature_maps=tuple(feature_maps), hidden_states=outputs.hidden_states, attentions=outputs.attentions
+                patches = patches.transpose(1, 2).unflatten(2, grid_size).contiguous()
+            feature_maps.append(patches)
+        return CroprViTBackboneOutput(
+            feature_maps=tuple(feature_maps),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            auxiliary_losses=self._auxiliary_losses(outputs.auxiliary_logits, labels, len(pixel_values)),
         )
+
+    def _auxiliary_losses(
+        self, auxiliary_logits: tuple[torch.Tensor, ...] | None, labels: torch.Tensor | None, batch_size: int
+    ) -> torch.Tensor | None:
+        """Mean binary cross-entropy of each module, (modules,); `None` without labels or auxiliary heads."""
+        if labels is not None:
+            labels = labels.float()
+            self._check_presence(labels, batch_size)
+        if labels is not None and auxiliary_logits is not None:
+            return torch.stack([presence_loss(logits, labels) for logits in auxiliary_logits])
+        if self.training and has_auxiliary_heads(self.config.token_reducer) and not torch.compiler.is_compiling():
+            logger.warning_once(
+                "The backbone prunes tokens in training, but nothing trains its scorers. Call "
+                "`cropr_hf.training.train_routers` on the model around it, and give that its labels."
+            )
+        return None
+
+    def _check_presence(self, labels: torch.Tensor, batch_size: int) -> None:
+        if torch.compiler.is_compiling():
+            return  # a data-dependent check would break the graph
+        num_labels = self.config.num_labels
+        if not num_labels or labels.shape != (batch_size, num_labels):
+            raise ValueError(
+                f"`labels` have the shape {tuple(labels.shape)}; it must be (batch size, classes) = "
+                f"({batch_size}, {num_labels}). Set `num_labels` of the backbone to the number of classes."
+            )
+        if labels.min() < 0 or labels.max() > 1:
+            raise ValueError(
+                f"`labels` are between {labels.min().item()} and {labels.max().item()}; the presence of a class must "
+                "be in [0, 1]."
+            )
 
 
 def complete_hidden_states(
@@ -712,6 +879,8 @@ class CroprViTForSemanticSegmentation(CroprViTPreTrainedModel):
             of queries, no class, the ignore label among its classes, or several labels per pixel.
     """
 
+    conversion_fields = {"num_queries": None}
+
     def __init__(self, config: CroprViTConfig):
         super().__init__(config)
         self._check_config(config)
@@ -737,11 +906,7 @@ class CroprViTForSemanticSegmentation(CroprViTPreTrainedModel):
     def _check_config(cls, config: CroprViTConfig) -> None:
         if config.use_auxiliary_heads:
             cls._check_queries(config)
-        if config.token_reducer is not None and not config.last_layer_fusion:
-            raise ValueError(
-                "`last_layer_fusion` is False, but a label map needs every patch back; set it to True, or "
-                "`token_reducer` to None."
-            )
+        cls._check_fusion(config)
         if not config.num_labels:
             raise ValueError("`num_labels` is 0; semantic segmentation needs at least 1 class.")
         if 0 <= config.semantic_loss_ignore_index < config.num_labels:
@@ -778,17 +943,13 @@ class CroprViTForSemanticSegmentation(CroprViTPreTrainedModel):
         self.cropr_vit.embeddings.check_pixels(pixel_values)
         height, width = pixel_values.shape[-2:]
         patch_size = self.config.patch_size
-        padding = (-height % patch_size, -width % patch_size)
-        if any(padding):
-            pixel_values = F.pad(pixel_values, (0, padding[1], 0, padding[0]))
+        pixel_values = pad_to_patches(pixel_values, patch_size)
         outputs = self.cropr_vit(pixel_values, output_pruning=output_pruning, **kwargs)
-        grid_size = ((height + padding[0]) // patch_size, (width + padding[1]) // patch_size)
-        patches = outputs.last_hidden_state[:, self.config.num_prefix_tokens :]
-        if not self.config.norm_before_pooling:
-            patches = self.cropr_vit.layernorm(patches)
+        grid_size = (pixel_values.shape[2] // patch_size, pixel_values.shape[3] // patch_size)
+        patches = self.cropr_vit.patches(outputs)
         # (B, rows * columns, C) -> (B, C, rows * columns) -> (B, C, rows, columns)
         logits = patch_logits = self.classifier(patches).transpose(1, 2).unflatten(2, grid_size)
-        if any(padding):
+        if pixel_values.shape[2:] != (height, width):
             logits = upsample(patch_logits, pixel_values.shape[-2:])[..., :height, :width]
         self._warn_untrained(labels, outputs.auxiliary_logits)
         losses: dict[str, torch.Tensor] = {}
@@ -866,6 +1027,17 @@ class CroprViTForSemanticSegmentation(CroprViTPreTrainedModel):
                 f"[0, {self.num_labels - 1}], or {ignored} to be ignored. Set `num_labels` to the number of classes, "
                 "or reduce the labels (`do_reduce_labels` of the image processor) if 0 means none."
             )
+
+
+def presence_loss(logits: torch.Tensor, presence: torch.Tensor) -> torch.Tensor:
+    """Mean binary cross-entropy of logits (B, N, C), whose N queries all predict which classes (B, C) are present."""
+    return F.binary_cross_entropy_with_logits(logits.float(), presence[:, None].expand_as(logits))
+
+
+def pad_to_patches(images: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """Zeros at the bottom and on the right of images (..., height, width), up to whole patches."""
+    height, width = images.shape[-2:]
+    return F.pad(images, (0, -width % patch_size, 0, -height % patch_size))
 
 
 def upsample(logits: torch.Tensor, size: Sequence[int]) -> torch.Tensor:

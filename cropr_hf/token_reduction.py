@@ -109,7 +109,7 @@ def score_tokens(hidden_states: torch.Tensor, query: torch.Tensor, pre_norm: boo
 
 
 def select_tokens(
-    scores: torch.Tensor, num_keep: int, num_prefix_tokens: int = 0
+    scores: torch.Tensor, num_keep: int, num_prefix_tokens: int = 0, padding: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Selector: the top patch tokens, and all prefix tokens, in the order in which they stand in the sequence.
 
@@ -117,11 +117,14 @@ def select_tokens(
         scores: (B, T), those of prefix tokens are ignored.
         num_keep: patch tokens to keep, in [1, T - num_prefix_tokens]. Equal scores: the earlier token is kept.
         num_prefix_tokens: tokens at the start that always stay.
+        padding: (B, T), true for tokens that are pruned before all others.
 
     Returns:
         Indices into the T tokens: kept (B, num_prefix_tokens + num_keep), ascending, and pruned (B, the others),
         from the highest score to the lowest.
     """
+    if padding is not None:
+        scores = scores.masked_fill(padding, -torch.inf)
     order = scores[:, num_prefix_tokens:].sort(dim=1, descending=True, stable=True).indices + num_prefix_tokens
     kept = order[:, :num_keep].sort(dim=1).values
     if num_prefix_tokens:
@@ -161,6 +164,8 @@ class TokenState:
         hidden_states: (B, T, D), prefix tokens first, patches in raster order.
         token_indices: (B or 1, T), place of each token in the unpruned sequence.
         position_embeddings: rotary (cos, sin), each (B or 1, T, head size / 2), or `None`.
+        window_embeddings: the same for places inside the windows of windowed attention, or `None`.
+        padding: (B, T), true for tokens that are pruned before all others, or `None`.
         num_prefix_tokens: CLS and register tokens in `hidden_states`.
         pruned: states of the pruned patch tokens, with the block (1 to L) after which each was pruned.
         grid_size: rows and columns of the patches before pruning; what has one query per patch needs it.
@@ -169,6 +174,8 @@ class TokenState:
     hidden_states: torch.Tensor
     token_indices: torch.Tensor
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None
+    window_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None
+    padding: torch.Tensor | None = None
     num_prefix_tokens: int = 0
     pruned: tuple[tuple[int, TokenState], ...] = ()
     grid_size: tuple[int, int] | None = None
@@ -180,15 +187,7 @@ class TokenState:
 
     def gather(self, indices: torch.Tensor) -> TokenState:
         """The state of the tokens at `indices` (B, K); it remembers no pruned tokens and no prefix."""
-        positions = self.position_embeddings
-        if positions is not None:
-            positions = (gather_tokens(positions[0], indices), gather_tokens(positions[1], indices))
-        return TokenState(
-            hidden_states=gather_tokens(self.hidden_states, indices),
-            token_indices=gather_tokens(self.token_indices, indices),
-            position_embeddings=positions,
-            grid_size=self.grid_size,
-        )
+        return _map_tokens(lambda tokens: gather_tokens(tokens, indices), self)
 
     def prune(self, kept: torch.Tensor, pruned: torch.Tensor, block: int) -> TokenState:
         """Keeps the tokens at `kept` (B, K), prefix included, and sets those at `pruned` aside."""
@@ -202,19 +201,7 @@ class TokenState:
         """Last Layer Fusion: every pruned token, as it was when pruned, back at its place."""
         if not self.pruned:
             return self
-        states = [self, *(state for _, state in self.pruned)]
-        positions = self.position_embeddings
-        if positions is not None:
-            positions = tuple(  # type: ignore[assignment]
-                torch.cat([state.position_embeddings[i] for state in states], dim=1)  # type: ignore[index]
-                for i in range(2)
-            )
-        joined = TokenState(
-            hidden_states=torch.cat([state.hidden_states for state in states], dim=1),
-            token_indices=torch.cat([state.token_indices for state in states], dim=1),
-            position_embeddings=positions,
-            grid_size=self.grid_size,
-        )
+        joined = _map_tokens(lambda *parts: torch.cat(parts, dim=1), self, *(state for _, state in self.pruned))
         fused = joined.gather(joined.token_indices.argsort(dim=1))
         return replace(fused, num_prefix_tokens=self.num_prefix_tokens)
 
@@ -226,6 +213,21 @@ class TokenState:
         for block, state in self.pruned:
             blocks = blocks.scatter(1, state.token_indices, block)
         return blocks[:, self.num_prefix_tokens :]
+
+
+def _map_tokens(function: Callable[..., torch.Tensor], *states: TokenState) -> TokenState:
+    """A state from a function of the tensors of one or more states; what belongs to no token is that of the first."""
+
+    def apply(*values: Any) -> Any:
+        if values[0] is None:
+            return None
+        if isinstance(values[0], tuple):  # cosine and sine
+            return tuple(function(*parts) for parts in zip(*values))
+        return function(*values)
+
+    names = ("hidden_states", "token_indices", "position_embeddings", "window_embeddings", "padding")
+    tensors = {name: apply(*(getattr(state, name) for state in states)) for name in names}
+    return TokenState(**tensors, grid_size=states[0].grid_size)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -319,7 +321,7 @@ class RandomReducer(TokenReducer):
     def select(self, state: TokenState, num_keep: int) -> tuple[torch.Tensor, torch.Tensor]:
         """See `TokenReducer.select`."""
         scores = torch.rand(state.hidden_states.shape[:2], device=state.hidden_states.device)
-        return select_tokens(scores, num_keep, state.num_prefix_tokens)
+        return select_tokens(scores, num_keep, state.num_prefix_tokens, state.padding)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -414,10 +416,10 @@ class Router(nn.Module):
         else:
             self.scorer = FoldedScorer(torch.empty(config.hidden_size))
 
-    def forward(self, hidden_states: torch.Tensor, num_keep: int, num_prefix_tokens: int):
-        """Kept and pruned indices for tokens (B, T, D); see `select_tokens`."""
-        scores = score_tokens(hidden_states, self.scorer.query(), self.pre_norm)
-        return select_tokens(scores, num_keep, num_prefix_tokens)
+    def forward(self, state: TokenState, num_keep: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Indices of the kept and the pruned tokens; see `select_tokens`."""
+        scores = score_tokens(state.hidden_states, self.scorer.query(), self.pre_norm)
+        return select_tokens(scores, num_keep, state.num_prefix_tokens, state.padding)
 
 
 class Aggregator(GradientCheckpointingLayer):
@@ -492,7 +494,7 @@ class CroprModule(TokenReducer):
     def select(self, state: TokenState, num_keep: int) -> tuple[torch.Tensor, torch.Tensor]:
         """See `TokenReducer.select`."""
         with torch.no_grad():  # ranking has no gradient
-            return self.router(state.hidden_states, num_keep, state.num_prefix_tokens)
+            return self.router(state, num_keep)
 
     def forward(self, state: TokenState, num_keep: int) -> tuple[TokenState, torch.Tensor | None]:
         """See `TokenReducer.forward`."""

@@ -132,7 +132,7 @@ def labelled_state(batch_size, num_patches, num_prefix, rotary):
     positions = None
     if rotary:
         positions = (places[None, :, None].expand(1, length, 3), -places[None, :, None].expand(1, length, 3))
-    return TokenState(hidden_states, torch.arange(length)[None], positions, num_prefix)
+    return TokenState(hidden_states, torch.arange(length)[None], positions, num_prefix_tokens=num_prefix)
 
 
 def check_tokens_agree(state):

@@ -26,7 +26,6 @@ from ..configuration_cropr_vit import CroprViTConfig
 from ..modeling_cropr_vit import (
     CroprViTBackbone,
     CroprViTForImageClassification,
-    CroprViTForSemanticSegmentation,
     CroprViTModel,
     CroprViTPreTrainedModel,
 )
@@ -61,10 +60,10 @@ FIXED_FIELDS = (
     "mlp_bias",
     "use_gated_mlp",
     "use_mlp_norm",
-    "use_cls_token",
-    "num_register_tokens",
     "use_absolute_position_embeddings",
 )
+# These as well, but a target can do without what they stand for.
+DROPPABLE_FIELDS = ("use_cls_token", "num_register_tokens", "use_final_norm")
 # What `CroprViTConfig` takes besides its fields.
 FURTHER_ARGUMENTS = ("num_labels", "out_features", "out_indices", "attn_implementation")
 
@@ -90,7 +89,8 @@ def convert_vit(cls: type[CroprViTPreTrainedModel], source: str | os.PathLike | 
         kwargs: fields of the config to override (`pruning_rate`, `num_labels`, `image_size`, `drop_path_rate`, ...),
             and for a source that is loaded `revision`, `token`, `cache_dir` and the like. With another `image_size`
             the position table is resampled, with another `patch_size` the patch embedding as well (an EVA-02 with
-            patches of 14 pixels becomes one of 16: `patch_size=16, image_size=512`).
+            patches of 14 pixels becomes one of 16: `patch_size=16, image_size=512`). `use_cls_token=False`,
+            `num_register_tokens=0` and `use_final_norm=False` leave behind what the source has; detectors do so.
 
     Returns:
         A model of the class `cls`, in evaluation mode, with the dtype and on the device of the source.
@@ -151,9 +151,9 @@ def _load(source: Any, loading: dict[str, Any]) -> nn.Module:
 
 def _check_fixed_fields(recipe: Recipe, overrides: dict[str, Any]) -> None:
     defaults = CroprViTConfig(**recipe.fields, token_reducer=None)
-    for name in FIXED_FIELDS:
+    for name in (*FIXED_FIELDS, *DROPPABLE_FIELDS):
         native = getattr(defaults, name)
-        if overrides.get(name, native) != native:
+        if overrides.get(name, native) != native and (name in FIXED_FIELDS or overrides[name]):
             raise ValueError(
                 f"`{name}` is {overrides[name]}, but the weights of the source have {native}; leave it out."
             )
@@ -165,9 +165,7 @@ def _build_config(
     recipe: Recipe,
     overrides: dict[str, Any],
 ) -> CroprViTConfig:
-    fields = {**recipe.fields, **_labels(cls, recipe, overrides), **overrides}
-    if issubclass(cls, CroprViTForSemanticSegmentation):
-        fields.setdefault("num_queries", None)
+    fields = {**recipe.fields, **cls.conversion_fields, **_labels(cls, recipe, overrides), **overrides}
     if "out_indices" in overrides and "out_features" not in overrides:
         fields.pop("out_features", None)
     config = config_class(**fields)

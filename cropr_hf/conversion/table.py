@@ -79,7 +79,7 @@ def convert_weights(source: Mapping[str, torch.Tensor], recipe: Recipe, config: 
         source: the whole state dict of the source.
         recipe: describes the source; `recipe.fields["image_size"]` is the image size of its position table.
         config: describes the target; patch kernels are resampled to its `patch_size`, and the position table to its
-            grid of patches.
+            grid of patches; prefix tokens and a final norm that it does not have are left out.
 
     Raises:
         `ValueError`: when a source weight is neither used nor on the list of dropped ones.
@@ -96,6 +96,13 @@ def convert_weights(source: Mapping[str, torch.Tensor], recipe: Recipe, config: 
     table = weights.get(POSITIONS)
     if table is not None and table.shape[1] == native.num_patches and native.grid_size != config.grid_size:
         weights[POSITIONS] = resample_grid(table, native.grid_size, config.grid_size, config.interpolate_antialias)
+    kept = {
+        CLS_TOKEN: config.use_cls_token,
+        REGISTER_TOKENS: config.num_register_tokens > 0,
+        "layernorm.weight": config.use_final_norm,
+        "layernorm.bias": config.use_final_norm,
+    }
+    weights = {name: tensor for name, tensor in weights.items() if kept.get(name, True)}
     kernel = weights.get(PATCH_KERNEL)
     if kernel is not None and kernel.shape[-1] == native.patch_size and native.patch_size != config.patch_size:
         weights[PATCH_KERNEL] = resample_patch_kernel(kernel, config.patch_size)
