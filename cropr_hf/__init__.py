@@ -6,6 +6,7 @@ Importing the package registers its models with the Auto classes.
 from transformers import (
     AutoBackbone,
     AutoConfig,
+    AutoImageProcessor,
     AutoModel,
     AutoModelForImageClassification,
     AutoModelForImageSegmentation,
@@ -16,6 +17,8 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 
 from .configuration_cropr_vit import CroprViTConfig, schedule_from_sides
+from .image_processing_cropr_vit import CroprViTImageProcessor
+from .modeling_cropr_rf_detr import CroprRfDetrConfig, CroprRfDetrForObjectDetection, CroprRfDetrModel
 from .modeling_cropr_vit import (
     CroprViTBackbone,
     CroprViTForImageClassification,
@@ -44,23 +47,34 @@ AutoModelForInstanceSegmentation.register(CroprViTConfig, CroprViTForInstanceSeg
 AutoModelForImageSegmentation.register(
     CroprViTConfig, (CroprViTForSemanticSegmentation, CroprViTForInstanceSegmentation), exist_ok=True
 )
+AutoImageProcessor.register(
+    CroprViTConfig, image_processor_classes={"torchvision": CroprViTImageProcessor}, exist_ok=True
+)
 AutoBackbone.register(CroprViTConfig, CroprViTBackbone, exist_ok=True)
+AutoConfig.register(CroprRfDetrConfig.model_type, CroprRfDetrConfig, exist_ok=True)
+AutoModel.register(CroprRfDetrConfig, CroprRfDetrModel, exist_ok=True)
+AutoModelForObjectDetection.register(CroprRfDetrConfig, CroprRfDetrForObjectDetection, exist_ok=True)
 # Pipelines look for the names here as well, and call a model that they do not find unsupported.
 for names, model_class in (
     (modeling_auto.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES, CroprViTForSemanticSegmentation),
     (modeling_auto.MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES, CroprViTForObjectDetection),
     (modeling_auto.MODEL_FOR_INSTANCE_SEGMENTATION_MAPPING_NAMES, CroprViTForInstanceSegmentation),
+    (modeling_auto.MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES, CroprRfDetrForObjectDetection),
 ):
-    names[CroprViTConfig.model_type] = model_class.__name__
+    names[model_class.config_class.model_type] = model_class.__name__
 
 __all__ = [
     "TOKEN_REDUCERS",
+    "CroprRfDetrConfig",
+    "CroprRfDetrForObjectDetection",
+    "CroprRfDetrModel",
     "CroprViTBackbone",
     "CroprViTConfig",
     "CroprViTForImageClassification",
     "CroprViTForInstanceSegmentation",
     "CroprViTForObjectDetection",
     "CroprViTForSemanticSegmentation",
+    "CroprViTImageProcessor",
     "CroprViTModel",
     "CroprViTPreTrainedModel",
     "TokenReducer",

@@ -7,6 +7,7 @@ Transformers' own ViT, on random weights (speed does not depend on them).
 """
 
 import json
+import math
 import platform
 import statistics
 import time
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import HfArgumentParser, ViTConfig, ViTForImageClassification
 from transformers.utils import logging
 
@@ -23,37 +25,63 @@ from .configuration_cropr_vit import CroprViTConfig
 from .modeling_cropr_vit import (
     CroprViTForImageClassification,
     CroprViTForSemanticSegmentation,
+    CroprViTModel,
     CroprViTPreTrainedModel,
 )
+from .modeling_cropr_vit_detection import CroprViTForInstanceSegmentation, CroprViTForObjectDetection
 
 
 logger = logging.get_logger(__name__)
 
 UNPRUNED = "unpruned"
-TASKS: dict[str, type[CroprViTPreTrainedModel]] = {
-    "image_classification": CroprViTForImageClassification,
-    "semantic_segmentation": CroprViTForSemanticSegmentation,
+# Model class, and what a configuration without a checkpoint has.
+TASKS: dict[str, tuple[type[CroprViTPreTrainedModel], dict[str, Any]]] = {
+    "encoder": (CroprViTModel, {}),
+    "image_classification": (CroprViTForImageClassification, {"num_labels": 1000}),
+    "semantic_segmentation": (CroprViTForSemanticSegmentation, {"num_labels": 150, "num_queries": None}),
+    "object_detection": (CroprViTForObjectDetection, {"num_labels": 80}),
+    "instance_segmentation": (CroprViTForInstanceSegmentation, {"num_labels": 80}),
 }
+DETECTION = ("object_detection", "instance_segmentation")
 
 
-def multiply_adds(config: CroprViTConfig, num_patches: int | None = None) -> int:
+def multiply_adds(config: CroprViTConfig, grid_size: tuple[int, int] | None = None, attention: bool = True) -> int:
     """Multiply-adds of one image through patch embedding and blocks: linear layers and attention products.
 
     Args:
-        config: any configuration; its schedule decides the tokens of each block.
-        num_patches: patch tokens of the input; those of `config.image_size` by default.
+        config: any configuration; its schedule and its windows decide the tokens of each block.
+        grid_size: rows and columns of patches of the input; those of `config.image_size` by default.
+        attention: whether attention products count; the paper's figures of detectors leave them out.
     """
-    num_patches = config.num_patches if num_patches is None else num_patches
-    kept = config.kept_patches(num_patches)
-    patches_per_block = [num_patches, *kept[:-1]]
+    grid_size = config.grid_size if grid_size is None else grid_size
+    num_patches = grid_size[0] * grid_size[1]
+    patches_per_block = [num_patches, *config.kept_patches(num_patches)[:-1]]
     if config.last_layer_fusion:
         patches_per_block[-1] = num_patches
     size = config.hidden_size
-    weights = 4 * size**2 + (3 if config.use_gated_mlp else 2) * size * config.intermediate_size
+    mlp_weights = (3 if config.use_gated_mlp else 2) * size * config.intermediate_size
     total = num_patches * size * config.num_channels * config.patch_size**2
-    for tokens in (patches + config.num_prefix_tokens for patches in patches_per_block):
-        total += tokens * weights + 2 * tokens**2 * size
+    for block, patches in enumerate(patches_per_block, start=1):
+        tokens = attended = neighbours = patches + config.num_prefix_tokens
+        if window_grid := config.window_grid(block, patches, grid_size):
+            side = config.window_size
+            attended = math.prod(-(-length // side) * side for length in window_grid)  # with padding
+            neighbours = side**2
+        total += tokens * mlp_weights + attended * 4 * size**2
+        if attention:
+            total += 2 * attended * neighbours * size
     return total
+
+
+def head_multiply_adds(model: torch.nn.Module, inputs: dict[str, Any]) -> int:
+    """Multiply-adds of a batch in what follows the encoder, as torch counts them while it runs."""
+    counter = FlopCounterMode(display=False)
+    with counter:
+        model(**inputs)
+    name = type(model).__name__
+    counts = {module: sum(operations.values()) for module, operations in counter.get_flop_counts().items()}
+    encoder = name if isinstance(model, CroprViTModel) else f"{name}.{CroprViTPreTrainedModel.base_model_prefix}"
+    return (counts.get(name, 0) - counts.get(encoder, 0)) // 2
 
 
 @dataclass
@@ -149,7 +177,7 @@ def pruning_candidates(
     unpruned = fields | {"token_reducer": None, "pruning_rate": None, "pruning_schedule": None}
     configs = {UNPRUNED: unpruned, "cropr": fields | {"token_reducer": "cropr", "use_auxiliary_heads": training}}
     configs["random"] = fields | {"token_reducer": "random"}
-    return {name: TASKS[task](CroprViTConfig(**fields)) for name, fields in configs.items()}
+    return {name: TASKS[task][0](CroprViTConfig(**fields)) for name, fields in configs.items()}
 
 
 def transformers_twin(config: CroprViTConfig) -> ViTForImageClassification | None:
@@ -191,8 +219,9 @@ class BenchmarkArguments:
 
     Attributes:
         model_name_or_path: a Cropr checkpoint whose configuration to time; else `size` and `config`.
-        size: of `CroprViTConfig.from_size`, such as large or eva02_large.
-        task: image_classification or semantic_segmentation, if there is no checkpoint that says.
+        size: of `CroprViTConfig.from_size`, such as large, eva02_large or eva02_large_detection.
+        task: encoder, image_classification, semantic_segmentation, object_detection or instance_segmentation, if there
+            is no checkpoint that says.
         pruning_rate: patch tokens removed per module.
         image_size: height and width in pixels.
         config: further configuration fields, as JSON.
@@ -230,10 +259,7 @@ def _config_from(args: BenchmarkArguments) -> CroprViTConfig:
             overrides[name] = getattr(args, name)
     if args.model_name_or_path is not None:
         return CroprViTConfig.from_pretrained(args.model_name_or_path, **overrides)
-    defaults = (
-        {"num_labels": 1000} if args.task == "image_classification" else {"num_labels": 150, "num_queries": None}
-    )
-    return CroprViTConfig.from_size(args.size, **{**defaults, **overrides})
+    return CroprViTConfig.from_size(args.size, **{**TASKS[args.task][1], **overrides})
 
 
 def _check(args: BenchmarkArguments) -> None:
@@ -243,11 +269,13 @@ def _check(args: BenchmarkArguments) -> None:
         raise ValueError(f"`dtype` is {args.dtype!r}; give a type of torch, such as float32 or bfloat16.")
     if args.gradient_checkpointing and not args.training:
         raise ValueError("`gradient_checkpointing` is a matter of training steps; pass `training` as well.")
+    if args.training and args.task == "encoder":
+        raise ValueError("The task 'encoder' has no loss; choose another task for training steps.")
 
 
 def _task_of(args: BenchmarkArguments, config: CroprViTConfig) -> str:
     stored = getattr(config, "architectures", None) or []
-    return next((task for task, model_class in TASKS.items() if model_class.__name__ in stored), args.task)
+    return next((task for task, (model_class, _) in TASKS.items() if model_class.__name__ in stored), args.task)
 
 
 def run(args: BenchmarkArguments) -> dict[str, Any]:
@@ -289,13 +317,15 @@ def run(args: BenchmarkArguments) -> dict[str, Any]:
             synchronize,
         )
     config = models["cropr"].config  # type: ignore[assignment]
-    bound = multiply_adds(models[UNPRUNED].config) / multiply_adds(config)  # type: ignore[arg-type]
+    costs = {name: _costs(models[name], inputs) for name in (UNPRUNED, "cropr")}
+    bound = sum(costs[UNPRUNED].values()) / sum(costs["cropr"].values())
     machine = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
     return {
         "arguments": asdict(args),
         "machine": f"{machine}, {torch.get_num_threads()} threads",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "patches_kept": config.kept_patches(),
+        "multiply_adds": costs,
         "multiply_add_bound": bound,
         "share_of_bound": timings["cropr"].speedup / bound,
         "share_of_random": speed_ratio(timings["cropr"], timings["random"]),
@@ -313,17 +343,39 @@ def run(args: BenchmarkArguments) -> dict[str, Any]:
     }
 
 
+def _costs(model: Any, inputs: dict[str, Any]) -> dict[str, int]:
+    """Multiply-adds per image: linear layers and attention of the encoder, and the head."""
+    linear = multiply_adds(model.config, attention=False)
+    with torch.no_grad():
+        head = head_multiply_adds(model, inputs) // len(inputs["pixel_values"])
+    return {"linear": linear, "attention": multiply_adds(model.config) - linear, "head": head}
+
+
 def _random_inputs(
     args: BenchmarkArguments, config: CroprViTConfig, task: str, device: torch.device, dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
+) -> dict[str, Any]:
     """Pixels, and labels in training."""
     height, width = (count * config.patch_size for count in config.grid_size)
     shape = (args.batch_size, config.num_channels, height, width)
-    inputs = {"pixel_values": torch.randn(shape, device=device, dtype=dtype)}
-    if args.training:
+    inputs: dict[str, Any] = {"pixel_values": torch.randn(shape, device=device, dtype=dtype)}
+    if not args.training:
+        return inputs
+    if task in DETECTION:
+        inputs["labels"] = [_random_objects(config, (height, width), device) for _ in range(args.batch_size)]
+    else:
         size = (args.batch_size, height, width) if task == "semantic_segmentation" else (args.batch_size,)
         inputs["labels"] = torch.randint(config.num_labels or 1, size, device=device)
     return inputs
+
+
+def _random_objects(
+    config: CroprViTConfig, image_size: tuple[int, int], device: torch.device, count: int = 8
+) -> dict[str, torch.Tensor]:
+    return {
+        "class_labels": torch.randint(config.num_labels or 1, (count,), device=device),
+        "boxes": 0.25 + 0.5 * torch.rand(count, 4, device=device),
+        "masks": torch.rand(count, *image_size, device=device) > 0.5,
+    }
 
 
 def _training_step(model: Any, inputs: dict[str, torch.Tensor]) -> None:

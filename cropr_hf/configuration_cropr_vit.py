@@ -95,7 +95,7 @@ def schedule_from_sides(
     blocks: Sequence[int] = (5, 8, 11, 14, 20),
     sides: Sequence[int] = (80, 64, 48, 32, 16),
 ) -> list[int]:
-    """A `pruning_schedule` that leaves squares of patches, which tile into windows again when windows divide the sides.
+    """A `pruning_schedule` that leaves squares of patches; they tile into windows whose size divides the sides.
 
     The defaults are the schedule of the paper for EVA-02-L at 1536 pixels: 96 x 96 patches, of which 97 % are pruned.
 
@@ -163,7 +163,7 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
         apply_layernorm (`bool`): whether `CroprViTBackbone` applies the final norm to its feature maps.
         reshape_hidden_states (`bool`): `False` makes `CroprViTBackbone` return sequences, CLS token first, instead of
             maps, as DPT and Depth Anything want them.
-        window_size (`int`, *optional*): side, in patches, of the windows of windowed attention.
+        window_size (`int`): side, in patches, of the windows of windowed attention; 0 is no windows.
         window_block_indices (`list[int]`): blocks, from 0, whose attention is windowed; the others are global. Pruned
             tokens form a smaller grid, in raster order, which is cut into windows again; where their number does not
             tile into windows, attention is global.
@@ -267,7 +267,7 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
     use_final_norm: bool = True
     apply_layernorm: bool = True
     reshape_hidden_states: bool = True
-    window_size: int | None = None
+    window_size: int = 0
     window_block_indices: list[int] | tuple[int, ...] = ()
     window_rope_mode: str = "origin"
     # Token reduction
@@ -472,7 +472,7 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
             grid_size: rows and columns of the patches before pruning.
         """
         rows, columns = grid_size
-        if self.window_size is None or block - 1 not in self.window_block_indices:
+        if not self.window_size or block - 1 not in self.window_block_indices:
             return None
         if num_patches == rows * columns:
             return grid_size
@@ -523,12 +523,12 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
     def validate_windows(self):
         """Checks of windowed attention."""
         indices = list(self.window_block_indices)
-        if self.window_size is None:
+        if self.window_size < 0:
+            raise ValueError(f"`window_size` is {self.window_size}; it must be 1 patch or more, or 0 for no windows.")
+        if not self.window_size:
             if indices:
                 raise ValueError(f"`window_block_indices` is {indices} without `window_size`; give both or none.")
             return
-        if self.window_size < 1:
-            raise ValueError(f"`window_size` is {self.window_size}; it must be 1 patch or more, or None.")
         if any(not 0 <= block < self.num_hidden_layers for block in indices) or len(set(indices)) < len(indices):
             raise ValueError(
                 f"`window_block_indices` is {indices}; it must hold different blocks from 0 to "

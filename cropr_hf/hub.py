@@ -2,12 +2,14 @@
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from . import modeling_cropr_vit
+from .image_processing_cropr_vit import CroprViTImageProcessor
 from .modeling_cropr_vit import CroprViTPreTrainedModel
 
 
@@ -17,7 +19,10 @@ AUTO_MAP = {
     "AutoBackbone": "modeling_cropr_vit.CroprViTBackbone",
     "AutoModelForImageClassification": "modeling_cropr_vit.CroprViTForImageClassification",
     "AutoModelForSemanticSegmentation": "modeling_cropr_vit.CroprViTForSemanticSegmentation",
+    "AutoModelForObjectDetection": "modeling_cropr_vit_detection.CroprViTForObjectDetection",
+    "AutoModelForInstanceSegmentation": "modeling_cropr_vit_detection.CroprViTForInstanceSegmentation",
 }
+IMAGE_PROCESSOR_MAP = {"AutoImageProcessor": "image_processing_cropr_vit.CroprViTImageProcessor"}
 
 
 def save_for_hub(
@@ -43,17 +48,28 @@ def save_for_hub(
             "`save_pretrained`, and name the package that registers it in the model card."
         )
     os.makedirs(save_directory, exist_ok=True)
-    model_file = modeling_cropr_vit.__file__
-    for file in (model_file, *get_relative_import_files(model_file)):
+    modules = {entry.split(".")[0] for entry in (*AUTO_MAP.values(), *IMAGE_PROCESSOR_MAP.values())}
+    files = {str(Path(__file__).with_name(f"{module}.py")) for module in modules}
+    for file in files.union(*(get_relative_import_files(file) for file in files)):
         shutil.copyfile(file, os.path.join(save_directory, Path(file).name))
     if image_processor is not None:
-        image_processor.save_pretrained(save_directory)
-    own_map = vars(model.config).get("auto_map")
-    model.config.auto_map = AUTO_MAP
-    try:
+        own_processor = isinstance(image_processor, CroprViTImageProcessor)
+        with _auto_map(image_processor, IMAGE_PROCESSOR_MAP if own_processor else None):
+            image_processor.save_pretrained(save_directory)
+    with _auto_map(model.config, AUTO_MAP):
         model.save_pretrained(save_directory, **kwargs)
+
+
+@contextmanager
+def _auto_map(holder: Any, auto_map: dict[str, str] | None) -> Iterator[None]:
+    """Gives a configuration or image processor an `auto_map` for the time of saving; `None` leaves it alone."""
+    own_map = vars(holder).get("auto_map")
+    if auto_map is not None:
+        holder.auto_map = auto_map
+    try:
+        yield
     finally:
-        if own_map is None:
-            del model.config.auto_map  # a stored null would not load
-        else:
-            model.config.auto_map = own_map
+        if own_map is not None:
+            holder.auto_map = own_map
+        elif auto_map is not None:
+            del holder.auto_map  # a stored null would not load

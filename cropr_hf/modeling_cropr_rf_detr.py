@@ -37,8 +37,8 @@ from .modeling_cropr_vit import CroprViTBackbone
 class CroprRfDetrConfig(RfDetrConfig):
     """Configuration of `CroprRfDetrForObjectDetection`: that of RF-DETR with a `CroprViTConfig` as `backbone_config`.
 
-    The default backbone is ViT-S/16 at 512 pixels that prunes 64 of its 1024 patches per module, and returns maps after
-    every quarter of its blocks. The number of classes of the backbone follows that of the detector.
+    The default backbone is ViT-S/16 at 512 pixels that prunes 64 of its 1024 patches per module, and returns maps
+    after every quarter of its blocks. The number of classes of the backbone follows that of the detector.
 
     Raises:
         `ValueError`: for a backbone of another type.
@@ -85,11 +85,13 @@ class CroprRfDetrEncoder(RfDetrConvEncoder):
     def __init__(self, config: CroprRfDetrConfig):
         nn.Module.__init__(self)  # the constructor of the parent class builds a backbone of its own
         self.num_queries = config.num_queries
-        self.backbone = CroprViTBackbone(config.backbone_config)
+        self.backbone: Any = CroprViTBackbone(config.backbone_config)  # type: ignore[assignment, arg-type]
         self.projector = RfDetrScaleProjector(config)
 
     def forward(self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, channels, height, width) and (B, height, width) -> (B, d_model, rows, columns) and (B, rows, columns)."""
+        """Pixels (B, channels, height, width) and mask (B, height, width) -> one map (B, d_model, rows, columns), and
+        its mask (B, rows, columns).
+        """
         features, mask = super().forward(pixel_values, pixel_mask)
         rows, columns = features.shape[-2:]
         if rows * columns < self.num_queries:
@@ -104,6 +106,7 @@ class CroprRfDetrPreTrainedModel(RfDetrPreTrainedModel):
     """What both classes share: their configuration, and that all weights get their first values."""
 
     config: CroprRfDetrConfig
+    supports_gradient_checkpointing = True
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -120,7 +123,8 @@ class CroprRfDetrModel(CroprRfDetrPreTrainedModel, RfDetrModel):
 
     def __init__(self, config: CroprRfDetrConfig):
         RfDetrPreTrainedModel.__init__(self, config)  # as above
-        config.backbone_config.num_labels = config.num_labels
+        num_labels = config.num_labels or 0
+        config.backbone_config.num_labels = num_labels  # type: ignore[union-attr]
         self.backbone = CroprRfDetrEncoder(config)
         self.decoder = RfDetrDecoder(config)
         self.group_detr, self.num_queries, self.d_model = config.group_detr, config.num_queries, config.d_model
@@ -130,7 +134,7 @@ class CroprRfDetrModel(CroprRfDetrPreTrainedModel, RfDetrModel):
         self.enc_output = nn.ModuleList([nn.Linear(size, size) for _ in groups])
         self.enc_output_norm = nn.ModuleList([nn.LayerNorm(size) for _ in groups])
         self.enc_out_bbox_embed = nn.ModuleList([RfDetrMLPPredictionHead(size, size, 4, num_layers=3) for _ in groups])
-        self.enc_out_class_embed = nn.ModuleList([nn.Linear(size, config.num_labels) for _ in groups])
+        self.enc_out_class_embed = nn.ModuleList([nn.Linear(size, num_labels) for _ in groups])
         self.post_init()
 
 
@@ -159,11 +163,11 @@ class CroprRfDetrForObjectDetection(CroprRfDetrPreTrainedModel, RfDetrForObjectD
     def __init__(self, config: CroprRfDetrConfig):
         RfDetrPreTrainedModel.__init__(self, config)  # as above
         self.model = CroprRfDetrModel(config)
-        self.class_embed = nn.Linear(config.d_model, config.num_labels)
+        self.class_embed = nn.Linear(config.d_model, config.num_labels or 0)
         self.bbox_embed = RfDetrMLPPredictionHead(config.d_model, config.d_model, 4, num_layers=3)
         self.post_init()
 
-    @property
+    @property  # type: ignore[misc]
     def loss_function(self):
         """The loss for the queries of the current mode."""
         return LwDetrForObjectDetectionLoss if self.training else evaluation_loss

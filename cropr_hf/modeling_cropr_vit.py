@@ -201,6 +201,14 @@ class CroprViTRotaryEmbedding(nn.Module):
         angles = F.pad(angles, (0, 0, self.config.num_prefix_tokens, 0))  # cos 0 = 1, sin 0 = 0
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
+    def within_windows(self, grid_size: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Rotation:
+        """As `forward`, for places in windows, where rows and columns begin anew: (1, rows * columns, d / 2)."""
+        size = self.config.window_size
+        rows, columns = (torch.arange(length, device=device) % size for length in grid_size)
+        places = (rows[:, None] * size + columns).flatten()
+        cos, sin = self((size, size), dtype, device)
+        return cos[:, places], sin[:, places]
+
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Turns channel pairs (i, i + d / 2) of queries or keys (B, heads, T, d) by angles (B or 1, T, d / 2)."""
@@ -494,7 +502,7 @@ class CroprViTPreTrainedModel(StrippableModel):
             losses["auxiliary_losses"] = stacked.detach()
         return losses
 
-    def _warn_untrained(self, labels: torch.Tensor | None, auxiliary_logits: tuple[torch.Tensor, ...] | None) -> None:
+    def _warn_untrained(self, labels: Any | None, auxiliary_logits: tuple[torch.Tensor, ...] | None) -> None:
         """Says once, in training, that nothing trains the scorers, if that is so."""
         if not self.training or torch.compiler.is_compiling():
             return
@@ -563,14 +571,14 @@ class CroprViTModel(CroprViTPreTrainedModel):
         Raises:
             `ValueError`: wrong channels or size, or an image with too few patches for the schedule.
         """
-        state = self.embed(pixel_values, pixel_mask)
+        state, grid_size = self.embed(pixel_values, pixel_mask)
         kept_patches = self.config.kept_patches(state.num_patches, self.pruning)
         num_blocks, auxiliary_logits, pruned_after_block = len(self.layers), [], None
         for block, (layer, num_keep) in enumerate(zip(self.layers, kept_patches), start=1):
             if block == num_blocks:
                 pruned_after_block = state.pruning_map(num_blocks) if output_pruning else None
                 state = state.fuse() if self.config.last_layer_fusion else state
-            window_grid = self.config.window_grid(block, state.num_patches, state.grid_size)
+            window_grid = self.config.window_grid(block, state.num_patches, grid_size)
             positions = state.position_embeddings if window_grid is None else self.window_positions(state, window_grid)
             state = replace(state, hidden_states=layer(state.hidden_states, positions, window_grid, **kwargs))
             if str(block) in self.token_reducers:
@@ -584,19 +592,22 @@ class CroprViTModel(CroprViTPreTrainedModel):
             auxiliary_logits=tuple(auxiliary_logits) or None,
         )
 
-    def embed(self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None = None) -> TokenState:
-        """The state before the first block; see `forward`."""
+    def embed(
+        self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None = None
+    ) -> tuple[TokenState, tuple[int, int]]:
+        """The state before the first block, and rows and columns of its patches; see `forward`."""
         hidden_states, grid_size = self.embeddings(pixel_values)
         prefix = self.config.num_prefix_tokens
         rotation = window_rotation = padding = None
         if self.rotary_embedding is not None:
-            rotation = self.rotary_embedding(grid_size, hidden_states.dtype, hidden_states.device)
-            if self.config.window_size is not None and self.config.window_rope_mode == "origin":
-                window_rotation = self.window_table(grid_size, hidden_states)
+            rotary_arguments = (grid_size, hidden_states.dtype, hidden_states.device)
+            rotation = self.rotary_embedding(*rotary_arguments)
+            if self.config.window_size and self.config.window_rope_mode == "origin":
+                window_rotation = self.rotary_embedding.within_windows(*rotary_arguments)
         if self.config.prune_padding_first and pixel_mask is not None:
             inside = F.max_pool2d(pixel_mask[:, None].float(), self.config.patch_size)
             padding = F.pad(inside.flatten(1), (prefix, 0), value=1.0) == 0
-        return TokenState(
+        state = TokenState(
             hidden_states,
             token_indices=torch.arange(hidden_states.shape[1], device=hidden_states.device)[None],
             position_embeddings=rotation,
@@ -605,22 +616,16 @@ class CroprViTModel(CroprViTPreTrainedModel):
             num_prefix_tokens=prefix,
             grid_size=grid_size,
         )
-
-    def window_table(self, grid_size: tuple[int, int], like: torch.Tensor) -> Rotation:
-        """Rotary positions inside windows, which begin anew in each: cosine and sine (1, rows * columns, d / 2)."""
-        size = self.config.window_size
-        rows, columns = (torch.arange(length, device=like.device) % size for length in grid_size)
-        places = (rows[:, None] * size + columns).flatten()
-        cos, sin = self.rotary_embedding((size, size), like.dtype, like.device)
-        return cos[:, places], sin[:, places]
+        return state, grid_size
 
     def window_positions(self, state: TokenState, window_grid: tuple[int, int]) -> Rotation | None:
         """Rotary positions for a windowed block: (1 or B * windows, window size ** 2, d / 2); see `config`."""
         if self.rotary_embedding is None:
             return None
         size, mode = self.config.window_size, self.config.window_rope_mode
-        if mode == "slot" or (mode == "origin" and not state.pruned):
-            return self.window_table((size, size), state.hidden_states)
+        if mode == "slot" or (mode == "origin" and not state.pruned):  # the same in every window
+            hidden_states = state.hidden_states
+            return self.rotary_embedding((size, size), hidden_states.dtype, hidden_states.device)
         cos, sin = state.position_embeddings if mode == "global" else state.window_embeddings  # type: ignore[misc]
         images = len(state.hidden_states)
         return (
@@ -664,7 +669,7 @@ class CroprViTBackboneOutput(BackboneOutput):
 class CroprViTBackbone(BackboneMixin, CroprViTPreTrainedModel):
     """Feature maps for dense-prediction models. A pruned patch shows the state in which it was pruned.
 
-    Inside another model `cropr_hf.training.train_routers` brings the labels here, and the auxiliary losses to the loss.
+    Inside another model `cropr_hf.training.train_routers` brings it labels, and its auxiliary losses to the loss.
 
     Raises:
         `ValueError`: when sequences with a CLS token are wanted from a model that has none.
@@ -702,11 +707,12 @@ class CroprViTBackbone(BackboneMixin, CroprViTPreTrainedModel):
         outputs = self.cropr_vit(pixel_values, output_pruning=True, **kwargs)
         patch_size = self.config.patch_size
         grid_size = (pixel_values.shape[2] // patch_size, pixel_values.shape[3] // patch_size)
+        # A model around this one that records hidden states as well makes Transformers record each of them twice.
+        copies = (len(outputs.hidden_states) - 1) // self.config.num_hidden_layers
+        hidden_states = outputs.hidden_states[::copies]
         feature_maps = []
-        stages = complete_hidden_states(
-            outputs.hidden_states, outputs.pruned_after_block, self.config.num_prefix_tokens
-        )
-        for name, patches, states in zip(self.stage_names, stages, outputs.hidden_states):
+        stages = complete_hidden_states(hidden_states, outputs.pruned_after_block, self.config.num_prefix_tokens)
+        for name, patches, states in zip(self.stage_names, stages, hidden_states):
             if name not in self.out_features:
                 continue
             if not self.config.reshape_hidden_states:
@@ -718,9 +724,9 @@ class CroprViTBackbone(BackboneMixin, CroprViTPreTrainedModel):
                 patches = patches.transpose(1, 2).unflatten(2, grid_size).contiguous()
             feature_maps.append(patches)
         return CroprViTBackboneOutput(
-            feature_maps=tuple(feature_maps),
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            feature_maps=tuple(feature_maps),  # type: ignore[arg-type]
+            hidden_states=hidden_states,
+            attentions=outputs.attentions and outputs.attentions[::copies],
             auxiliary_losses=self._auxiliary_losses(outputs.auxiliary_logits, labels, len(pixel_values)),
         )
 

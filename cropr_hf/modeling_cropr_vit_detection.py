@@ -105,7 +105,7 @@ def set_initial_std(head: nn.Module, std: float | None = None) -> None:
     for layer in head.modules():
         if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
             gain = 1.0 if isinstance(layer, nn.Linear) else 2.0
-            layer.initial_std = (gain / layer.weight[0].numel()) ** 0.5 if std is None else std
+            layer.initial_std = (gain / layer.weight[0].numel()) ** 0.5 if std is None else std  # type: ignore[assignment]
 
 
 class CroprViTFeaturePyramid(nn.Module):
@@ -291,7 +291,12 @@ class CroprViTBoxHead(nn.Module):
         return [clip_boxes_to_image(box, size) for box, size in zip(moved, image_sizes)]
 
     def loss(
-        self, logits: torch.Tensor, deltas: torch.Tensor, boxes: torch.Tensor, labels: torch.Tensor, goals: torch.Tensor
+        self,
+        logits: torch.Tensor,
+        deltas: torch.Tensor,
+        boxes: torch.Tensor,
+        labels: torch.Tensor,
+        goals: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Cross-entropy, and L1 of the deltas from objects' boxes (R, 4) to `goals`, both means over all regions."""
         count = max(len(labels), 1)
@@ -396,9 +401,7 @@ def paste_masks(
         start, end = boxes[:, axis, None], boxes[:, axis + 2, None]
         axes.append((centres - start) / (end - start).clamp(min=1e-6) * 2 - 1)  # -1 to 1 within the box
     # (n, width) and (n, height) -> (n, height, width, 2)
-    grid = torch.stack(
-        [axes[0][:, None].expand(-1, size[0], -1), axes[1][:, :, None].expand(-1, -1, size[1])], dim=-1
-    )
+    grid = torch.stack([axes[0][:, None].expand(-1, size[0], -1), axes[1][:, :, None].expand(-1, -1, size[1])], dim=-1)
     return F.grid_sample(probabilities[:, None], grid, align_corners=False)[:, 0]
 
 
@@ -433,7 +436,7 @@ class CroprViTDetector(CroprViTPreTrainedModel):
         self.cropr_vit = CroprViTModel(config)
         self.pyramid = CroprViTFeaturePyramid(config)
         self.proposal_network = CroprViTProposalNetwork(config)
-        self.box_heads = nn.ModuleList([CroprViTBoxHead(config, *stage) for stage in CASCADE])
+        self.box_heads: Any = nn.ModuleList([CroprViTBoxHead(config, *stage) for stage in CASCADE])
         self.mask_head = CroprViTMaskHead(config) if self.has_masks else None
         self.strides = pyramid_strides(config)
         self.post_init()
@@ -441,8 +444,9 @@ class CroprViTDetector(CroprViTPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if hasattr(module, "initial_std"):
-            init.normal_(module.weight, std=module.initial_std)
+        std: Any = getattr(module, "initial_std", None)
+        if std is not None:
+            init.normal_(module.weight, std=std)  # type: ignore[arg-type]
 
     @can_return_tuple
     def forward(
@@ -468,7 +472,7 @@ class CroprViTDetector(CroprViTPreTrainedModel):
                 `CroprViTModel.forward`.
         """
         self.cropr_vit.embeddings.check_pixels(pixel_values)
-        batch_size, _, height, width = pixel_values.shape
+        height, width = pixel_values.shape[-2:]
         patch_size = self.config.patch_size
         if min(height, width) <= patch_size:
             raise ValueError(
@@ -495,9 +499,9 @@ class CroprViTDetector(CroprViTPreTrainedModel):
                 losses = self.detection_losses(features, images, targets)
                 presence = self._presence(targets)
                 auxiliary_losses = [presence_loss(logits, presence) for logits in outputs.auxiliary_logits or ()]
-                results = self._sum_losses(torch.stack(list(losses.values())).sum(), auxiliary_losses)
+                results |= self._sum_losses(torch.stack(list(losses.values())).sum(), auxiliary_losses)
                 results["loss_dict"] = {name: loss.detach() for name, loss in losses.items()}
-            if not self.training:
+            if not self.training:  # nobody reads detections there
                 detections = self.detect(features, images)
                 results["logits"], results["pred_boxes"] = self._detr_form(detections, image_sizes)
                 if self.mask_head is not None:
@@ -531,7 +535,9 @@ class CroprViTDetector(CroprViTPreTrainedModel):
         boxes = [torch.cat([proposal, target["boxes"]]) for proposal, target in zip(proposals, targets)]
         boxes = self._sample(boxes, targets)
         for stage, head in enumerate(self.box_heads):
-            matches = [match_boxes(box, target, head.least_iou, self.num_labels) for box, target in zip(boxes, targets)]
+            matches = [
+                match_boxes(box, target, head.least_iou, self.num_labels) for box, target in zip(boxes, targets)
+            ]
             labels = torch.cat([label for label, _ in matches])
             if stage == 0 and self.mask_head is not None:
                 losses["loss_mask"] = self._mask_loss(features, boxes, matches, targets)
@@ -696,8 +702,8 @@ class CroprViTDetector(CroprViTPreTrainedModel):
         count = len(classes)
         if classes.dim() != 1 or classes.is_floating_point() or (count and tuple(boxes.shape) != (count, 4)):
             raise ValueError(
-                f"`labels[{image}]` has `class_labels` {classes.dtype} of the shape {tuple(classes.shape)} and `boxes` "
-                f"of the shape {tuple(boxes.shape)}; they must be whole numbers (n,), and (n, 4)."
+                f"`labels[{image}]` has `class_labels` {classes.dtype} of the shape {tuple(classes.shape)} and "
+                f"`boxes` of the shape {tuple(boxes.shape)}; they must be whole numbers (n,), and (n, 4)."
             )
         if self.has_masks and tuple(label["masks"].shape) != (count, *image_size):
             raise ValueError(
@@ -711,7 +717,10 @@ class CroprViTDetector(CroprViTPreTrainedModel):
                 f"`labels[{image}]` has classes between {classes.min().item()} and {classes.max().item()}; they must "
                 f"be in [0, {self.num_labels - 1}]. Set `num_labels` to the number of classes."
             )
-        if not ((boxes[:, :2] >= 0) & (boxes[:, :2] <= 1)).all() or not ((boxes[:, 2:] > 0) & (boxes[:, 2:] <= 1)).all():
+        if (
+            not ((boxes[:, :2] >= 0) & (boxes[:, :2] <= 1)).all()
+            or not ((boxes[:, 2:] > 0) & (boxes[:, 2:] <= 1)).all()
+        ):
             raise ValueError(
                 f"`labels[{image}]` has `boxes` between {boxes.min().item():g} and {boxes.max().item():g}; centres "
                 "must be in [0, 1], widths and heights in (0, 1], as shares of `pixel_values`. Divide pixels by width "

@@ -11,9 +11,13 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Makes any pretrained ViT of a supported family prunable: `convert_vit`, called by `from_vit` of every model."""
+"""Makes any pretrained ViT of a supported family prunable: `convert_vit`, called by `from_vit` of every model.
+
+`convert_eva02_detector` does so for the detectors of EVA-02.
+"""
 
 from .convert import SUPPORTED_FAMILIES, convert_vit
+from .eva02_detection import convert_eva02_detector
 
 
-__all__ = ["SUPPORTED_FAMILIES", "convert_vit"]
+__all__ = ["SUPPORTED_FAMILIES", "convert_eva02_detector", "convert_vit"]

@@ -16,6 +16,7 @@
 import dataclasses
 import difflib
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -102,14 +103,14 @@ def convert_vit(cls: type[CroprViTPreTrainedModel], source: str | os.PathLike | 
     """
     loading = {name: kwargs.pop(name) for name in LOADING_ARGUMENTS if name in kwargs}
     config_class: Any = cls.config_class  # Transformers declares it with the type of all configs
-    _check_names(config_class, kwargs)
+    check_names(config_class, kwargs)
     model_in_memory = _load(source, loading)
     if isinstance(model_in_memory, PreTrainedModel):
         recipe = hf.describe_transformers(model_in_memory)
     else:
         recipe = timm.describe_timm(model_in_memory)
-    _check_fixed_fields(recipe, kwargs)
-    config = _build_config(cls, config_class, recipe, kwargs)
+    check_fixed_fields(recipe, kwargs)
+    config = build_config(cls, config_class, recipe, kwargs)
     config.name_or_path = (
         getattr(model_in_memory, "name_or_path", "") if isinstance(source, nn.Module) else str(source)
     )
@@ -123,15 +124,21 @@ def convert_vit(cls: type[CroprViTPreTrainedModel], source: str | os.PathLike | 
     return model.to(first.device).eval()
 
 
-def _check_names(config_class: type[CroprViTConfig], overrides: dict[str, Any]) -> None:
+def check_names(
+    config_class: type[CroprViTConfig],
+    overrides: dict[str, Any],
+    function: str = "from_vit",
+    arguments: Sequence[str] = LOADING_ARGUMENTS,
+) -> None:
+    """Raises `ValueError` for an override that is no field; a message also lists further `arguments` of `function`."""
     fields = [field.name for field in dataclasses.fields(config_class) if not field.name.startswith("_")]
     known = [*fields, *config_class.attribute_map, *FURTHER_ARGUMENTS]
     for name in overrides:
         if name not in known:
-            near = difflib.get_close_matches(name, [*known, *LOADING_ARGUMENTS], n=3, cutoff=0.5)
+            near = difflib.get_close_matches(name, [*known, *arguments], n=3, cutoff=0.5)
             raise ValueError(
-                f"`from_vit` does not know {name!r}; it takes fields of {config_class.__name__} and "
-                f"{', '.join(LOADING_ARGUMENTS)}." + (f" Near matches: {', '.join(near)}." if near else "")
+                f"`{function}` does not know {name!r}; it takes fields of {config_class.__name__} and "
+                f"{', '.join(arguments)}." + (f" Near matches: {', '.join(near)}." if near else "")
             )
 
 
@@ -149,7 +156,8 @@ def _load(source: Any, loading: dict[str, Any]) -> nn.Module:
     return hf.load_transformers(name, **loading)
 
 
-def _check_fixed_fields(recipe: Recipe, overrides: dict[str, Any]) -> None:
+def check_fixed_fields(recipe: Recipe, overrides: dict[str, Any]) -> None:
+    """Raises `ValueError` for an override of a field that the weights decide."""
     defaults = CroprViTConfig(**recipe.fields, token_reducer=None)
     for name in (*FIXED_FIELDS, *DROPPABLE_FIELDS):
         native = getattr(defaults, name)
@@ -159,12 +167,13 @@ def _check_fixed_fields(recipe: Recipe, overrides: dict[str, Any]) -> None:
             )
 
 
-def _build_config(
+def build_config(
     cls: type[CroprViTPreTrainedModel],
     config_class: type[CroprViTConfig],
     recipe: Recipe,
     overrides: dict[str, Any],
 ) -> CroprViTConfig:
+    """The configuration of a source, with what the target class and the user say."""
     fields = {**recipe.fields, **cls.conversion_fields, **_labels(cls, recipe, overrides), **overrides}
     if "out_indices" in overrides and "out_features" not in overrides:
         fields.pop("out_features", None)

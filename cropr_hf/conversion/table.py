@@ -89,7 +89,7 @@ def convert_weights(source: Mapping[str, torch.Tensor], recipe: Recipe, config: 
         weights |= {
             name: half_rotary_layout(tensor, config.num_attention_heads)
             for name, tensor in weights.items()
-            if ROTATED.fullmatch(name)
+            if ROTATED.fullmatch(name) and len(tensor) == config.hidden_size  # the audit reports another size
         }
     native = CroprViTConfig(**recipe.fields, token_reducer=None)
     fold_prefix_positions(weights, native.num_patches)

@@ -78,11 +78,11 @@ class _RouterHooks:
         elif model.training:
             config = model.config
             ignored = getattr(config, "semantic_loss_ignore_index", getattr(config, "loss_ignore_index", 255))
-            self.labels = presence_in_labels(kwargs, self.backbone.config.num_labels, ignored)
+            self.labels = presence_in_labels(kwargs, self.backbone.config.num_labels or 0, ignored)
         return args, kwargs
 
     def pass_labels(self, backbone: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return args, {**kwargs, "labels": self.labels} if backbone.training else kwargs
+        return args, {"labels": self.labels, **kwargs} if backbone.training else kwargs
 
     def keep_losses(self, backbone: Any, args: Any, output: CroprViTBackboneOutput) -> None:
         self.losses = output.auxiliary_losses

@@ -1,0 +1,51 @@
+# Copyright 2026 The cropr_hf authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The image processor of the detectors."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from transformers import DetrImageProcessor
+
+
+class CroprViTImageProcessor(DetrImageProcessor):
+    """`DetrImageProcessor`, whose label images of instances leave the background free.
+
+    That of DETR gives every pixel to the object with the highest probability there, even if that is next to 0: the
+    first object gets the background.
+    """
+
+    def post_process_instance_segmentation(self, outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """See `DetrImageProcessor.post_process_instance_segmentation`."""
+        return super().post_process_instance_segmentation(_with_background(outputs), *args, **kwargs)
+
+    def post_process_panoptic_segmentation(self, outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """See `DetrImageProcessor.post_process_panoptic_segmentation`."""
+        return super().post_process_panoptic_segmentation(_with_background(outputs), *args, **kwargs)
+
+
+def _with_background(outputs: Any) -> Any:
+    """The outputs with one more certain object, whose mask wins where there is nothing.
+
+    It has no pixel above a threshold, so that it is no segment in the end.
+    """
+    logits, masks = outputs.logits, outputs.pred_masks
+    certain = torch.full_like(logits[:, :1], -1e4)
+    certain[..., 0] = 0.0
+    faint = torch.full_like(masks[:, :1], -6.0)  # a probability of 0.25 %
+    return SimpleNamespace(logits=torch.cat([logits, certain], dim=1), pred_masks=torch.cat([masks, faint], dim=1))
+
+
+__all__ = ["CroprViTImageProcessor"]
