@@ -55,13 +55,10 @@ AutoConfig.register(CroprRfDetrConfig.model_type, CroprRfDetrConfig, exist_ok=Tr
 AutoModel.register(CroprRfDetrConfig, CroprRfDetrModel, exist_ok=True)
 AutoModelForObjectDetection.register(CroprRfDetrConfig, CroprRfDetrForObjectDetection, exist_ok=True)
 # Pipelines look for the names here as well, and call a model that they do not find unsupported.
-for names, model_class in (
-    (modeling_auto.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES, CroprViTForSemanticSegmentation),
-    (modeling_auto.MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES, CroprViTForObjectDetection),
-    (modeling_auto.MODEL_FOR_INSTANCE_SEGMENTATION_MAPPING_NAMES, CroprViTForInstanceSegmentation),
-    (modeling_auto.MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES, CroprRfDetrForObjectDetection),
-):
-    names[model_class.config_class.model_type] = model_class.__name__
+modeling_auto.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES["cropr_vit"] = "CroprViTForSemanticSegmentation"
+modeling_auto.MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES["cropr_vit"] = "CroprViTForObjectDetection"
+modeling_auto.MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES["cropr_rf_detr"] = "CroprRfDetrForObjectDetection"
+modeling_auto.MODEL_FOR_INSTANCE_SEGMENTATION_MAPPING_NAMES["cropr_vit"] = "CroprViTForInstanceSegmentation"
 
 __all__ = [
     "TOKEN_REDUCERS",

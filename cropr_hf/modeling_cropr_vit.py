@@ -1040,6 +1040,15 @@ def presence_loss(logits: torch.Tensor, presence: torch.Tensor) -> torch.Tensor:
     return F.binary_cross_entropy_with_logits(logits.float(), presence[:, None].expand_as(logits))
 
 
+def class_presence(labels: Sequence[torch.Tensor], num_labels: int) -> torch.Tensor:
+    """Which classes each image shows, (B, C), 0 or 1, from the class indices (n,) in each image."""
+    counts = torch.tensor([len(image) for image in labels], device=labels[0].device)
+    rows = torch.arange(len(labels), device=counts.device).repeat_interleave(counts)
+    presence = torch.zeros(len(labels), num_labels, device=counts.device)
+    presence[rows, torch.cat(list(labels)).long()] = 1.0
+    return presence
+
+
 def pad_to_patches(images: torch.Tensor, patch_size: int) -> torch.Tensor:
     """Zeros at the bottom and on the right of images (..., height, width), up to whole patches."""
     height, width = images.shape[-2:]

@@ -20,7 +20,7 @@ outputs. The detector is that of EVA-02 (arXiv 2303.11331) and ViTDet (arXiv 220
 Symbols: B images, D hidden size, F channels of the pyramid, R regions of all images together, C classes, K detections.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -50,7 +50,13 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.utils.generic import can_return_tuple, maybe_autocast
 
 from .configuration_cropr_vit import CroprViTConfig
-from .modeling_cropr_vit import CroprViTModel, CroprViTPreTrainedModel, pad_to_patches, presence_loss
+from .modeling_cropr_vit import (
+    CroprViTModel,
+    CroprViTPreTrainedModel,
+    class_presence,
+    pad_to_patches,
+    presence_loss,
+)
 
 
 # Of EVA-02's and ViTDet's detectors. What users change is in the configuration.
@@ -255,7 +261,7 @@ def match_boxes(
     boxes: torch.Tensor, target: dict[str, torch.Tensor], least_iou: float, background: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Class of each box (n, 4), `background` below `least_iou`, and the index of the object that it overlaps most."""
-    if not len(target["boxes"]):
+    if not len(target["boxes"]) or not len(boxes):
         return boxes.new_full((len(boxes),), background, dtype=torch.long), boxes.new_zeros(len(boxes)).long()
     matcher = Matcher(least_iou, least_iou, allow_low_quality_matches=False)
     matches = matcher(box_iou(target["boxes"], boxes))
@@ -497,7 +503,7 @@ class CroprViTDetector(CroprViTPreTrainedModel):
             images = ImageList(pixel_values, image_sizes)
             if targets is not None:
                 losses = self.detection_losses(features, images, targets)
-                presence = self._presence(targets)
+                presence = class_presence([target["class_labels"] for target in targets], self.num_labels)
                 auxiliary_losses = [presence_loss(logits, presence) for logits in outputs.auxiliary_logits or ()]
                 results |= self._sum_losses(torch.stack(list(losses.values())).sum(), auxiliary_losses)
                 results["loss_dict"] = {name: loss.detach() for name, loss in losses.items()}
@@ -587,14 +593,6 @@ class CroprViTDetector(CroprViTPreTrainedModel):
         labels, objects = zip(*((label[here], index[here]) for (label, index), here in zip(matches, chosen)))
         logits = self.mask_head(self._regions(features, boxes, MASK_POOLING), torch.cat(labels))
         return self.mask_head.loss(logits, boxes, list(objects), [target["masks"] for target in targets])
-
-    def _presence(self, targets: list[dict[str, torch.Tensor]]) -> torch.Tensor:
-        """Which classes occur in each image: (B, C)."""
-        presence = [
-            torch.zeros(self.num_labels, device=target["boxes"].device).index_fill(0, target["class_labels"], 1.0)
-            for target in targets
-        ]
-        return torch.stack(presence)
 
     # Inference
 
@@ -695,12 +693,17 @@ class CroprViTDetector(CroprViTPreTrainedModel):
 
     def _check_label(self, image: int, label: Any, image_size: tuple[int, int]) -> None:
         wanted = ["class_labels", "boxes", *(["masks"] if self.has_masks else [])]
+        if not isinstance(label, Mapping):
+            raise ValueError(
+                f"`labels[{image}]` is a {type(label).__name__}; it must be a dictionary of {', '.join(wanted)}."
+            )
         missing = [name for name in wanted if name not in label]
         if missing:
             raise ValueError(f"`labels[{image}]` lacks {', '.join(missing)}; it must have {', '.join(wanted)}.")
         classes, boxes = label["class_labels"], label["boxes"]
         count = len(classes)
-        if classes.dim() != 1 or classes.is_floating_point() or (count and tuple(boxes.shape) != (count, 4)):
+        right_boxes = tuple(boxes.shape) == (count, 4) if count else not boxes.numel()
+        if classes.dim() != 1 or classes.is_floating_point() or not right_boxes:
             raise ValueError(
                 f"`labels[{image}]` has `class_labels` {classes.dtype} of the shape {tuple(classes.shape)} and "
                 f"`boxes` of the shape {tuple(boxes.shape)}; they must be whole numbers (n,), and (n, 4)."
@@ -719,7 +722,8 @@ class CroprViTDetector(CroprViTPreTrainedModel):
             )
         if (
             not ((boxes[:, :2] >= 0) & (boxes[:, :2] <= 1)).all()
-            or not ((boxes[:, 2:] > 0) & (boxes[:, 2:] <= 1)).all()
+            # Rounding its corners to float32 would empty a narrower box.
+            or not ((boxes[:, 2:] > 1e-6) & (boxes[:, 2:] <= 1)).all()
         ):
             raise ValueError(
                 f"`labels[{image}]` has `boxes` between {boxes.min().item():g} and {boxes.max().item():g}; centres "

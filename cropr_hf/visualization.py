@@ -83,8 +83,6 @@ def plot_segmentation(
         `ValueError`: when the numbers of images, maps, titles or patches do not fit, or a label map is not one of
             whole numbers (height, width).
     """
-    if pruned_after_block is not None and num_blocks is None:
-        raise ValueError("`pruned_after_block` needs `num_blocks`, such as `model.config.num_hidden_layers`.")
     maps = {}
     if references is not None:
         maps["references"] = [_label_map(labels) for labels in references]
@@ -92,10 +90,7 @@ def plot_segmentation(
     kinds = list(maps)
     if pruned_after_block is not None:
         maps["pruning maps"] = _pruning_maps(pruned_after_block, grid_size)
-    figure, panels = _panels(images, maps, titles, columns)
-    for name, axes in zip(maps, panels.T[1:]):
-        for axis in axes[:columns]:  # the first row
-            axis.set_title(name, fontsize=8)
+    figure, panels = _titled_panels(images, maps, titles, columns, num_blocks)
     for name, axes in zip(kinds, panels.T[1:]):
         for axis, labels in zip(axes, maps[name]):
             opacity = np.where(np.isin(labels, clear_labels), 0.0, LABEL_OPACITY)
@@ -107,8 +102,89 @@ def plot_segmentation(
     return figure
 
 
+def plot_detections(
+    images: Sequence[Any],
+    detections: Sequence[Mapping[str, Any]],
+    pruned_after_block: torch.Tensor | None = None,
+    num_blocks: int | None = None,
+    grid_size: tuple[int, int] | None = None,
+    titles: Sequence[str] | None = None,
+    columns: int = 1,
+    references: Sequence[Mapping[str, Any]] | None = None,
+    label_names: Mapping[int, str] | None = None,
+    threshold: float = 0.5,
+) -> "Figure":
+    """A grid of panels: the image, its true and its detected objects, and the patches that were pruned.
+
+    Args:
+        images: B images, each a `PIL.Image.Image` or an array (height, width, 3) of bytes.
+        detections: for each image `boxes` (n, 4), corners in pixels of the image, `labels` (n,), `scores` (n,) and
+            perhaps `masks` (n, height, width): what `post_process_object_detection` returns.
+        pruned_after_block, num_blocks, grid_size, titles: as in `plot_segmentation`.
+        columns: images in a row of the picture.
+        references: the true objects, as `detections`; without `scores` all are drawn. `None` leaves their panel out.
+        label_names: such as `model.config.id2label`; a class without a name goes by its number.
+        threshold: least score of a detection that is drawn.
+
+    Returns:
+        A matplotlib figure; `figure.savefig("detections.png")` writes it.
+
+    Raises:
+        `ImportError`: without matplotlib (`pip install cropr_hf[viz]`).
+        `ValueError`: when the numbers of images, detections, titles or patches do not fit.
+    """
+    kinds: dict[str, Sequence[Any]] = {} if references is None else {"objects": references}
+    kinds["detections"] = detections
+    maps = dict(kinds)
+    if pruned_after_block is not None:
+        maps["pruning maps"] = _pruning_maps(pruned_after_block, grid_size)
+    figure, panels = _titled_panels(images, maps, titles, columns, num_blocks)
+    for objects, axes in zip(kinds.values(), panels.T[1:]):
+        for axis, found in zip(axes, objects):
+            _draw_objects(axis, found, label_names or {}, threshold)
+    if num_blocks is not None and pruned_after_block is not None:
+        _draw_pruning(figure, panels[:, -1], maps["pruning maps"], num_blocks)
+    return figure
+
+
+def _draw_objects(axis: Any, objects: Mapping[str, Any], names: Mapping[int, str], threshold: float) -> None:
+    """Boxes with names and scores, and masks where there are any, each class in its colour."""
+    from matplotlib.patches import Rectangle
+
+    arrays = {name: np.asarray(torch.as_tensor(values).cpu()) for name, values in objects.items()}
+    scores = arrays.get("scores")
+    for index, (box, label) in enumerate(zip(arrays["boxes"], arrays["labels"].tolist())):
+        if scores is not None and scores[index] < threshold:
+            continue
+        colour = _class_colours(np.array(label))
+        if "masks" in arrays:
+            opacity = LABEL_OPACITY * (arrays["masks"][index] > 0)
+            _overlay(axis, np.dstack([np.broadcast_to(colour, (*opacity.shape, 3)), opacity]))
+        left, top, right, bottom = box
+        axis.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=colour, linewidth=1.2))
+        text = names.get(label, str(label)) + ("" if scores is None else f" {scores[index]:.2f}")
+        axis.text(left, top, text, fontsize=5, color="white", va="bottom", bbox={"color": colour, "pad": 0.6})
+
+
+def _titled_panels(
+    images: Sequence[Any],
+    maps: Mapping[str, Sequence[Any]],
+    titles: Sequence[str] | None,
+    columns: int,
+    num_blocks: int | None,
+) -> tuple["Figure", np.ndarray]:
+    """`_panels` with the names of the maps over the first row."""
+    if "pruning maps" in maps and num_blocks is None:
+        raise ValueError("`pruned_after_block` needs `num_blocks`, such as `model.config.num_hidden_layers`.")
+    figure, panels = _panels(images, maps, titles, columns)
+    for name, axes in zip(maps, panels.T[1:]):
+        for axis in axes[:columns]:
+            axis.set_title(name, fontsize=8)
+    return figure, panels
+
+
 def _panels(
-    images: Sequence[Any], maps: Mapping[str, Sequence[np.ndarray]], titles: Sequence[str] | None, columns: int
+    images: Sequence[Any], maps: Mapping[str, Sequence[Any]], titles: Sequence[str] | None, columns: int
 ) -> tuple["Figure", np.ndarray]:
     """A figure with one panel for each image itself and one for each of its maps, all of which show the image.
 

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
-from ..modeling_cropr_vit import CroprViTBackbone, CroprViTBackboneOutput
+from ..modeling_cropr_vit import CroprViTBackbone, CroprViTBackboneOutput, class_presence
 
 
 Presence = Callable[[dict[str, Any]], torch.Tensor | None]
@@ -134,8 +134,4 @@ def presence_in_labels(kwargs: dict[str, Any], num_labels: int, ignore_index: in
             f"{num_labels}, so they must be in [0, {num_labels - 1}]. Set `num_labels` of `backbone_config` (and of "
             "the model) to the number of classes."
         )
-    counts = torch.tensor([len(image) for image in images], device=classes.device)
-    rows = torch.arange(len(images), device=classes.device).repeat_interleave(counts)
-    presence = torch.zeros(len(images), num_labels, device=classes.device)
-    presence[rows, classes] = 1.0
-    return presence
+    return class_presence(images, num_labels)
