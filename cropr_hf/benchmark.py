@@ -317,7 +317,7 @@ def run(args: BenchmarkArguments) -> dict[str, Any]:
             synchronize,
         )
     config = models["cropr"].config  # type: ignore[assignment]
-    costs = {name: _costs(models[name], inputs) for name in (UNPRUNED, "cropr")}
+    costs = {name: _costs(models[name], inputs) for name in (UNPRUNED, "cropr", "random")}
     bound = sum(costs[UNPRUNED].values()) / sum(costs["cropr"].values())
     machine = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
     return {

@@ -253,7 +253,7 @@ def pool_regions(
     pooled = features[0].new_zeros(len(regions), features[0].shape[1], size, size)
     for level, (feature_map, stride) in enumerate(zip(features, strides)):
         here = torch.where(levels == level)[0]
-        pooled = pooled.index_copy(0, here, roi_align(feature_map, regions[here], size, 1 / stride, aligned=True))
+        pooled[here] = roi_align(feature_map, regions[here], size, 1 / stride, aligned=True)
     return pooled
 
 
@@ -420,7 +420,7 @@ class CroprViTDetector(CroprViTPreTrainedModel):
     """What the two task classes share: everything; one has a mask head besides.
 
     Raises:
-        `ValueError`: when the configuration prunes without last layer fusion, or has no class.
+        `ValueError`: when the configuration prunes without last layer fusion, has no class, or smooths labels.
     """
 
     has_masks = False
@@ -438,6 +438,10 @@ class CroprViTDetector(CroprViTPreTrainedModel):
         self._check_fusion(config)
         if not config.num_labels:
             raise ValueError("`num_labels` is 0; a detector needs at least 1 class.")
+        if config.label_smoothing:
+            raise ValueError(
+                f"`label_smoothing` is {config.label_smoothing}, but the losses of detectors know none; set it to 0."
+            )
         self.num_labels: int = config.num_labels
         self.cropr_vit = CroprViTModel(config)
         self.pyramid = CroprViTFeaturePyramid(config)

@@ -159,9 +159,13 @@ def _draw_objects(axis: Any, objects: Mapping[str, Any], names: Mapping[int, str
         colour = _class_colours(np.array(label))
         if "masks" in arrays:
             opacity = LABEL_OPACITY * (arrays["masks"][index] > 0)
-            _overlay(axis, np.dstack([np.broadcast_to(colour, (*opacity.shape, 3)), opacity]))
+            height, width = opacity.shape
+            layer = np.dstack([np.broadcast_to(colour, (height, width, 3)), opacity])
+            axis.imshow(layer, extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation="nearest")
         left, top, right, bottom = box
-        axis.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=colour, linewidth=1.2))
+        # The centre of the first pixel is at 0 in the panel, its edge in the box.
+        corner = (left - 0.5, top - 0.5)
+        axis.add_patch(Rectangle(corner, right - left, bottom - top, fill=False, edgecolor=colour, linewidth=1.2))
         text = names.get(label, str(label)) + ("" if scores is None else f" {scores[index]:.2f}")
         axis.text(left, top, text, fontsize=5, color="white", va="bottom", bbox={"color": colour, "pad": 0.6})
 

@@ -7,7 +7,7 @@
 """What the training scripts share: arguments, loading a model to train, splits of a data set, the run itself."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from datasets import DatasetDict, Image
 from transformers import AutoConfig, AutoImageProcessor, Trainer, TrainingArguments
@@ -18,6 +18,7 @@ from cropr_hf.training import PruningCurriculum
 
 
 CLUTTERED_DIGITS = "cluttered_digits"
+EVA02 = "timm/eva02_large_patch14_224.mim_m38m"
 
 
 def argument(default: Any, text: str) -> Any:
@@ -54,6 +55,23 @@ class ModelArguments:
     def hub(self) -> dict[str, str]:
         """Those of `revision` and `token` that are given."""
         return {name: value for name in ("revision", "token") if (value := getattr(self, name)) is not None}
+
+
+@dataclass
+class Eva02Arguments(ModelArguments):
+    """`ModelArguments` whose default model is EVA-02-L, prepared by the fields in `recipe`."""
+
+    recipe: ClassVar[dict[str, Any]] = {}
+    model_name_or_path: str = argument(EVA02, "A ViT of a supported family, or a Cropr checkpoint.")
+
+    def overrides(self) -> dict[str, Any]:
+        """See `ModelArguments.overrides`."""
+        fields = super().overrides()
+        if self.model_name_or_path != EVA02:
+            return fields
+        pruning = {"pruning_rate", "pruning_schedule"}
+        replaced = pruning if pruning & fields.keys() or self.token_reducer == "none" else set()
+        return {name: value for name, value in self.recipe.items() if name not in replaced} | fields
 
 
 @dataclass
@@ -125,12 +143,17 @@ def input_size(config: CroprViTConfig) -> dict[str, int]:
     return {"height": height, "width": width}
 
 
-def draw_digits(args: Any, seed: int) -> DatasetDict:
-    """Cluttered digits for training and validation, as many as the data arguments of a script say."""
+def draw_digits(args: Any, seed: int, **settings: Any) -> DatasetDict:
+    """Cluttered digits for training and validation, as many as the data arguments of a script say.
+
+    `settings` are those of `cluttered_digits.DigitPainter`.
+    """
     from cluttered_digits import cluttered_digits
 
     splits = {"train": args.max_train_samples or 20_000, "validation": args.max_eval_samples or 2_000}
-    return DatasetDict({split: cluttered_digits(split, count, seed=seed) for split, count in splits.items()})
+    return DatasetDict(
+        {split: cluttered_digits(split, count, seed=seed, **settings) for split, count in splits.items()}
+    )
 
 
 def prepare_splits(images: DatasetDict, args: Any, share: float, seed: int) -> DatasetDict:

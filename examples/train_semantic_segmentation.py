@@ -44,7 +44,7 @@ from datasets import Dataset, DatasetDict, Image, load_dataset
 from huggingface_hub import hf_hub_download
 from shared import (
     CLUTTERED_DIGITS,
-    ModelArguments,
+    Eva02Arguments,
     RecipeArguments,
     argument,
     draw_digits,
@@ -64,8 +64,6 @@ from cropr_hf.training import CroprTrainer, layer_decay_optimizer
 
 
 MEAN_IOU = str(Path(__file__).parent / "metrics" / "mean_iou" / "mean_iou.py")
-EVA02 = "timm/eva02_large_patch14_224.mim_m38m"
-EVA02_FIELDS = {"image_size": 512, "patch_size": 16, "pruning_rate": 40}
 ADE20K = "zhoubolei/scene_parse_150"
 ADE20K_ARGUMENTS = {
     "dataset_config_name": "scene_parsing",
@@ -76,20 +74,10 @@ ADE20K_ARGUMENTS = {
 
 
 @dataclass
-class SegmenterArguments(ModelArguments):
+class SegmenterArguments(Eva02Arguments):
     """`ModelArguments` whose default model is prepared as in the paper."""
 
-    model_name_or_path: str = argument(EVA02, "A ViT of a supported family, or a Cropr checkpoint.")
-
-    def overrides(self) -> dict[str, Any]:
-        """See `ModelArguments.overrides`."""
-        fields = super().overrides()
-        if self.model_name_or_path != EVA02:
-            return fields
-        recipe = dict(EVA02_FIELDS)
-        if self.token_reducer == "none" or self.pruning_schedule is not None:
-            del recipe["pruning_rate"]
-        return recipe | fields
+    recipe = {"image_size": 512, "patch_size": 16, "pruning_rate": 40}
 
 
 @dataclass

@@ -15,7 +15,7 @@ def curriculum_schedule(config: CroprViTConfig, progress: float) -> list[int]:
     """Patch tokens kept after each block when pruning has grown to a share of what is configured.
 
     While it grows, the tokens after a block, prefix included, are all of them or a multiple of 8, rounded up: kernels
-    like such lengths, and there are few different ones.
+    like such lengths, and there are few different ones. With windowed attention they are squares of whole windows.
 
     Args:
         config: its schedule at `image_size` is the final one.
@@ -27,7 +27,10 @@ def curriculum_schedule(config: CroprViTConfig, progress: float) -> list[int]:
     schedule = []
     for kept in final:
         tokens = prefix + kept + (1.0 - progress) * (all_patches - kept)
-        rounded = math.ceil(tokens / TOKEN_MULTIPLE) * TOKEN_MULTIPLE
+        if config.window_size:
+            rounded = (math.ceil(math.sqrt(tokens) / config.window_size) * config.window_size) ** 2
+        else:
+            rounded = math.ceil(tokens / TOKEN_MULTIPLE) * TOKEN_MULTIPLE
         schedule.append(min(rounded - prefix, all_patches))
     return schedule
 

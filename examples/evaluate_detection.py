@@ -1,0 +1,146 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""Measure a published object detector or instance segmenter, loaded by the Auto classes, by COCO's average precision.
+
+    python examples/evaluate_detection.py --model_name_or_path outputs/coco_boxes --device cuda
+
+    python examples/evaluate_detection.py --model_name_or_path outputs/digit_masks \\
+        --dataset_name cluttered_digits --split test --picture outputs/digit_masks/detections.png
+
+The protocol of EVA-02's published figures, with soft suppression and scores that take the quality of masks into
+account (the figures for boxes leave `maskness_threshold` out):
+
+    python examples/evaluate_detection.py --model_name_or_path outputs/coco_masks --device cuda --config \\
+        '{"nms_method": "linear", "nms_threshold": 0.6, "score_threshold": 0.0, "maskness_threshold": 0.5}'
+
+It prints one line of JSON.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from coco import CocoMetrics, annotations, label_names
+from datasets import Dataset
+from detection import DIGITS, FILES, DataArguments, detections, load_source, prepare_split
+from shared import argument
+from torchvision.ops import box_convert
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForInstanceSegmentation,
+    AutoModelForObjectDetection,
+    HfArgumentParser,
+)
+from transformers.utils import logging
+
+import cropr_hf  # noqa: F401 (registers the models with the Auto classes)
+from cropr_hf.visualization import plot_detections
+
+
+@dataclass
+class EvaluationArguments:
+    """Which model to evaluate, and how."""
+
+    model_name_or_path: str = argument("outputs/object_detection", "Folder or Hub id of a detector.")
+    split: str = argument("validation", "Split of the data set.")
+    config: str = argument("{}", "Fields of the configuration to change, as JSON.")
+    batch_size: int = argument(2, "Images per forward pass.")
+    device: str = argument("cpu", "Where to run.")
+    seed: int = argument(0, "Of the drawn images.")
+    picture: str | None = argument(None, "A PNG file for a picture of detections and of what was pruned.")
+    picture_images: int = argument(8, "Images in that picture.")
+    picture_threshold: float = argument(0.5, "Least score of a detection in that picture.")
+
+
+class Detector:
+    """A model with what turns pictures into detections."""
+
+    def __init__(self, args: EvaluationArguments):
+        self.args = args
+        name, fields = args.model_name_or_path, json.loads(args.config)
+        architecture = (AutoConfig.from_pretrained(name).architectures or [""])[0]
+        self.masks = architecture.endswith("InstanceSegmentation")
+        auto_class = AutoModelForInstanceSegmentation if self.masks else AutoModelForObjectDetection
+        self.model = auto_class.from_pretrained(name, **fields).to(args.device)
+        self.processor = AutoImageProcessor.from_pretrained(name)
+
+    @torch.inference_mode()
+    def detect(self, images: Sequence[Any]) -> list[dict[str, torch.Tensor]]:
+        """What was found in RGB pictures, in their pixels."""
+        inputs = self.processor(images, return_tensors="pt").to(self.args.device)
+        return detections(self.model(**inputs), self.processor, [(image.height, image.width) for image in images])
+
+    @torch.inference_mode()
+    def picture(self, rows: Dataset, box_format: str) -> Any:
+        """A figure of the model's inputs, of the objects in them, of detections, and of pruned patches."""
+        images, config = rows["image"][:], self.model.config
+        pixels = self.processor(images, do_rescale=False, do_normalize=False, return_tensors="pt").pixel_values
+        inputs = self.processor(images, return_tensors="pt").to(self.args.device)
+        outputs = self.model(**inputs, output_pruning=True)
+        sizes = [(int(mask.any(dim=1).sum()), int(mask.any(dim=0).sum())) for mask in inputs.pixel_mask]
+        return plot_detections(
+            list(pixels.permute(0, 2, 3, 1).byte().numpy()),
+            detections(outputs, self.processor, sizes),
+            outputs.pruned_after_block,
+            config.num_hidden_layers,
+            config.grid_size,
+            columns=2,
+            references=[objects_of(row, box_format, size) for row, size in zip(rows, sizes)],
+            label_names=config.id2label,
+            threshold=self.args.picture_threshold,
+        )
+
+
+def objects_of(row: dict[str, Any], box_format: str, size: tuple[int, int]) -> dict[str, torch.Tensor]:
+    """The true objects of an image, as `plot_detections` takes them, when the image is resized to `size`."""
+    objects = annotations(row, box_format)
+    scale = torch.tensor([size[1] / row["width"], size[0] / row["height"]] * 2)
+    boxes = box_convert(torch.tensor([entry["bbox"] for entry in objects]).view(-1, 4), "xywh", "xyxy")
+    return {"boxes": boxes * scale, "labels": torch.tensor([entry["category_id"] for entry in objects])}
+
+
+def load_split(args: EvaluationArguments, data_args: DataArguments, masks: bool) -> Dataset:
+    """The images to evaluate on.
+
+    Raises:
+        `ValueError`: when the data set has no such split.
+    """
+    if data_args.draws_digits:
+        from cluttered_digits import cluttered_digits
+
+        return cluttered_digits(args.split, data_args.max_eval_samples or 2000, seed=args.seed, **DIGITS)
+    images = load_source(data_args, splits=[args.split])
+    if args.split not in images:
+        raise ValueError(f"There is no split {args.split!r}, only {', '.join(images or FILES)}; choose another.")
+    split = prepare_split(images[args.split], data_args, masks)
+    return split.select(range(min(data_args.max_eval_samples or len(split), len(split))))
+
+
+def main(arguments: list[str] | None = None) -> dict[str, float]:
+    """Evaluates and returns the metrics; `arguments` are those of the command line."""
+    args, data_args = HfArgumentParser((EvaluationArguments, DataArguments)).parse_args_into_dataclasses(arguments)
+    detector = Detector(args)
+    images = load_split(args, data_args, detector.masks)
+    metrics = CocoMetrics(images, detector.masks, data_args.box_format)
+    names = list(detector.model.config.id2label.values())
+    if names != label_names(images):
+        raise ValueError(f"The model knows the categories {names}, the data set has {label_names(images)}.")
+    for start in logging.tqdm(range(0, len(images), args.batch_size), desc="Evaluation"):
+        rows = images[start : start + args.batch_size]
+        for image_id, objects in zip(rows["image_id"], detector.detect(rows["image"])):
+            metrics.add(image_id, objects)
+    if args.picture is not None:
+        shown = images.select(range(min(args.picture_images, len(images))))
+        detector.picture(shown, data_args.box_format).savefig(args.picture, dpi=110)
+    return metrics.compute()
+
+
+if __name__ == "__main__":
+    print(json.dumps(main()))
