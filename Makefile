@@ -5,11 +5,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help demo demo-segmentation test test-common test-slow bench style quality clean
+.PHONY: help demo demo-segmentation demo-detection test test-common test-slow bench style quality clean
 
 help:
 	@echo "make demo              fine-tune, publish, load and compare pruned models on cluttered digits"
 	@echo "make demo-segmentation the same for label maps"
+	@echo "make demo-detection    the same for boxes and masks of objects"
 	@echo "make test              the tests (CPU; no network needed after the installation)"
 	@echo "make test-common       the model test suite of the installed Transformers release"
 	@echo "make test-slow         tests that take more than a minute each"
@@ -31,6 +32,10 @@ demo: $(VENV)/.installed-demo
 demo-segmentation: $(VENV)/.installed-demo
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python examples/demo.py --task semantic_segmentation \
 		--train_images 10000 --epochs 2 --output_dir outputs/demo_segmentation
+
+demo-detection: $(VENV)/.installed-demo
+	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python examples/demo.py --task instance_segmentation \
+		--train_images 6000 --output_dir outputs/demo_detection
 
 test: $(VENV)/.installed-dev
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -92,8 +92,8 @@ TASKS = {
             ),
             "per_device_train_batch_size": 16,
             "gradient_accumulation_steps": 1,
-            "learning_rate": 1e-3,
-            "layer_decay": 0.8,
+            "learning_rate": 5e-3,
+            "layer_decay": 0.4,
             "warmup_steps": 50,
             "max_grad_norm": 1,
             "max_steps": -1,
@@ -109,6 +109,7 @@ class DemoArguments:
     task: str = "image_classification"
     pretrained: str = str(HERE / "digits_vit")
     output_dir: str = "outputs/demo"
+    pruning_schedule: list[int] | None = None  # that of the task by default
     train_images: int = 5000
     epochs: int = 1
     test_images: int = 2000
@@ -141,7 +142,8 @@ def fine_tune(args: DemoArguments, name: str) -> Path:
     if name != "unpruned":
         # In so few steps a router learns only from good features: pruning grows during the first half.
         arguments += ["--pruning_curriculum", "0.5"]
-        arguments += ["--pruning_schedule", *(str(kept) for kept in TASKS[args.task].pruning_schedule)]
+        schedule = args.pruning_schedule or TASKS[args.task].pruning_schedule
+        arguments += ["--pruning_schedule", *(str(kept) for kept in schedule)]
     TASKS[args.task].train(arguments)
     return folder
 

@@ -178,16 +178,24 @@ def test_evaluation_in_a_fresh_process_with_picture(example, tiny_vit, tmp_path)
         assert picture.format == "PNG"
 
 
-@pytest.mark.parametrize("task", ["image_classification", "semantic_segmentation"])
-def test_the_demo_prints_its_table(task, tiny_vit, tmp_path):
-    """The workflow of `make demo` and `make demo-segmentation` with a random ViT and a handful of images."""
+@pytest.mark.parametrize(
+    ("task", "patches", "schedule"),
+    [
+        ("image_classification", 36, [30, 15, 15, 15]),
+        ("semantic_segmentation", 36, [30, 15, 15, 15]),
+        ("instance_segmentation", 256, [100, 25, 25, 25]),
+    ],
+)
+def test_the_demo_prints_its_table(task, patches, schedule, tiny_vit, tmp_path):
+    """The workflow of `make demo` and its sisters with a random ViT and a handful of images."""
     command = [sys.executable, str(EXAMPLES / "demo.py"), "--pretrained", tiny_vit, "--output_dir", str(tmp_path)]
-    command += ["--pruning_schedule", "30", "15", "15", "15", "--train_images", "64", "--test_images", "32"]
-    command += ["--task", task]
+    command += ["--task", task, "--train_images", "64", "--test_images", "32"]
+    command += ["--pruning_schedule", *map(str, schedule)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
-    rows = re.findall(r"^\| (\S+) \| ([\d.]+) % \| (\d+) of 36 \|", result.stdout, flags=re.MULTILINE)
-    assert [(name, left) for name, _, left in rows] == [("unpruned", "36"), ("Cropr", "15"), ("random", "15")]
+    rows = re.findall(r"^\| (\S+) \|(?: [\d.]+ % \|)+ (\d+) of (\d+) \|", result.stdout, flags=re.MULTILINE)
+    expected = {"unpruned": patches, "Cropr": schedule[-1], "random": schedule[-1]}
+    assert rows == [(name, str(left), str(patches)) for name, left in expected.items()]
     assert (tmp_path / "pruning.png").stat().st_size > 10_000
 
 
