@@ -3,7 +3,7 @@
     python -m cropr_hf.benchmark --size large --pruning_rate 8 --batch_size 8
 
 compares the stripped Cropr model with the same model unpruned, with a random pruner of the same schedule, and with
-Transformers' own ViT, on random weights (speed does not depend on them).
+Transformers' own ViT, on random weights (speed does not depend on them; detectors are made to find something).
 """
 
 import json
@@ -42,6 +42,7 @@ TASKS: dict[str, tuple[type[CroprViTPreTrainedModel], dict[str, Any]]] = {
     "object_detection": (CroprViTForObjectDetection, {"num_labels": 80}),
     "instance_segmentation": (CroprViTForInstanceSegmentation, {"num_labels": 80}),
 }
+DEFAULT_TASK = "image_classification"
 DETECTION = ("object_detection", "instance_segmentation")
 
 
@@ -220,8 +221,8 @@ class BenchmarkArguments:
     Attributes:
         model_name_or_path: a Cropr checkpoint whose configuration to time; else `size` and `config`.
         size: of `CroprViTConfig.from_size`, such as large, eva02_large or eva02_large_detection.
-        task: encoder, image_classification, semantic_segmentation, object_detection or instance_segmentation, if there
-            is no checkpoint that says.
+        task: encoder, image_classification, semantic_segmentation, object_detection or instance_segmentation; by
+            default that of the checkpoint, or image_classification.
         pruning_rate: patch tokens removed per module.
         image_size: height and width in pixels.
         config: further configuration fields, as JSON.
@@ -236,7 +237,7 @@ class BenchmarkArguments:
 
     model_name_or_path: str | None = None
     size: str = "large"
-    task: str = "image_classification"
+    task: str | None = None
     pruning_rate: int | None = None
     image_size: int | None = None
     config: str = "{}"
@@ -259,23 +260,25 @@ def _config_from(args: BenchmarkArguments) -> CroprViTConfig:
             overrides[name] = getattr(args, name)
     if args.model_name_or_path is not None:
         return CroprViTConfig.from_pretrained(args.model_name_or_path, **overrides)
-    return CroprViTConfig.from_size(args.size, **{**TASKS[args.task][1], **overrides})
+    return CroprViTConfig.from_size(args.size, **{**TASKS[args.task or DEFAULT_TASK][1], **overrides})
 
 
 def _check(args: BenchmarkArguments) -> None:
-    if args.task not in TASKS:
+    if args.task is not None and args.task not in TASKS:
         raise ValueError(f"The task is {args.task!r}; choose one of {', '.join(TASKS)}.")
     if not isinstance(getattr(torch, args.dtype, None), torch.dtype):
         raise ValueError(f"`dtype` is {args.dtype!r}; give a type of torch, such as float32 or bfloat16.")
     if args.gradient_checkpointing and not args.training:
         raise ValueError("`gradient_checkpointing` is a matter of training steps; pass `training` as well.")
-    if args.training and args.task == "encoder":
-        raise ValueError("The task 'encoder' has no loss; choose another task for training steps.")
 
 
 def _task_of(args: BenchmarkArguments, config: CroprViTConfig) -> str:
     stored = getattr(config, "architectures", None) or []
-    return next((task for task, (model_class, _) in TASKS.items() if model_class.__name__ in stored), args.task)
+    own = [task for task, (model_class, _) in TASKS.items() if model_class.__name__ in stored]
+    task = args.task or (own[0] if own else DEFAULT_TASK)
+    if args.training and task == "encoder":
+        raise ValueError("The task 'encoder' has no loss; choose another task for training steps.")
+    return task
 
 
 def run(args: BenchmarkArguments) -> dict[str, Any]:
@@ -295,6 +298,9 @@ def run(args: BenchmarkArguments) -> dict[str, Any]:
     activations = {}
     for name, model in models.items():
         model.to(device, dtype).train(args.training)
+        for head in getattr(model, "box_heads", ()):
+            # Random weights find nothing. So every proposal is an object of the first class, as in a crowded image.
+            torch.nn.init.constant_(head.class_predictor.bias[:1], 5.0)
         if args.training and args.gradient_checkpointing:
             # Older releases of Transformers have the second name only.
             enable: Any = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
@@ -303,7 +309,8 @@ def run(args: BenchmarkArguments) -> dict[str, Any]:
             activations[name] = saved_bytes(model, inputs)
 
     def call(model: torch.nn.Module) -> Callable[[], Any]:
-        run_model = torch.compile(model, fullgraph=True) if args.compile else model
+        # The number of detections depends on the image, so that detectors break into several graphs.
+        run_model = torch.compile(model, fullgraph=task not in DETECTION) if args.compile else model
         return lambda: _training_step(run_model, inputs) if args.training else run_model(**inputs)
 
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None

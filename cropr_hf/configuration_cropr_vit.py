@@ -15,7 +15,6 @@
 
 # No `from __future__ import annotations` here: it would switch the type checks of `@strict` off.
 import difflib
-import math
 from collections.abc import Sequence
 from dataclasses import fields
 from itertools import pairwise
@@ -334,12 +333,19 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
         fields, and what they say about pruning replaces a schedule.
 
         Raises:
-            `ValueError`: for another size.
+            `ValueError`: for another size, or a schedule that is for another `image_size`.
         """
         if size not in SIZES:
             raise ValueError(f"Unknown size {size!r}; choose one of {', '.join(SIZES)}, or give the fields.")
         stored = {name: value for name, value in SIZES[size].items() if name not in _replaced_pruning(kwargs)}
-        return cls(**{**stored, **kwargs})
+        config = cls(**{**stored, **kwargs})
+        if "pruning_schedule" in stored and config.num_patches != stored["pruning_schedule"][0]:
+            raise ValueError(
+                f"The schedule of {size!r} is for {stored['pruning_schedule'][0]} patches, but `image_size` "
+                f"{config.image_size} has {config.num_patches}; give `pruning_schedule`, for instance from "
+                "`schedule_from_sides`, or `pruning_rate`."
+            )
+        return config
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
@@ -464,7 +470,8 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
     def window_grid(self, block: int, num_patches: int, grid_size: tuple[int, int]) -> tuple[int, int] | None:
         """Rows and columns of the tokens that a windowed block cuts into windows; `None` where attention is global.
 
-        Pruned tokens are laid out on the grid of whole windows whose shape is nearest to that of the image.
+        Pruned tokens are laid out on the grid of whole windows whose shape is nearest to that of the image. Where even
+        that is more than twice as long or as high, windows would be strips, and attention is global.
 
         Args:
             block: number of the block, 1 to L.
@@ -480,8 +487,9 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
         if rest:
             return None
         shapes = [(count, windows // count) for count in range(1, windows + 1) if windows % count == 0]
-        down, across = min(shapes, key=lambda shape: abs(math.log(shape[0] * columns / (shape[1] * rows))))
-        return down * self.window_size, across * self.window_size
+        ratios = [down * columns / (across * rows) for down, across in shapes]  # 1 for the shape of the image
+        stretch, (down, across) = min((max(ratio, 1 / ratio), shape) for ratio, shape in zip(ratios, shapes))
+        return (down * self.window_size, across * self.window_size) if stretch <= 2 else None
 
     def validate_backbone(self):
         """Checks of the plain ViT, across fields."""
@@ -548,8 +556,9 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
         """Checks of the detector."""
         positive = ("pyramid_channels", "box_head_size", "num_proposals", "rois_per_image", "detections_per_image")
         for name in (*positive, "mask_stride"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least 1.")
+            least = 4 if name == "rois_per_image" else 1  # a quarter of them are objects
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least {least}.")
         for name in ("score_threshold", "nms_threshold", "maskness_threshold"):
             if getattr(self, name) is not None and not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must be in [0, 1).")

@@ -11,6 +11,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from .image_processing_cropr_vit import CroprViTImageProcessor
 from .modeling_cropr_vit import CroprViTPreTrainedModel
+from .modeling_cropr_vit_detection import CroprViTForInstanceSegmentation
 
 
 AUTO_MAP = {
@@ -40,8 +41,14 @@ def save_for_hub(
         kwargs: of `CroprViTPreTrainedModel.save_pretrained`.
 
     Raises:
-        `ValueError`: when the reducer is not one of this package, so that the code would not contain it.
+        `ValueError`: for a model of another kind, or a reducer that is not one of this package, so that the code would
+            not contain it.
     """
+    if not isinstance(model, CroprViTPreTrainedModel):
+        raise ValueError(
+            f"The model is a {type(model).__name__}; the code that is saved is that of `CroprViT*` models. Publish "
+            "others with `save_pretrained`."
+        )
     if model.config.token_reducer not in (None, "cropr", "random"):
         raise ValueError(
             f"The token reducer {model.config.token_reducer!r} is not part of the code that is saved; publish with "
@@ -56,7 +63,10 @@ def save_for_hub(
         own_processor = isinstance(image_processor, CroprViTImageProcessor)
         with _auto_map(image_processor, IMAGE_PROCESSOR_MAP if own_processor else None):
             image_processor.save_pretrained(save_directory)
-    with _auto_map(model.config, AUTO_MAP):
+    # The segmentation pipeline looks for this entry first, and would take a semantic model otherwise.
+    is_instance_model = isinstance(model, CroprViTForInstanceSegmentation)
+    segmenter = "AutoModelForInstanceSegmentation" if is_instance_model else "AutoModelForSemanticSegmentation"
+    with _auto_map(model.config, {**AUTO_MAP, "AutoModelForImageSegmentation": AUTO_MAP[segmenter]}):
         model.save_pretrained(save_directory, **kwargs)
 
 

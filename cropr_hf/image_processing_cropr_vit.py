@@ -23,28 +23,36 @@ from transformers import DetrImageProcessor
 class CroprViTImageProcessor(DetrImageProcessor):
     """`DetrImageProcessor`, whose label images of instances leave the background free.
 
-    That of DETR gives every pixel to the object with the highest probability there, even if that is next to 0: the
-    first object gets the background.
+    That of DETR gives every pixel to the object with the highest probability there, even if that is next to 0: objects
+    get the background. Here a pixel belongs to an object if its mask there reaches `mask_threshold`.
     """
 
-    def post_process_instance_segmentation(self, outputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def post_process_instance_segmentation(
+        self, outputs: Any, threshold: float = 0.5, mask_threshold: float = 0.5, *args: Any, **kwargs: Any
+    ) -> Any:
         """See `DetrImageProcessor.post_process_instance_segmentation`."""
-        return super().post_process_instance_segmentation(_with_background(outputs), *args, **kwargs)
+        outputs = _with_background(outputs, threshold, mask_threshold)
+        return super().post_process_instance_segmentation(outputs, threshold, mask_threshold, *args, **kwargs)
 
-    def post_process_panoptic_segmentation(self, outputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def post_process_panoptic_segmentation(
+        self, outputs: Any, threshold: float = 0.5, mask_threshold: float = 0.5, *args: Any, **kwargs: Any
+    ) -> Any:
         """See `DetrImageProcessor.post_process_panoptic_segmentation`."""
-        return super().post_process_panoptic_segmentation(_with_background(outputs), *args, **kwargs)
+        outputs = _with_background(outputs, threshold, mask_threshold)
+        return super().post_process_panoptic_segmentation(outputs, threshold, mask_threshold, *args, **kwargs)
 
 
-def _with_background(outputs: Any) -> Any:
-    """The outputs with one more certain object, whose mask wins where there is nothing.
+def _with_background(outputs: Any, threshold: float, mask_threshold: float) -> Any:
+    """The outputs with one more object, which is certain, and whose mask wins where no other reaches the threshold.
 
-    It has no pixel above a threshold, so that it is no segment in the end.
+    It stays below the threshold itself, so that it is no segment in the end.
     """
     logits, masks = outputs.logits, outputs.pred_masks
     certain = torch.full_like(logits[:, :1], -1e4)
     certain[..., 0] = 0.0
-    faint = torch.full_like(masks[:, :1], -6.0)  # a probability of 0.25 %
+    # Probabilities are multiplied by scores, which are `threshold` at least.
+    faint = torch.full_like(masks[:, :1], threshold * mask_threshold).clamp(min=1e-4).logit()
+    masks = masks.masked_fill(masks.sigmoid() < mask_threshold, -1e4)
     return SimpleNamespace(logits=torch.cat([logits, certain], dim=1), pred_masks=torch.cat([masks, faint], dim=1))
 
 

@@ -63,7 +63,8 @@ class CroprViTModelOutput(ModelOutput):
             pruned, L if it never was.
         auxiliary_logits: one (B, N, C) per module, in training with auxiliary heads.
         hidden_states: L + 1 tensors (B, tokens there, D): shorter where tokens were pruned.
-        attentions: L tensors (B, heads, tokens there, tokens there), with eager attention.
+        attentions: L tensors (B, heads, tokens there, tokens there), with eager attention; of windowed blocks
+            (B * windows, heads, window size ** 2, window size ** 2).
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -200,14 +201,6 @@ class CroprViTRotaryEmbedding(nn.Module):
         ).flatten(0, 1)[None]
         angles = F.pad(angles, (0, 0, self.config.num_prefix_tokens, 0))  # cos 0 = 1, sin 0 = 0
         return angles.cos().to(dtype), angles.sin().to(dtype)
-
-    def within_windows(self, grid_size: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Rotation:
-        """As `forward`, for places in windows, where rows and columns begin anew: (1, rows * columns, d / 2)."""
-        size = self.config.window_size
-        rows, columns = (torch.arange(length, device=device) % size for length in grid_size)
-        places = (rows[:, None] * size + columns).flatten()
-        cos, sin = self((size, size), dtype, device)
-        return cos[:, places], sin[:, places]
 
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -571,7 +564,7 @@ class CroprViTModel(CroprViTPreTrainedModel):
         Raises:
             `ValueError`: wrong channels or size, or an image with too few patches for the schedule.
         """
-        state, grid_size = self.embed(pixel_values, pixel_mask)
+        state, grid_size, window_table = self.embed(pixel_values, pixel_mask)
         kept_patches = self.config.kept_patches(state.num_patches, self.pruning)
         num_blocks, auxiliary_logits, pruned_after_block = len(self.layers), [], None
         for block, (layer, num_keep) in enumerate(zip(self.layers, kept_patches), start=1):
@@ -579,7 +572,9 @@ class CroprViTModel(CroprViTPreTrainedModel):
                 pruned_after_block = state.pruning_map(num_blocks) if output_pruning else None
                 state = state.fuse() if self.config.last_layer_fusion else state
             window_grid = self.config.window_grid(block, state.num_patches, grid_size)
-            positions = state.position_embeddings if window_grid is None else self.window_positions(state, window_grid)
+            positions = state.position_embeddings
+            if window_grid is not None and window_table is not None:
+                positions = self.window_positions(state, window_grid, window_table)
             state = replace(state, hidden_states=layer(state.hidden_states, positions, window_grid, **kwargs))
             if str(block) in self.token_reducers:
                 state, logits = self.token_reducers[str(block)](state, num_keep)
@@ -594,17 +589,28 @@ class CroprViTModel(CroprViTPreTrainedModel):
 
     def embed(
         self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None = None
-    ) -> tuple[TokenState, tuple[int, int]]:
-        """The state before the first block, and rows and columns of its patches; see `forward`."""
+    ) -> tuple[TokenState, tuple[int, int], Rotation | None]:
+        """The state before the first block, rows and columns of its patches, and the rotary positions of a window.
+
+        See `forward`. The latter are (1, window size ** 2, d / 2).
+        """
         hidden_states, grid_size = self.embeddings(pixel_values)
-        prefix = self.config.num_prefix_tokens
-        rotation = window_rotation = padding = None
+        size, prefix = self.config.window_size, self.config.num_prefix_tokens
+        rotation = window_rotation = window_table = padding = None
         if self.rotary_embedding is not None:
-            rotary_arguments = (grid_size, hidden_states.dtype, hidden_states.device)
-            rotation = self.rotary_embedding(*rotary_arguments)
-            if self.config.window_size and self.config.window_rope_mode == "origin":
-                window_rotation = self.rotary_embedding.within_windows(*rotary_arguments)
+            rotation = self.rotary_embedding(grid_size, hidden_states.dtype, hidden_states.device)
+            if size:
+                window_table = self.rotary_embedding((size, size), hidden_states.dtype, hidden_states.device)
+            if window_table is not None and self.config.window_rope_mode == "origin":
+                rows, columns = (torch.arange(length, device=hidden_states.device) % size for length in grid_size)
+                places = (rows[:, None] * size + columns).flatten()  # of each patch within its window
+                window_rotation = (window_table[0][:, places], window_table[1][:, places])
         if self.config.prune_padding_first and pixel_mask is not None:
+            if pixel_mask.shape != (len(pixel_values), *pixel_values.shape[2:]):
+                raise ValueError(
+                    f"`pixel_mask` has the shape {tuple(pixel_mask.shape)}; it must be that of the images, "
+                    f"{(len(pixel_values), *pixel_values.shape[2:])}."
+                )
             inside = F.max_pool2d(pixel_mask[:, None].float(), self.config.patch_size)
             padding = F.pad(inside.flatten(1), (prefix, 0), value=1.0) == 0
         state = TokenState(
@@ -616,16 +622,13 @@ class CroprViTModel(CroprViTPreTrainedModel):
             num_prefix_tokens=prefix,
             grid_size=grid_size,
         )
-        return state, grid_size
+        return state, grid_size, window_table
 
-    def window_positions(self, state: TokenState, window_grid: tuple[int, int]) -> Rotation | None:
+    def window_positions(self, state: TokenState, window_grid: tuple[int, int], window_table: Rotation) -> Rotation:
         """Rotary positions for a windowed block: (1 or B * windows, window size ** 2, d / 2); see `config`."""
-        if self.rotary_embedding is None:
-            return None
         size, mode = self.config.window_size, self.config.window_rope_mode
-        if mode == "slot" or (mode == "origin" and not state.pruned):  # the same in every window
-            hidden_states = state.hidden_states
-            return self.rotary_embedding((size, size), hidden_states.dtype, hidden_states.device)
+        if mode == "slot" or not state.pruned:  # the same in every window
+            return window_table
         cos, sin = state.position_embeddings if mode == "global" else state.window_embeddings  # type: ignore[misc]
         images = len(state.hidden_states)
         return (

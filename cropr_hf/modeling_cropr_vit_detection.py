@@ -490,7 +490,7 @@ class CroprViTDetector(CroprViTPreTrainedModel):
                 "more. Use larger images, or pad them."
             )
         image_sizes = _image_sizes(pixel_values, pixel_mask)
-        targets = None if labels is None else self._targets(labels, pixel_values)
+        targets = None if labels is None else self._targets(labels, pixel_values, image_sizes)
         if pixel_mask is not None:
             pixel_mask = pad_to_patches(pixel_mask, patch_size)
         pixel_values = pad_to_patches(pixel_values, patch_size)
@@ -503,12 +503,15 @@ class CroprViTDetector(CroprViTPreTrainedModel):
         results: dict[str, Any] = {}
         # Coordinates need float32, whatever the backbone runs in (as in EVA-02's detector).
         with maybe_autocast(device_type=pixel_values.device.type, enabled=False):
-            features = [level.float() for level in pyramid]
+            # LayerNorm leaves channels last; RoIAlign would copy the maps at every call.
+            features = [level.float().contiguous() for level in pyramid]
             images = ImageList(pixel_values, image_sizes)
             if targets is not None:
                 losses = self.detection_losses(features, images, targets)
-                presence = class_presence([target["class_labels"] for target in targets], self.num_labels)
-                auxiliary_losses = [presence_loss(logits, presence) for logits in outputs.auxiliary_logits or ()]
+                auxiliary_losses = []
+                if outputs.auxiliary_logits is not None:
+                    presence = class_presence([target["class_labels"] for target in targets], self.num_labels)
+                    auxiliary_losses = [presence_loss(logits, presence) for logits in outputs.auxiliary_logits]
                 results |= self._sum_losses(torch.stack(list(losses.values())).sum(), auxiliary_losses)
                 results["loss_dict"] = {name: loss.detach() for name, loss in losses.items()}
             if not self.training:  # nobody reads detections there
@@ -558,8 +561,9 @@ class CroprViTDetector(CroprViTPreTrainedModel):
             ]
             class_loss, box_loss = head.loss(logits, deltas, torch.cat(boxes), labels, torch.cat(goals))
             losses[f"loss_cls_stage{stage}"], losses[f"loss_box_reg_stage{stage}"] = class_loss, box_loss
-            refined = head.refine(deltas, boxes, images.image_sizes)
-            boxes = [box[remove_small_boxes(box, 1e-3)] for box in refined]
+            if stage + 1 < len(self.box_heads):
+                refined = head.refine(deltas, boxes, images.image_sizes)
+                boxes = [box[remove_small_boxes(box, 1e-3)] for box in refined]
         return losses
 
     def _propose(
@@ -673,7 +677,7 @@ class CroprViTDetector(CroprViTPreTrainedModel):
     # Labels
 
     def _targets(
-        self, labels: list[dict[str, torch.Tensor]], pixel_values: torch.Tensor
+        self, labels: list[dict[str, torch.Tensor]], pixel_values: torch.Tensor, image_sizes: list[tuple[int, int]]
     ) -> list[dict[str, torch.Tensor]]:
         """Labels after their checks, with boxes as corners in pixels, on the device of the images."""
         if not isinstance(labels, (list, tuple)) or len(labels) != len(pixel_values):
@@ -683,13 +687,18 @@ class CroprViTDetector(CroprViTPreTrainedModel):
             )
         height, width = pixel_values.shape[-2:]
         targets = []
-        for image, label in enumerate(labels):
+        for image, (label, image_size) in enumerate(zip(labels, image_sizes)):
             self._check_label(image, label, (height, width))
             boxes = label["boxes"].to(pixel_values.device).float().reshape(-1, 4)
-            target = {
-                "class_labels": label["class_labels"].to(pixel_values.device).long(),
-                "boxes": box_convert(boxes, "cxcywh", "xyxy") * boxes.new_tensor([width, height, width, height]),
-            }
+            boxes = box_convert(boxes, "cxcywh", "xyxy") * boxes.new_tensor([width, height, width, height])
+            clipped = clip_boxes_to_image(boxes, image_size)
+            if ((boxes - clipped).abs() > 2 + max(image_size) / 100).any():  # more than rounding
+                raise ValueError(
+                    f"`labels[{image}]` has `boxes` that reach out of the image ({image_size[0]} x {image_size[1]} of "
+                    f"{height} x {width} pixels with padding); give centre, width and height as shares of "
+                    "`pixel_values`, padding included."
+                )
+            target = {"class_labels": label["class_labels"].to(pixel_values.device).long(), "boxes": clipped}
             if self.has_masks:
                 target["masks"] = label["masks"].to(pixel_values.device)
             targets.append(target)
@@ -704,10 +713,14 @@ class CroprViTDetector(CroprViTPreTrainedModel):
         missing = [name for name in wanted if name not in label]
         if missing:
             raise ValueError(f"`labels[{image}]` lacks {', '.join(missing)}; it must have {', '.join(wanted)}.")
+        for name in wanted:
+            if not isinstance(label[name], torch.Tensor):
+                raise ValueError(f"`{name}` in `labels[{image}]` is a {type(label[name]).__name__}; give a tensor.")
         classes, boxes = label["class_labels"], label["boxes"]
-        count = len(classes)
-        right_boxes = tuple(boxes.shape) == (count, 4) if count else not boxes.numel()
-        if classes.dim() != 1 or classes.is_floating_point() or not right_boxes:
+        count = classes.numel()
+        whole = not classes.is_floating_point() and classes.dtype != torch.bool
+        right_boxes = whole and tuple(boxes.shape) == (count, 4) if count else not boxes.numel()
+        if classes.dim() != 1 or not right_boxes:
             raise ValueError(
                 f"`labels[{image}]` has `class_labels` {classes.dtype} of the shape {tuple(classes.shape)} and "
                 f"`boxes` of the shape {tuple(boxes.shape)}; they must be whole numbers (n,), and (n, 4)."
@@ -747,10 +760,14 @@ def _image_sizes(pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None) ->
         )
     inside = pixel_mask != 0
     heights, widths = inside.any(dim=2).sum(dim=1), inside.any(dim=1).sum(dim=1)
-    sizes = list(zip(heights.tolist(), widths.tolist()))
-    if any(0 in size for size in sizes):
-        raise ValueError("`pixel_mask` is 0 everywhere in an image; mark its pixels by 1, and only padding by 0.")
-    return sizes
+    rows = torch.arange(height, device=inside.device) < heights[:, None]
+    columns = torch.arange(width, device=inside.device) < widths[:, None]
+    if not inside.flatten(1).any(dim=1).all() or not torch.equal(inside, rows[:, :, None] & columns[:, None]):
+        raise ValueError(
+            "`pixel_mask` is not 1 in one rectangle at the top left of each image; mark the pixels of the image by 1, "
+            "and pad at the bottom and on the right."
+        )
+    return list(zip(heights.tolist(), widths.tolist()))
 
 
 class CroprViTForObjectDetection(CroprViTDetector):

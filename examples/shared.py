@@ -71,7 +71,14 @@ class Eva02Arguments(ModelArguments):
             return fields
         pruning = {"pruning_rate", "pruning_schedule"}
         replaced = pruning if pruning & fields.keys() or self.token_reducer == "none" else set()
-        return {name: value for name, value in self.recipe.items() if name not in replaced} | fields
+        recipe = {name: value for name, value in self.recipe.items() if name not in replaced}
+        resized = {"image_size", "patch_size"} & fields.keys()
+        if "pruning_schedule" in recipe and any(fields[name] != recipe[name] for name in resized):
+            raise ValueError(
+                f"The schedule of the recipe is for {recipe['image_size']} pixels in patches of "
+                f"{recipe['patch_size']}; give --pruning_schedule or --pruning_rate for another size."
+            )
+        return recipe | fields
 
 
 @dataclass

@@ -15,7 +15,8 @@ def curriculum_schedule(config: CroprViTConfig, progress: float) -> list[int]:
     """Patch tokens kept after each block when pruning has grown to a share of what is configured.
 
     While it grows, the tokens after a block, prefix included, are all of them or a multiple of 8, rounded up: kernels
-    like such lengths, and there are few different ones. With windowed attention they are squares of whole windows.
+    like such lengths, and there are few different ones. Where the final schedule leaves whole windows of windowed
+    attention, they are squares of windows.
 
     Args:
         config: its schedule at `image_size` is the final one.
@@ -24,10 +25,12 @@ def curriculum_schedule(config: CroprViTConfig, progress: float) -> list[int]:
     final, all_patches, prefix = config.kept_patches(), config.num_patches, config.num_prefix_tokens
     if progress >= 1:
         return final
+    window = config.window_size**2
+    tiles = window > 0 and all(kept % window == 0 for kept in final if kept < all_patches)
     schedule = []
     for kept in final:
         tokens = prefix + kept + (1.0 - progress) * (all_patches - kept)
-        if config.window_size:
+        if tiles:
             rounded = (math.ceil(math.sqrt(tokens) / config.window_size) * config.window_size) ** 2
         else:
             rounded = math.ceil(tokens / TOKEN_MULTIPLE) * TOKEN_MULTIPLE
