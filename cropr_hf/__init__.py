@@ -58,7 +58,10 @@ AutoModelForObjectDetection.register(CroprRfDetrConfig, CroprRfDetrForObjectDete
 modeling_auto.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES["cropr_vit"] = "CroprViTForSemanticSegmentation"
 modeling_auto.MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES["cropr_vit"] = "CroprViTForObjectDetection"
 modeling_auto.MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES["cropr_rf_detr"] = "CroprRfDetrForObjectDetection"
-modeling_auto.MODEL_FOR_INSTANCE_SEGMENTATION_MAPPING_NAMES["cropr_vit"] = "CroprViTForInstanceSegmentation"
+modeling_auto.MODEL_FOR_INSTANCE_SEGMENTATION_MAPPING_NAMES["cropr_vit"] = (  # the pipeline joins the tables
+    "CroprViTForSemanticSegmentation",
+    "CroprViTForInstanceSegmentation",
+)
 
 __all__ = [
     "TOKEN_REDUCERS",

@@ -380,7 +380,7 @@ def _random_objects(
 ) -> dict[str, torch.Tensor]:
     return {
         "class_labels": torch.randint(config.num_labels or 1, (count,), device=device),
-        "boxes": 0.25 + 0.5 * torch.rand(count, 4, device=device),
+        "boxes": 0.25 + 0.25 * torch.rand(count, 4, device=device),  # inside of the image
         "masks": torch.rand(count, *image_size, device=device) > 0.5,
     }
 

@@ -471,7 +471,7 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
         """Rows and columns of the tokens that a windowed block cuts into windows; `None` where attention is global.
 
         Pruned tokens are laid out on the grid of whole windows whose shape is nearest to that of the image. Where even
-        that is more than twice as long or as high, windows would be strips, and attention is global.
+        that is more than four times as long or as high, windows would be strips, and attention is global.
 
         Args:
             block: number of the block, 1 to L.
@@ -486,10 +486,13 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
         windows, rest = divmod(num_patches, self.window_size**2)
         if rest:
             return None
-        shapes = [(count, windows // count) for count in range(1, windows + 1) if windows % count == 0]
-        ratios = [down * columns / (across * rows) for down, across in shapes]  # 1 for the shape of the image
-        stretch, (down, across) = min((max(ratio, 1 / ratio), shape) for ratio, shape in zip(ratios, shapes))
-        return (down * self.window_size, across * self.window_size) if stretch <= 2 else None
+        nearest, down = windows * max(rows, columns), 1
+        for count in range(1, windows + 1):
+            height, width = count * columns, windows // count * rows  # in units that make them equal for the image
+            stretch = max(height, width) / min(height, width)
+            if windows % count == 0 and stretch < nearest:
+                nearest, down = stretch, count
+        return (down * self.window_size, windows // down * self.window_size) if nearest <= 4 else None
 
     def validate_backbone(self):
         """Checks of the plain ViT, across fields."""

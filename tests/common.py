@@ -18,6 +18,8 @@ from cropr_hf import (
     CroprViTBackbone,
     CroprViTConfig,
     CroprViTForImageClassification,
+    CroprViTForInstanceSegmentation,
+    CroprViTForObjectDetection,
     CroprViTForSemanticSegmentation,
     CroprViTModel,
 )
@@ -71,8 +73,36 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "scorer_pre_norm": True,
         "aggregator_value_projection": True,
     },
+    "windows": {
+        "use_cls_token": False,
+        "pooling": "patch_mean",
+        "rope_theta": 100.0,
+        "window_size": 2,
+        "window_block_indices": [0, 1, 3, 4],  # on 16, 12, 6 and, after fusion, all patches; 6 do not tile
+        "pruning_rate": None,
+        "pruning_schedule": [12, 8, 6, 6, 6],
+    },
+    "windows_without_rotation": {
+        "use_cls_token": False,
+        "pooling": "mean",
+        "window_size": 2,
+        "window_block_indices": [1, 2, 3],
+        "pruning_rate": 4,
+    },
     "random": {"token_reducer": "random"},
     "unpruned": {"token_reducer": None, "pruning_rate": None},
+}
+
+# A detector on a pyramid of 16 x 16 to 1 x 1 cells
+DETECTOR: dict[str, Any] = {
+    "last_layer_fusion": True,
+    "pyramid_channels": 8,
+    "anchor_sizes": [4, 8, 12, 16, 24],
+    "box_head_size": 16,
+    "num_proposals": 30,
+    "rois_per_image": 32,
+    "detections_per_image": 10,
+    "mask_stride": 2,
 }
 
 
@@ -88,14 +118,58 @@ def label_maps(config: CroprViTConfig, pixel_values: torch.Tensor) -> dict[str, 
     return {"labels": labels.masked_fill(ignored, config.semantic_loss_ignore_index)}
 
 
+def object_labels(config: CroprViTConfig, pixel_values: torch.Tensor, masks: bool = False) -> dict[str, Any]:
+    """Three objects at random places in each image but the last, which has none."""
+    generator = torch.Generator().manual_seed(0)
+    height, width = pixel_values.shape[-2:]
+    labels = []
+    for image in range(len(pixel_values)):
+        count = 3 if image < len(pixel_values) - 1 else 0
+        sides = 0.2 + 0.4 * torch.rand(count, 2, generator=generator)
+        centres = sides / 2 + torch.rand(count, 2, generator=generator) * (1 - sides)
+        label = {
+            "class_labels": torch.randint(config.num_labels, (count,), generator=generator),
+            "boxes": torch.cat([centres, sides], dim=1),
+        }
+        if masks:
+            label["masks"] = box_masks(label["boxes"], height, width)
+        labels.append(label)
+    return {"labels": labels}
+
+
+def box_masks(boxes: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Masks (n, height, width) that fill boxes (n, 4), given as centre, width and height in shares of the image."""
+    inside = []
+    for axis, length in ((1, height), (0, width)):
+        places = (torch.arange(length) + 0.5) / length
+        inside.append((places - boxes[:, axis, None]).abs() <= boxes[:, axis + 2, None] / 2)
+    return (inside[0][:, :, None] & inside[1][:, None]).to(torch.uint8)
+
+
+def instance_labels(config: CroprViTConfig, pixel_values: torch.Tensor) -> dict[str, Any]:
+    return object_labels(config, pixel_values, masks=True)
+
+
 @dataclass(frozen=True)
 class Task:
-    """A model class, what it takes for training, which of its outputs matters, and fields that it insists on."""
+    """A model class, what it takes for training, and which of its outputs matters.
+
+    Attributes:
+        output: the name of that output.
+        shape: what it is in evaluation for a model and images of a height and width, without the batch.
+        labels: makes them for images.
+        fields: those of the configuration that the class insists on.
+        whole_patches: whether images of broken patches are an error.
+        float32: whether outputs are float32 whatever the weights are.
+    """
 
     model_class: type
     output: str
+    shape: Callable[[CroprViTConfig, int, int], tuple[int, ...]]
     labels: Callable[[CroprViTConfig, torch.Tensor], dict[str, Any]] | None = None
     fields: dict[str, Any] = field(default_factory=dict)
+    whole_patches: bool = True
+    float32: bool = False
 
     def takes(self, name: str) -> bool:
         """Whether the class runs with a configuration of the table: not without fusion if it insists on that."""
@@ -121,12 +195,49 @@ class Task:
         return (self.main_output(outputs) * torch.linspace(-1, 1, self.main_output(outputs).shape[-1])).square().mean()
 
 
+def token_shape(config: CroprViTConfig, height: int, width: int) -> tuple[int, ...]:
+    num_patches = height * width // PATCH_SIZE**2
+    left = num_patches if config.last_layer_fusion else config.kept_patches(num_patches)[-1]
+    return config.num_prefix_tokens + left, config.hidden_size
+
+
+def map_shape(channels: int) -> Callable[[CroprViTConfig, int, int], tuple[int, ...]]:
+    return lambda config, height, width: (channels, height // PATCH_SIZE, width // PATCH_SIZE)
+
+
+def detection_shape(config: CroprViTConfig, *_: int) -> tuple[int, ...]:
+    return config.detections_per_image, NUM_LABELS + 1
+
+
 TASKS: dict[str, Task] = {
-    "model": Task(CroprViTModel, "last_hidden_state"),
-    "backbone": Task(CroprViTBackbone, "feature_maps"),
-    "classification": Task(CroprViTForImageClassification, "logits", labels=image_labels),
+    "model": Task(CroprViTModel, "last_hidden_state", token_shape),
+    "backbone": Task(CroprViTBackbone, "feature_maps", map_shape(TINY["hidden_size"])),
+    "classification": Task(CroprViTForImageClassification, "logits", lambda *_: (NUM_LABELS,), image_labels),
     "segmentation": Task(
-        CroprViTForSemanticSegmentation, "logits", label_maps, {"num_queries": None, "last_layer_fusion": True}
+        CroprViTForSemanticSegmentation,
+        "logits",
+        map_shape(NUM_LABELS),
+        label_maps,
+        {"num_queries": None, "last_layer_fusion": True},
+        whole_patches=False,
+    ),
+    "detection": Task(
+        CroprViTForObjectDetection,
+        "logits",
+        detection_shape,
+        object_labels,
+        DETECTOR,
+        whole_patches=False,
+        float32=True,
+    ),
+    "instances": Task(
+        CroprViTForInstanceSegmentation,
+        "logits",
+        detection_shape,
+        instance_labels,
+        DETECTOR,
+        whole_patches=False,
+        float32=True,
     ),
 }
 
@@ -187,7 +298,8 @@ def random_schedule(rng: random.Random, num_patches: int, fusion: bool) -> list[
 
 @torch.no_grad()
 def naive_forward(model: CroprViTModel, image: torch.Tensor) -> tuple[torch.Tensor, list[int], list[torch.Tensor]]:
-    """The model on one image (1, 3, H, W), in plain loops: lists of (place, token), one token pruned at a time.
+    """The model on one image (1, 3, H, W), in plain loops: lists of (place, token), one token pruned at a time, one
+    window after the other.
 
     Returns:
         Tokens (T, D) that leave the last block, the block after which each patch was pruned, and the tokens that each
@@ -195,7 +307,6 @@ def naive_forward(model: CroprViTModel, image: torch.Tensor) -> tuple[torch.Tens
     """
     config, prefix = model.config, model.config.num_prefix_tokens
     tokens, grid_size = model.embeddings(image)
-    rotation = model.rotary_embedding(grid_size, tokens.dtype, tokens.device) if model.rotary_embedding else None
     alive = list(enumerate(tokens[0]))
     aside, seen = [], []
     kept = config.kept_patches(len(alive) - prefix)
@@ -203,11 +314,8 @@ def naive_forward(model: CroprViTModel, image: torch.Tensor) -> tuple[torch.Tens
     for block, layer in enumerate(model.layers, start=1):
         if block == config.num_hidden_layers and config.last_layer_fusion:
             alive = sorted(alive + aside, key=lambda item: item[0])
-        positions = None
-        if rotation:
-            places = [place for place, _ in alive]
-            positions = tuple(part[:, places] for part in rotation)
-        output = layer(torch.stack([token for _, token in alive])[None], positions)[0]
+        shape = config.window_grid(block, len(alive) - prefix, grid_size)
+        output = naive_block(model, layer, alive, grid_size, shape)
         alive = [(place, token) for (place, _), token in zip(alive, output)]
         if block not in config.pruning_blocks:
             continue
@@ -224,11 +332,81 @@ def naive_forward(model: CroprViTModel, image: torch.Tensor) -> tuple[torch.Tens
     return torch.stack([token for _, token in alive]), [blocks_of[place] for place in sorted(blocks_of)], seen
 
 
-def fill_with_ramps(model: PreTrainedModel) -> None:
-    """Weights that no initialisation code can change: sine waves whose phase is the position in the sorted names."""
+def naive_block(
+    model: CroprViTModel,
+    layer: nn.Module,
+    alive: list[tuple[int, torch.Tensor]],
+    grid_size: tuple[int, int],
+    shape: tuple[int, int] | None,
+) -> torch.Tensor:
+    """One block on tokens with their places; with `shape`, the rows and columns that they form, window by window.
+
+    In a window that reaches over the edge of the grid, zeros fill up the normalised tokens, and attend like them.
+    """
+    tokens = torch.stack([token for _, token in alive])
+    normed, attended = layer.layernorm_before(tokens), torch.empty_like(tokens)
+    windows = [[(index, None) for index in range(len(alive))]]  # all in one, at their places in the image
+    if shape is not None:
+        size, (rows, columns) = layer.window_size, shape
+        windows = [
+            [
+                (row * columns + column if row < rows and column < columns else None, (row - top, column - left))
+                for row in range(top, top + size)
+                for column in range(left, left + size)
+            ]
+            for top in range(0, rows, size)
+            for left in range(0, columns, size)
+        ]
+    for window in windows:
+        inside = torch.stack([torch.zeros_like(tokens[0]) if index is None else normed[index] for index, _ in window])
+        positions = None
+        if model.rotary_embedding is not None:
+            pairs = [
+                naive_rotation(model, None if index is None else alive[index][0], slot, grid_size, len(alive))
+                for index, slot in window
+            ]
+            positions = tuple(torch.stack(parts)[None] for parts in zip(*pairs))
+        output, _ = layer.attention(inside[None], positions)
+        for (index, _), row in zip(window, output[0]):
+            if index is not None:
+                attended[index] = row
+    tokens = tokens + layer.layer_scale1(attended)
+    return tokens + layer.layer_scale2(layer.mlp(layer.layernorm_after(tokens)))
+
+
+def naive_rotation(
+    model: CroprViTModel, place: int | None, slot: tuple[int, int] | None, grid_size: tuple[int, int], num_tokens: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine (d / 2,) of one token.
+
+    Args:
+        place: in the whole sequence; `None` for what fills up a window.
+        slot: row and column in its window; `None` where attention is global.
+        grid_size: of the image.
+        num_tokens: in the sequence now.
+    """
+    config, size = model.config, model.config.window_size
+    columns = grid_size[1]
+    pruned = num_tokens < grid_size[0] * columns
+    if slot is None or (pruned and config.window_rope_mode == "global"):
+        table, index = grid_size, place
+    else:
+        if pruned and config.window_rope_mode == "origin":
+            slot = (place // columns % size, place % columns % size)
+        table, index = (size, size), slot[0] * size + slot[1]
+    cos, sin = model.rotary_embedding(table, torch.float32, torch.device("cpu"))
+    return cos[0, index], sin[0, index]
+
+
+def fill_with_ramps(model: PreTrainedModel, power: int = 1) -> None:
+    """Weights that no initialisation code can change: sine waves whose phase is the position in the sorted names.
+
+    With a `power` of 2 they get ever faster, so that no two channels resemble each other: convolutions of plain waves
+    give norms next to nothing to divide by.
+    """
     with torch.no_grad():
         for phase, (name, parameter) in enumerate(sorted(model.named_parameters())):
-            wave = torch.sin(torch.arange(parameter.numel(), dtype=torch.float64) * 0.7 + 1.3 * phase)
+            wave = torch.sin(torch.arange(parameter.numel(), dtype=torch.float64) ** power * 0.7 + 1.3 * phase)
             scale = 1.0 if name.endswith(("queries", "cls_token", "position_embeddings")) else 0.3
             offset = 1.0 if "norm" in name and name.endswith("weight") else 0.0
             parameter.copy_((offset + scale * wave).view(parameter.shape))

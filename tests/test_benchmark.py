@@ -5,12 +5,14 @@ import json
 import time
 
 import pytest
+import torch
 
-from cropr_hf import CroprViTConfig, CroprViTForSemanticSegmentation
+from cropr_hf import CroprViTConfig, CroprViTForSemanticSegmentation, CroprViTModel
 from cropr_hf.benchmark import (
     BenchmarkArguments,
     compare,
     format_table,
+    head_multiply_adds,
     multiply_adds,
     pruning_candidates,
     run,
@@ -49,6 +51,33 @@ class TestMultiplyAdds:
         fields = {name: value for name, value in fields.items() if name != "pruning_rate"}
         unpruned = CroprViTConfig.from_size("large", token_reducer=None, **fields)
         assert multiply_adds(unpruned) / multiply_adds(pruned) == pytest.approx(bound, abs=0.005)
+
+    @pytest.mark.parametrize(("attention", "before", "after"), [(False, 2789.9, 1273.0), (True, 4258.8, 1789.6)])
+    def test_the_detector_of_the_paper(self, attention, before, after):
+        """The published figures, 2790 and 1273 G, leave attention products out."""
+        pruned = CroprViTConfig.from_size("eva02_large_detection")
+        unpruned = CroprViTConfig.from_size("eva02_large_detection", token_reducer=None)
+        for config, expected in ((unpruned, before), (pruned, after)):
+            assert multiply_adds(config, attention=attention) / 1e9 == pytest.approx(expected, abs=0.05)
+
+    @pytest.mark.parametrize("window_size", [1, 2, 3])
+    def test_windows_of_a_grid_with_padding(self, window_size):
+        fields = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+        fields |= {"image_size": [20, 16], "patch_size": 4, "use_cls_token": False, "pooling": "patch_mean"}
+        config = CroprViTConfig(
+            **fields, token_reducer=None, window_size=window_size, window_block_indices=[0], num_channels=1
+        )
+        side = window_size
+        padded = -(-5 // side) * -(-4 // side) * side**2
+        expected = 20 * 16 * 8 + padded * 4 * 8**2 + 20 * 2 * 8 * 24 + 2 * padded * side**2 * 8
+        assert multiply_adds(config) == expected
+
+    def test_heads_are_counted_as_they_run(self):
+        config = CroprViTConfig(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48)
+        pixels = torch.randn(2, 3, 224, 224)
+        segmenter = CroprViTForSemanticSegmentation(config).eval()
+        assert head_multiply_adds(segmenter, {"pixel_values": pixels}) == 2 * 196 * 32 * config.num_labels
+        assert head_multiply_adds(CroprViTModel(config).eval(), {"pixel_values": pixels}) == 0
 
 
 class TestCompare:
@@ -157,22 +186,46 @@ def test_run_of_training_steps_of_semantic_segmentation():
     assert len({line.count("|") for line in table[:5]}) == 1  # as many columns in every row
 
 
-def test_a_checkpoint_says_its_task(tmp_path):
+@pytest.mark.parametrize("training", [False, True])
+def test_run_of_instance_segmentation(training):
+    heads = {"pyramid_channels": 8, "anchor_sizes": [4, 8, 12, 16, 24], "box_head_size": 16, "num_proposals": 20}
+    config = json.dumps({**TINY, **heads, "rois_per_image": 8, "detections_per_image": 5, "num_labels": 3})
+    record = run(arguments(task="instance_segmentation", training=training, config=config))
+    costs = record["multiply_adds"]
+    assert costs["unpruned"]["linear"] > costs["cropr"]["linear"] == costs["random"]["linear"]
+    # Models that find nothing would spare the mask head: 5 detections of 4 convolutions on 14 x 14 cells.
+    assert costs["cropr"]["head"] > (1 if training else 5 * 4 * 14 * 14 * 9 * 8 * 8)
+    bound = sum(costs["unpruned"].values()) / sum(costs["cropr"].values())
+    assert record["multiply_add_bound"] == pytest.approx(bound)
+
+
+def save_segmenter(folder):
     config = CroprViTConfig(**TINY, image_size=32, pruning_rate=3, num_labels=3, num_queries=None)
-    CroprViTForSemanticSegmentation(config).save_pretrained(tmp_path)
+    CroprViTForSemanticSegmentation(config).save_pretrained(folder)
+
+
+def test_the_encoder_of_a_checkpoint(tmp_path):
+    save_segmenter(tmp_path)
+    args = arguments(model_name_or_path=str(tmp_path), task="encoder", config="{}")
+    assert run(args)["multiply_adds"]["cropr"]["head"] == 0
+
+
+def test_a_checkpoint_says_its_task(tmp_path):
+    save_segmenter(tmp_path)
     args = arguments(model_name_or_path=str(tmp_path), config="{}", pruning_rate=None, image_size=None)
     assert set(run(args)["results"]) == {"unpruned", "cropr", "random"}
 
 
 def test_an_unknown_task_is_an_error():
-    with pytest.raises(ValueError, match="'depth'; choose one of image_classification, semantic_segmentation"):
+    with pytest.raises(ValueError, match="'depth'; choose one of encoder, image_classification, semantic"):
         run(arguments(task="depth"))
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"task": "segmentation"}, "choose one of image_classification, semantic_segmentation"),
+        ({"task": "segmentation"}, "choose one of encoder, image_classification, semantic_segmentation"),
+        ({"task": "encoder", "size": "tiny", "training": True}, "'encoder' has no loss; choose another task"),
         ({"dtype": "float23"}, "'float23'; give a type of torch"),
         ({"dtype": "nn"}, "'nn'; give a type of torch"),
         ({"gradient_checkpointing": True}, "pass `training` as well"),

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, ViTConfig
 
 from cropr_hf import CroprViTConfig, CroprViTModel
-from tests.common import tiny_config
+from tests.common import CONFIGS, tiny_config
 
 
 def sequence_lengths(config):
@@ -183,6 +184,52 @@ def test_wrong_values_raise_value_error_with_value_and_remedy(overrides, message
 
 
 @pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"window_size": -1}, r"`window_size` is -1; it must be 1 patch or more, or 0 for no windows"),
+        ({"window_size": 0}, r"`window_block_indices` is \[0, 1, 3, 4\] without `window_size`; give both or none"),
+        ({"window_block_indices": [0, 5]}, r"is \[0, 5\]; it must hold different blocks from 0 to 4"),
+        ({"window_block_indices": [-1, 0]}, r"is \[-1, 0\]; it must hold different blocks"),
+        ({"window_block_indices": (1, 1)}, r"is \[1, 1\]; it must hold different blocks"),
+        ({"use_cls_token": True}, r"no place for the 1 CLS and register tokens; set `use_cls_token=False`"),
+        ({"num_register_tokens": 2}, r"no place for the 2 CLS and register tokens; .*`num_register_tokens=0`"),
+        ({"window_rope_mode": "place"}, r"`window_rope_mode` is 'place'; choose one of origin, slot, global"),
+    ],
+)
+def test_wrong_windows_raise_value_error(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config("windows", **overrides)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        *(
+            (name, (0, -3), r"it must be at least 1")
+            for name in (
+                "pyramid_channels",
+                "box_head_size",
+                "num_proposals",
+                "detections_per_image",
+                "mask_stride",
+            )
+        ),
+        ("rois_per_image", (0, 3), r"it must be at least 4"),
+        *(
+            (name, (-0.1, 1.0, 1.5), r"it must be in \[0, 1\)")
+            for name in ("score_threshold", "nms_threshold", "maskness_threshold")
+        ),
+        ("anchor_sizes", ([32] * 4, [], [32, 64, 128, 256, 0]), r"give 5 sides in pixels, one per level"),
+        ("nms_method", ("soft", ""), r"choose one of hard, linear"),
+    ],
+)
+def test_wrong_fields_of_detectors_raise_value_error(name, values, message):
+    for value in values:
+        with pytest.raises(ValueError, match=rf"`{name}` is {re.escape(repr(value))}; {message}"):
+            tiny_config(**{name: value})
+
+
+@pytest.mark.parametrize(
     ("schedule", "fusion", "message"),
     [
         ([8, 9, 8, 8, 8], True, r"increases; pruned tokens cannot come back"),
@@ -224,7 +271,9 @@ def test_wrong_types_are_refused(name, value):
 
 
 def test_unknown_size_names_the_known_ones():
-    with pytest.raises(ValueError, match=r"'giant'; choose one of tiny, small, .*, eva02_base, eva02_large, or"):
+    with pytest.raises(
+        ValueError, match=r"'giant'; choose one of tiny, small, .*, eva02_large, eva02_large_detection, or"
+    ):
         CroprViTConfig.from_size("giant")
 
 
@@ -286,6 +335,8 @@ def stored_fields(config):
         {"token_reducer": None, "pruning_rate": None, "problem_type": "multi_label_classification"},
         {"scorer_num_heads": 2, "aggregator_mlp_ratio": None, "rope_theta": 100, "out_indices": [1, 3]},
         {"num_queries": None, "semantic_loss_ignore_index": -100},
+        {**CONFIGS["windows"], "window_rope_mode": "slot"},
+        {"anchor_sizes": (4, 8, 16, 32, 64), "nms_method": "linear", "score_threshold": 0, "maskness_threshold": 0.5},
     ],
 )
 def test_json_round_trip_changes_nothing(overrides, tmp_path):

@@ -9,7 +9,16 @@ import pytest
 import torch
 from transformers import AutoModelForImageClassification, SegformerImageProcessor, ViTImageProcessor
 
-from cropr_hf import CroprViTConfig, CroprViTForImageClassification, CroprViTForSemanticSegmentation
+from cropr_hf import (
+    CroprRfDetrConfig,
+    CroprRfDetrForObjectDetection,
+    CroprViTConfig,
+    CroprViTForImageClassification,
+    CroprViTForInstanceSegmentation,
+    CroprViTForObjectDetection,
+    CroprViTForSemanticSegmentation,
+    CroprViTImageProcessor,
+)
 from cropr_hf.hub import AUTO_MAP, save_for_hub
 
 
@@ -28,7 +37,11 @@ base = transformers.AutoModel.from_pretrained(folder, trust_remote_code=True)
 model = auto_class.from_pretrained(folder, trust_remote_code=True)
 results = {"base": base(pixels).last_hidden_state, "logits": model(pixels).logits}
 config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
-transformers.AutoImageProcessor.from_pretrained(folder)
+processor = transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
+print(type(processor).__name__)
+if "Segmentation" in auto_class.__name__:
+    pipeline = transformers.pipeline("image-segmentation", model=folder, trust_remote_code=True)
+    print(type(pipeline.model).__name__)
 trainable = auto_class.from_pretrained(folder, trust_remote_code=True, use_auxiliary_heads=True)
 results["trainable"] = trainable(pixels).logits
 trainable.train()(pixels, labels=torch.load(folder + "/labels.pt")).loss.backward()
@@ -36,6 +49,24 @@ assert all(parameter.grad is not None for parameter in trainable.parameters())
 trainable.save_pretrained(folder + "/again")
 torch.save(results, folder + "/results.pt")
 """
+
+
+DETECTOR = {
+    "pyramid_channels": 8,
+    "anchor_sizes": [4, 8, 12, 16, 24],
+    "box_head_size": 16,
+    "num_proposals": 20,
+    "rois_per_image": 16,
+    "detections_per_image": 5,
+    "score_threshold": 0.0,
+}
+OBJECTS = [
+    {
+        "class_labels": torch.tensor([0, 2]),
+        "boxes": torch.tensor([[0.5, 0.5, 0.4, 0.4], [0.3, 0.7, 0.2, 0.3]]),
+        "masks": torch.ones(2, 32, 32, dtype=torch.uint8),
+    }
+] * 2
 
 
 def build(model_class: type, **fields):
@@ -78,20 +109,38 @@ def model() -> CroprViTForImageClassification:
             SegformerImageProcessor(size={"height": 32, "width": 32}),
             torch.arange(2 * 32 * 32).view(2, 32, 32) % 3,
         ),
+        (
+            "AutoModelForObjectDetection",
+            CroprViTForObjectDetection,
+            DETECTOR,
+            CroprViTImageProcessor(size={"shortest_edge": 32, "longest_edge": 32}),
+            OBJECTS,
+        ),
+        (
+            "AutoModelForInstanceSegmentation",
+            CroprViTForInstanceSegmentation,
+            DETECTOR,
+            CroprViTImageProcessor(size={"shortest_edge": 32, "longest_edge": 32}),
+            OBJECTS,
+        ),
     ],
-    ids=["classification", "segmentation"],
+    ids=["classification", "segmentation", "detection", "instances"],
 )
 def test_it_runs_without_the_package(auto_class, model_class, fields, processor, labels, tmp_path):
     model = build(model_class, **fields)
     save_for_hub(model, tmp_path, processor)
     assert getattr(model.config, "auto_map", None) is None and model.config.use_auxiliary_heads
-    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == AUTO_MAP
-    assert AUTO_MAP[auto_class] == f"modeling_cropr_vit.{model_class.__name__}"
+    auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    segmenter = auto_map.pop("AutoModelForImageSegmentation")
+    assert auto_map == AUTO_MAP
+    assert AUTO_MAP[auto_class].endswith(f".{model_class.__name__}")
     assert {file.stem for file in tmp_path.glob("*.py")} == {
         "configuration_cropr_vit",
         "token_reduction",
         "saving",
         "modeling_cropr_vit",
+        "modeling_cropr_vit_detection",
+        "image_processing_cropr_vit",
     }
     pixels = torch.randn(2, 3, 32, 32)
     torch.save(pixels, tmp_path / "pixels.pt")
@@ -100,6 +149,10 @@ def test_it_runs_without_the_package(auto_class, model_class, fields, processor,
     command = [sys.executable, "-c", LOADER, str(tmp_path), auto_class]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]
+    loaded = result.stdout.splitlines()
+    assert loaded[0] == type(processor).__name__
+    if "Segmentation" in auto_class:
+        assert loaded[1] == model_class.__name__ == segmenter.split(".")[1]
     results = torch.load(tmp_path / "results.pt")
     with torch.no_grad():
         torch.testing.assert_close(results["logits"], model(pixels).logits)
@@ -114,6 +167,14 @@ def test_a_later_ordinary_save_loads(model, tmp_path):
     model.save_pretrained(tmp_path / "plain")
     assert "auto_map" not in json.loads((tmp_path / "plain" / "config.json").read_text())
     AutoModelForImageClassification.from_pretrained(tmp_path / "plain")
+
+
+def test_other_models_are_refused(tmp_path):
+    backbone = CroprViTConfig(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=48)
+    sizes = {"d_model": 32, "decoder_ffn_dim": 32, "num_queries": 10, "decoder_layers": 1, "group_detr": 1}
+    model = CroprRfDetrForObjectDetection(CroprRfDetrConfig(backbone_config=backbone, **sizes))
+    with pytest.raises(ValueError, match="CroprRfDetrForObjectDetection; the code that is saved is that of `CroprViT"):
+        save_for_hub(model, tmp_path)
 
 
 def test_foreign_reducers_are_refused(model, tmp_path):

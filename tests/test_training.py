@@ -322,9 +322,9 @@ class TestPruningCurriculum:
         resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-8"))
         assert losses(resumed) == losses(whole)
 
-    def test_token_counts_can_be_variables_of_the_compiled_graph(self, monkeypatch):
+    @torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True)
+    def test_token_counts_can_be_variables_of_the_compiled_graph(self):
         """The setting that the docstring recommends: few compilations, however many schedules follow."""
-        monkeypatch.setattr(torch._dynamo.config, "allow_unspec_int_on_nn_module", True)
         torch._dynamo.reset()
         counter = CompileCounter()
         model = tiny_model(pruning_rate=100, image_size=128).train()

@@ -18,6 +18,8 @@ from cropr_hf import (
     CroprViTBackbone,
     CroprViTConfig,
     CroprViTForImageClassification,
+    CroprViTForInstanceSegmentation,
+    CroprViTForObjectDetection,
     CroprViTForSemanticSegmentation,
     CroprViTModel,
 )
@@ -63,11 +65,27 @@ ROTARY = {
     "scorer_pre_norm": True,
     "aggregator_value_projection": True,
 }
+DETECTOR = {
+    "pyramid_channels": 8,
+    "anchor_sizes": [2, 4, 6, 8, 12],
+    "box_head_size": 16,
+    "num_proposals": 30,
+    "rois_per_image": 16,
+    "detections_per_image": 5,
+}
 VARIANTS = {
     "stripped": SMALL,
     "heads": HEADS,
     "fusion": {**HEADS, "num_hidden_layers": 3, "last_layer_fusion": True},
     "rotary": ROTARY,
+    "windows": {
+        **HEADS,
+        "use_cls_token": False,
+        "pooling": "patch_mean",
+        "rope_theta": 100.0,
+        "window_size": 2,
+        "window_block_indices": [1],  # the suite looks at the attention of the first block
+    },
     "unpruned": {**SMALL, "token_reducer": None, "pruning_rate": None},
 }
 
@@ -125,6 +143,17 @@ class CommonTests(ModelTesterMixin):
                 loaded = model_class.from_pretrained(folder)
                 torch.testing.assert_close(model(**inputs)[0], loaded(**inputs)[0])
             self.assertFalse(loaded.config.use_auxiliary_heads)
+
+    def check_retained(self, model_class, inputs):
+        """As in `test_retain_grad_hidden_states_attentions` of the suite, for a first output of any form."""
+        model = model_class._from_config(self.model_tester.get_config(), attn_implementation="eager")
+        outputs = model(**inputs, output_hidden_states=True, output_attentions=True)
+        for tensor in (outputs.hidden_states[0], outputs.attentions[0]):
+            tensor.retain_grad()
+        first = outputs[0] if isinstance(outputs[0], torch.Tensor) else outputs[0][0]
+        first.flatten()[0].backward()
+        self.assertIsNotNone(outputs.hidden_states[0].grad)
+        self.assertIsNotNone(outputs.attentions[0].grad)
 
     def test_num_layers_is_small(self):
         if self.settings["num_hidden_layers"] == 3:
@@ -191,26 +220,49 @@ class SemanticSegmentationTests(CommonTests):
     all_model_classes = (CroprViTForSemanticSegmentation,)
 
 
+class DetectionTests(CommonTests):
+    all_model_classes = (CroprViTForObjectDetection, CroprViTForInstanceSegmentation)
+
+    def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
+        inputs = super()._prepare_for_class(inputs_dict, model_class)
+        if return_labels:
+            label = {"class_labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.6, 0.4]])}
+            label["masks"] = torch.ones(1, *inputs["pixel_values"].shape[-2:])
+            inputs["labels"] = [label] * len(inputs["pixel_values"])
+        return inputs
+
+    def test_model_outputs_equivalence(self):
+        """The losses draw samples: here always the same."""
+        with mock.patch("torch.randperm", lambda count, device=None: torch.arange(count, device=device)):
+            super().test_model_outputs_equivalence()
+
+    def test_retain_grad_hidden_states_attentions(self):
+        """The suite expects a tensor as the first output, but in training without labels there is none."""
+        _, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+        for model_class in self.all_model_classes:
+            self.check_retained(model_class, self._prepare_for_class(inputs, model_class, return_labels=True))
+
+
 class BackboneTests(CommonTests, BackboneTesterMixin):
     all_model_classes = (CroprViTBackbone,)
 
     def test_retain_grad_hidden_states_attentions(self):
-        """As in the suite, which expects a tensor as the first output; here it is a tuple of feature maps."""
-        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
-        model = CroprViTBackbone._from_config(config, attn_implementation="eager")
-        outputs = model(**inputs, output_hidden_states=True, output_attentions=True)
-        for tensor in (outputs.hidden_states[0], outputs.attentions[0]):
-            tensor.retain_grad()
-        outputs.feature_maps[0].flatten()[0].backward()
-        self.assertIsNotNone(outputs.hidden_states[0].grad)
-        self.assertIsNotNone(outputs.attentions[0].grad)
+        """The suite expects a tensor as the first output; here it is a tuple of feature maps."""
+        _, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+        self.check_retained(CroprViTBackbone, inputs)
 
 
-for case in (ModelTests, ImageClassificationTests, SemanticSegmentationTests, BackboneTests):
+DENSE = (SemanticSegmentationTests, DetectionTests)
+
+for case in (ModelTests, ImageClassificationTests, SemanticSegmentationTests, DetectionTests, BackboneTests):
     for variant, settings in VARIANTS.items():
-        if case is SemanticSegmentationTests and variant == "fusion":
+        if case in DENSE and variant == "fusion":
             continue  # every variant that prunes
+        if case in DENSE and variant != "unpruned":
+            settings = {**settings, "num_hidden_layers": 3, "last_layer_fusion": True}
         if case is SemanticSegmentationTests and variant != "unpruned":
-            settings = {**settings, "num_hidden_layers": 3, "last_layer_fusion": True, "num_queries": None}
+            settings = {**settings, "num_queries": None}
+        if case is DetectionTests:
+            settings = {**settings, **DETECTOR}
         name = f"{case.__name__}_{variant}"
         globals()[name] = type(name, (case, unittest.TestCase), {"settings": settings, "__module__": __name__})
