@@ -74,7 +74,7 @@ TASKS = {
     "instance_segmentation": Task(
         train_instance_segmentation.main,
         "evaluate_detection.py",
-        ("box_map", "mask_map"),
+        ("box_map", "mask_map", "object_patches_kept"),
         (256, 144, 64, 25, 25, 25),
         # Heads in proportion to the backbone; those of the paper would cost a hundred times as much as it.
         {

@@ -17,7 +17,7 @@ account (the figures for boxes leave `maskness_threshold` out):
     python examples/evaluate_detection.py --model_name_or_path outputs/coco_masks --device cuda --config \\
         '{"nms_method": "linear", "nms_threshold": 0.6, "score_threshold": 0.0, "maskness_threshold": 0.5}'
 
-It prints one line of JSON.
+It prints one line of JSON: COCO's metrics, and the share of the patches of objects that are kept to the end.
 """
 
 import json
@@ -72,19 +72,22 @@ class Detector:
         self.processor = AutoImageProcessor.from_pretrained(name)
 
     @torch.inference_mode()
+    def forward(self, images: Sequence[Any]) -> tuple[Any, list[tuple[int, int]]]:
+        """Outputs for RGB pictures, and height and width of each in the input, without padding."""
+        inputs = self.processor(images, return_tensors="pt").to(self.args.device)
+        sizes = [(int(mask.any(dim=1).sum()), int(mask.any(dim=0).sum())) for mask in inputs.pixel_mask]
+        return self.model(**inputs, output_pruning=True), sizes
+
     def detect(self, images: Sequence[Any]) -> list[dict[str, torch.Tensor]]:
         """What was found in RGB pictures, in their pixels."""
-        inputs = self.processor(images, return_tensors="pt").to(self.args.device)
-        return detections(self.model(**inputs), self.processor, [(image.height, image.width) for image in images])
+        outputs, _ = self.forward(images)
+        return detections(outputs, self.processor, [(image.height, image.width) for image in images])
 
-    @torch.inference_mode()
-    def picture(self, rows: Dataset, box_format: str) -> Any:
+    def picture(self, rows: list[dict[str, Any]], box_format: str) -> Any:
         """A figure of the model's inputs, of the objects in them, of detections, and of pruned patches."""
-        images, config = rows["image"][:], self.model.config
+        images, config = [row["image"] for row in rows], self.model.config
         pixels = self.processor(images, do_rescale=False, do_normalize=False, return_tensors="pt").pixel_values
-        inputs = self.processor(images, return_tensors="pt").to(self.args.device)
-        outputs = self.model(**inputs, output_pruning=True)
-        sizes = [(int(mask.any(dim=1).sum()), int(mask.any(dim=0).sum())) for mask in inputs.pixel_mask]
+        outputs, sizes = self.forward(images)
         return plot_detections(
             list(pixels.permute(0, 2, 3, 1).byte().numpy()),
             detections(outputs, self.processor, sizes),
@@ -96,6 +99,28 @@ class Detector:
             label_names=config.id2label,
             threshold=self.args.picture_threshold,
         )
+
+
+class KeptPatches:
+    """Which share of the patches that objects' boxes touch is kept to the end: how well a pruner finds objects."""
+
+    def __init__(self, config: Any, box_format: str):
+        self.config, self.box_format = config, box_format
+        self.kept = self.total = 0
+
+    def add(self, rows: list[dict[str, Any]], outputs: Any, sizes: list[tuple[int, int]]) -> None:
+        """Counts in a batch; `sizes` as `Detector.forward` returns them."""
+        kept = outputs.pruned_after_block.cpu() == self.config.num_hidden_layers
+        for row, size, patches in zip(rows, sizes, kept.unflatten(1, self.config.grid_size)):
+            touched = torch.zeros_like(patches)
+            for left, top, right, bottom in objects_of(row, self.box_format, size)["boxes"] / self.config.patch_size:
+                touched[int(top) : int(bottom.ceil()), int(left) : int(right.ceil())] = True
+            self.kept += int((patches & touched).sum())
+            self.total += int(touched.sum())
+
+    def compute(self) -> dict[str, float]:
+        """The share, -1 without objects, as COCO's metrics have it."""
+        return {"object_patches_kept": self.kept / self.total if self.total else -1.0}
 
 
 def objects_of(row: dict[str, Any], box_format: str, size: tuple[int, int]) -> dict[str, torch.Tensor]:
@@ -132,14 +157,18 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     names = list(detector.model.config.id2label.values())
     if names != label_names(images):
         raise ValueError(f"The model knows the categories {names}, the data set has {label_names(images)}.")
+    patches = KeptPatches(detector.model.config, data_args.box_format)
     for start in logging.tqdm(range(0, len(images), args.batch_size), desc="Evaluation"):
-        rows = images[start : start + args.batch_size]
-        for image_id, objects in zip(rows["image_id"], detector.detect(rows["image"])):
-            metrics.add(image_id, objects)
+        rows = list(images.select(range(start, min(start + args.batch_size, len(images)))))
+        outputs, sizes = detector.forward([row["image"] for row in rows])
+        patches.add(rows, outputs, sizes)
+        found = detections(outputs, detector.processor, [(row["height"], row["width"]) for row in rows])
+        for row, objects in zip(rows, found):
+            metrics.add(row["image_id"], objects)
     if args.picture is not None:
-        shown = images.select(range(min(args.picture_images, len(images))))
+        shown = list(images.select(range(min(args.picture_images, len(images)))))
         detector.picture(shown, data_args.box_format).savefig(args.picture, dpi=110)
-    return metrics.compute()
+    return metrics.compute() | patches.compute()
 
 
 if __name__ == "__main__":
