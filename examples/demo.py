@@ -82,8 +82,8 @@ TASKS = {
             "config": json.dumps(
                 {
                     "anchor_sizes": [8, 16, 32, 64, 128],
-                    "pyramid_channels": 32,
-                    "box_head_size": 128,
+                    "pyramid_channels": 16,
+                    "box_head_size": 64,
                     "num_proposals": 50,
                     "rois_per_image": 32,
                     "detections_per_image": 20,

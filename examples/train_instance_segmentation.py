@@ -13,10 +13,13 @@ here every object needs a mask, and the average precision of masks is measured a
         --dataloader_num_workers 8 --gradient_accumulation_steps 4 --output_dir outputs/coco_masks
 
     python examples/train_instance_segmentation.py --model_name_or_path examples/digits_vit \\
-        --dataset_name cluttered_digits --pruning_rate 20 \\
-        --config '{"anchor_sizes": [8, 16, 32, 64, 128], "mask_stride": 1}' \\
-        --learning_rate 1e-3 --drop_path_rate 0 --max_steps 1000 --warmup_steps 100 --eval_steps 250 \\
-        --per_device_train_batch_size 16 --gradient_accumulation_steps 1 --output_dir outputs/digit_masks
+        --dataset_name cluttered_digits --image_size 128 --pruning_schedule 256 144 64 25 25 25 \\
+        --pruning_curriculum 0.5 --config '{"anchor_sizes": [8, 16, 32, 64, 128], "pyramid_channels": 16,
+        "box_head_size": 64, "num_proposals": 50, "rois_per_image": 32, "detections_per_image": 20,
+        "mask_stride": 1}' \\
+        --learning_rate 5e-3 --layer_decay 0.4 --drop_path_rate 0 --max_steps 375 --warmup_steps 50 --eval_steps 125 \\
+        --max_grad_norm 1 --per_device_train_batch_size 16 --gradient_accumulation_steps 1 \\
+        --output_dir outputs/digit_masks
 """
 
 from dataclasses import dataclass

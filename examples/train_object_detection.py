@@ -26,9 +26,12 @@ and images without objects are trained on as well.)
 `--dataset_name cluttered_digits` draws its images on the spot and needs no network:
 
     python examples/train_object_detection.py --model_name_or_path examples/digits_vit \\
-        --dataset_name cluttered_digits --pruning_rate 20 --config '{"anchor_sizes": [8, 16, 32, 64, 128]}' \\
-        --learning_rate 1e-3 --drop_path_rate 0 --max_steps 1000 --warmup_steps 100 --eval_steps 250 \\
-        --per_device_train_batch_size 16 --gradient_accumulation_steps 1 --output_dir outputs/digit_boxes
+        --dataset_name cluttered_digits --image_size 128 --pruning_schedule 256 144 64 25 25 25 \\
+        --pruning_curriculum 0.5 --config '{"anchor_sizes": [8, 16, 32, 64, 128], "pyramid_channels": 16,
+        "box_head_size": 64, "num_proposals": 50, "rois_per_image": 32, "detections_per_image": 20}' \\
+        --learning_rate 5e-3 --layer_decay 0.4 --drop_path_rate 0 --max_steps 375 --warmup_steps 50 --eval_steps 125 \\
+        --max_grad_norm 1 --per_device_train_batch_size 16 --gradient_accumulation_steps 1 \\
+        --output_dir outputs/digit_boxes
 
 `evaluate_detection.py` measures the published model. The metrics come from faster-coco-eval (`pip install
 "cropr_hf[detection]"`).

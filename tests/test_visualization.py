@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cropr_hf.visualization import LABEL_OPACITY, plot_pruning, plot_segmentation
+from cropr_hf.visualization import LABEL_OPACITY, plot_detections, plot_pruning, plot_segmentation
 
 
 NUM_BLOCKS = 6
@@ -138,6 +138,42 @@ def test_columns_of_images_fill_the_picture_row_by_row():
     assert [int(axis.images[0].get_array()[0, 0, 0]) for axis in panels] == [0, 0, 100, 100, 200, 200]
     colours = list(legend(figure).values())
     assert [tuple(class_layer(figure, panel)[0, 0]) for panel in (1, 3, 5)] == colours
+
+
+def test_detections_are_drawn_where_they_are():
+    """An object of class 3 that was there, found with another box, a mask and a doubtful companion of class 1."""
+    image = np.zeros((20, 30, 3), np.uint8)
+    mask = torch.zeros(2, 20, 30, dtype=torch.bool)
+    mask[0, 5:10, 8:12] = True
+    found = {
+        "boxes": torch.tensor([[8.0, 5.0, 12.0, 10.0], [0.0, 0.0, 4.0, 4.0]]),
+        "labels": torch.tensor([3, 1]),
+        "scores": torch.tensor([0.9, 0.4]),
+        "masks": mask,
+    }
+    truth = {"boxes": torch.tensor([[7.0, 5.0, 12.0, 11.0]]), "labels": torch.tensor([3])}
+    blocks = torch.tensor([[1, NUM_BLOCKS]])
+    figure = plot_detections([image], [found], blocks, NUM_BLOCKS, (1, 2), references=[truth], label_names={3: "cat"})
+    assert panel_titles(figure)[:4] == ["", "objects", "detections", "pruning maps"]
+    true, seen = figure.axes[1:3]
+    assert [patch.get_bbox().bounds for patch in true.patches] == [(6.5, 4.5, 5, 6)]
+    assert [patch.get_bbox().bounds for patch in seen.patches] == [(7.5, 4.5, 4, 5)]
+    assert [text.get_text() for text in (*true.texts, *seen.texts)] == ["cat", "cat 0.90"]
+    layer = seen.images[1]
+    assert tuple(layer.get_extent()) == (-0.5, 29.5, 19.5, -0.5)
+    assert np.array_equal(layer.get_array()[..., 3] > 0, mask[0])
+    assert len(true.images) == 1  # no masks
+    assert overlays(figure)[-1].mask.tolist() == [[False, True]]
+    everything = plot_detections([image], [found], threshold=0.0)
+    assert [text.get_text() for text in everything.axes[1].texts] == ["3 0.90", "1 0.40"]
+
+
+def test_detections_that_do_not_fit_are_an_error():
+    image, nothing = np.zeros((8, 8, 3), np.uint8), {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0)}
+    with pytest.raises(ValueError, match="1 images, 2 detections; give one of each"):
+        plot_detections([image], [nothing] * 2)
+    with pytest.raises(ValueError, match="needs `num_blocks`"):
+        plot_detections([image], [nothing], torch.ones(1, 4))
 
 
 def test_label_maps_that_do_not_fit_are_an_error():
