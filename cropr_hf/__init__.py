@@ -3,6 +3,8 @@
 Importing the package registers its models with the Auto classes.
 """
 
+from typing import Any
+
 from transformers import (
     AutoBackbone,
     AutoConfig,
@@ -58,10 +60,9 @@ AutoModelForObjectDetection.register(CroprRfDetrConfig, CroprRfDetrForObjectDete
 modeling_auto.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES["cropr_vit"] = "CroprViTForSemanticSegmentation"
 modeling_auto.MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES["cropr_vit"] = "CroprViTForObjectDetection"
 modeling_auto.MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES["cropr_rf_detr"] = "CroprRfDetrForObjectDetection"
-modeling_auto.MODEL_FOR_INSTANCE_SEGMENTATION_MAPPING_NAMES["cropr_vit"] = (  # the pipeline joins the tables
-    "CroprViTForSemanticSegmentation",
-    "CroprViTForInstanceSegmentation",
-)
+# The segmentation pipeline joins this table with the semantic one, of which it would hide the entry.
+segmenters: Any = ("CroprViTForSemanticSegmentation", "CroprViTForInstanceSegmentation")
+modeling_auto.MODEL_FOR_INSTANCE_SEGMENTATION_MAPPING_NAMES["cropr_vit"] = segmenters
 
 __all__ = [
     "TOKEN_REDUCERS",

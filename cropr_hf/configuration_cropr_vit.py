@@ -486,7 +486,7 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
         windows, rest = divmod(num_patches, self.window_size**2)
         if rest:
             return None
-        nearest, down = windows * max(rows, columns), 1
+        nearest, down = float("inf"), 1
         for count in range(1, windows + 1):
             height, width = count * columns, windows // count * rows  # in units that make them equal for the image
             stretch = max(height, width) / min(height, width)
