@@ -3,8 +3,6 @@
 Importing the package registers its models with the Auto classes.
 """
 
-from typing import Any
-
 from transformers import (
     AutoBackbone,
     AutoConfig,
@@ -61,8 +59,10 @@ modeling_auto.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES["cropr_vit"] = "Crop
 modeling_auto.MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES["cropr_vit"] = "CroprViTForObjectDetection"
 modeling_auto.MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES["cropr_rf_detr"] = "CroprRfDetrForObjectDetection"
 # The segmentation pipeline joins this table with the semantic one, of which it would hide the entry.
-segmenters: Any = ("CroprViTForSemanticSegmentation", "CroprViTForInstanceSegmentation")
-modeling_auto.MODEL_FOR_INSTANCE_SEGMENTATION_MAPPING_NAMES["cropr_vit"] = segmenters
+modeling_auto.MODEL_FOR_INSTANCE_SEGMENTATION_MAPPING_NAMES["cropr_vit"] = (  # type: ignore[assignment]
+    "CroprViTForSemanticSegmentation",
+    "CroprViTForInstanceSegmentation",
+)
 
 __all__ = [
     "TOKEN_REDUCERS",
