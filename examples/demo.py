@@ -61,6 +61,7 @@ TASKS = {
             "random_erasing": 0,
             "mixup_alpha": 0,
             "cutmix_alpha": 0,
+            "label_smoothing": 0,
             "last_layer_fusion": False,
         },
     ),
