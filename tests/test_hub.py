@@ -20,6 +20,7 @@ from cropr_hf import (
     CroprViTImageProcessor,
 )
 from cropr_hf.hub import AUTO_MAP, save_for_hub
+from tests.common import DETECTOR
 
 
 # Runs in an interpreter that cannot import the package.
@@ -51,15 +52,6 @@ torch.save(results, folder + "/results.pt")
 """
 
 
-DETECTOR = {
-    "pyramid_channels": 8,
-    "anchor_sizes": [4, 8, 12, 16, 24],
-    "box_head_size": 16,
-    "num_proposals": 20,
-    "rois_per_image": 16,
-    "detections_per_image": 5,
-    "score_threshold": 0.0,
-}
 OBJECTS = [
     {
         "class_labels": torch.tensor([0, 2]),
