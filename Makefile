@@ -5,12 +5,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help demo demo-segmentation demo-detection test test-common test-slow bench style quality clean
+.PHONY: help demo demo-segmentation demo-detection demo-any-speed test test-common test-slow bench style quality clean
 
 help:
 	@echo "make demo              fine-tune, publish, load and compare pruned models on cluttered digits"
 	@echo "make demo-segmentation the same for label maps"
 	@echo "make demo-detection    the same for boxes and masks of objects"
+	@echo "make demo-any-speed    one checkpoint at any speed, against one checkpoint per speed"
 	@echo "make test              the tests (CPU; no network needed after the installation)"
 	@echo "make test-common       the model test suite of the installed Transformers release"
 	@echo "make test-slow         tests that take more than a minute each"
@@ -37,6 +38,9 @@ demo-detection: $(VENV)/.installed-demo
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python examples/demo.py --task instance_segmentation \
 		--train_images 6000 --output_dir outputs/demo_detection
 
+demo-any-speed: $(VENV)/.installed-demo
+	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python examples/any_speed.py
+
 test: $(VENV)/.installed-dev
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
@@ -48,7 +52,7 @@ test-slow: $(VENV)/.installed-dev
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 bench: $(VENV)/.installed-dev
-	$(BIN)/python -m cropr_hf.benchmark --size large --pruning_rate 8 --batch_size 8
+	$(BIN)/cropr-hf benchmark --size large --pruning_rate 8 --batch_size 8
 
 style: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .

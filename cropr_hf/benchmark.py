@@ -1,6 +1,6 @@
 """How fast is it? Models side by side in one process, round after round, as ratios.
 
-    python -m cropr_hf.benchmark --size large --pruning_rate 8 --batch_size 8
+    cropr-hf benchmark --size large --pruning_rate 8 --batch_size 8
 
 compares the stripped Cropr model with the same model unpruned, with a random pruner of the same schedule, and with
 Transformers' own ViT, on random weights (speed does not depend on them; detectors are made to find something).
@@ -8,17 +8,19 @@ Transformers' own ViT, on random weights (speed does not depend on them; detecto
 
 import json
 import math
+import os
 import platform
+import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import HfArgumentParser, ViTConfig, ViTForImageClassification
+from transformers import ViTConfig, ViTForImageClassification
 from transformers.utils import logging
 
 from .configuration_cropr_vit import CroprViTConfig
@@ -46,17 +48,23 @@ DEFAULT_TASK = "image_classification"
 DETECTION = ("object_detection", "instance_segmentation")
 
 
-def multiply_adds(config: CroprViTConfig, grid_size: tuple[int, int] | None = None, attention: bool = True) -> int:
+def multiply_adds(
+    config: CroprViTConfig,
+    grid_size: tuple[int, int] | None = None,
+    attention: bool = True,
+    pruning: int | Sequence[int] | None = None,
+) -> int:
     """Multiply-adds of one image through patch embedding and blocks: linear layers and attention products.
 
     Args:
         config: any configuration; its schedule and its windows decide the tokens of each block.
         grid_size: rows and columns of patches of the input; those of `config.image_size` by default.
         attention: whether attention products count; the paper's figures of detectors leave them out.
+        pruning: a rate or a schedule instead of the configured one, as `set_pruning` takes it.
     """
     grid_size = config.grid_size if grid_size is None else grid_size
     num_patches = grid_size[0] * grid_size[1]
-    patches_per_block = [num_patches, *config.kept_patches(num_patches)[:-1]]
+    patches_per_block = [num_patches, *config.kept_patches(num_patches, pruning)[:-1]]
     if config.last_layer_fusion:
         patches_per_block[-1] = num_patches
     size = config.hidden_size
@@ -175,10 +183,18 @@ def pruning_candidates(
     Without `training` the first is stripped, else it has its auxiliary heads.
     """
     fields = config.to_dict() | {"use_auxiliary_heads": False}
-    unpruned = fields | {"token_reducer": None, "pruning_rate": None, "pruning_schedule": None}
-    configs = {UNPRUNED: unpruned, "cropr": fields | {"token_reducer": "cropr", "use_auxiliary_heads": training}}
-    configs["random"] = fields | {"token_reducer": "random"}
-    return {name: TASKS[task][0](CroprViTConfig(**fields)) for name, fields in configs.items()}
+    configs = {
+        UNPRUNED: unpruned_config(config),
+        "cropr": CroprViTConfig(**fields | {"token_reducer": "cropr", "use_auxiliary_heads": training}),
+        "random": CroprViTConfig(**fields | {"token_reducer": "random"}),
+    }
+    return {name: TASKS[task][0](config) for name, config in configs.items()}
+
+
+def unpruned_config(config: CroprViTConfig) -> CroprViTConfig:
+    """The same model without pruning."""
+    unpruned = {"token_reducer": None, "pruning_rate": None, "pruning_schedule": None, "use_auxiliary_heads": False}
+    return CroprViTConfig(**config.to_dict() | unpruned)
 
 
 def transformers_twin(config: CroprViTConfig) -> ViTForImageClassification | None:
@@ -214,43 +230,32 @@ def saved_bytes(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> int:
     return total
 
 
+def _argument(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass
 class BenchmarkArguments:
-    """Arguments of the command.
+    """What `run` compares, and how; the arguments of `cropr-hf benchmark`."""
 
-    Attributes:
-        model_name_or_path: a Cropr checkpoint whose configuration to time; else `size` and `config`.
-        size: of `CroprViTConfig.from_size`, such as large, eva02_large or eva02_large_detection.
-        task: encoder, image_classification, semantic_segmentation, object_detection or instance_segmentation; by
-            default that of the checkpoint, or image_classification.
-        pruning_rate: patch tokens removed per module.
-        image_size: height and width in pixels.
-        config: further configuration fields, as JSON.
-        batch_size: images per call.
-        training: time training steps (forward and backward pass, with auxiliary heads) instead of inference.
-        gradient_checkpointing: in training, compute blocks and aggregators again in the backward pass.
-        device, dtype: where and in which precision, for instance cuda and bfloat16.
-        compile: whether to run `torch.compile`.
-        min_rounds, max_rounds, tolerance: see `compare`.
-        output: a JSON file for the record.
-    """
-
-    model_name_or_path: str | None = None
-    size: str = "large"
-    task: str | None = None
-    pruning_rate: int | None = None
-    image_size: int | None = None
-    config: str = "{}"
-    batch_size: int = 8
-    training: bool = False
-    gradient_checkpointing: bool = False
-    device: str = "cpu"
-    dtype: str = "float32"
-    compile: bool = False
-    min_rounds: int = 7
-    max_rounds: int = 40
-    tolerance: float = 0.01
-    output: str | None = None
+    model_name_or_path: str | None = _argument(
+        None, "Cropr checkpoint whose configuration to time; otherwise --size and --config."
+    )
+    size: str = _argument("large", "Of CroprViTConfig.from_size: large, eva02_large, eva02_large_detection, ...")
+    task: str | None = _argument(None, f"{', '.join(TASKS)}; that of the checkpoint, or {DEFAULT_TASK}.")
+    pruning_rate: int | None = _argument(None, "Patch tokens removed per module.")
+    image_size: int | None = _argument(None, "Height and width in pixels.")
+    config: str = _argument("{}", "Further fields of the configuration, as JSON.")
+    batch_size: int = _argument(8, "Images per call.")
+    training: bool = _argument(False, "Time training steps, with auxiliary heads, instead of inference.")
+    gradient_checkpointing: bool = _argument(False, "In training, compute blocks again in the backward pass.")
+    device: str = _argument("cpu", "Where to run, such as cuda.")
+    dtype: str = _argument("float32", "Type of weights and inputs, such as bfloat16.")
+    compile: bool = _argument(False, "Run torch.compile.")
+    min_rounds: int = _argument(7, "Rounds at least; see `compare`.")
+    max_rounds: int = _argument(40, "Rounds at most.")
+    tolerance: float = _argument(0.01, "Standard error of the ratios at which it stops.")
+    output: str | None = _argument(None, "JSON file for the record.")
 
 
 def _config_from(args: BenchmarkArguments) -> CroprViTConfig:
@@ -326,10 +331,9 @@ def run(args: BenchmarkArguments) -> dict[str, Any]:
     config = models["cropr"].config  # type: ignore[assignment]
     costs = {name: _costs(models[name], inputs) for name in (UNPRUNED, "cropr", "random")}
     bound = sum(costs[UNPRUNED].values()) / sum(costs["cropr"].values())
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
     return {
         "arguments": asdict(args),
-        "machine": f"{machine}, {torch.get_num_threads()} threads",
+        "machine": machine_name(device),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "patches_kept": config.kept_patches(),
         "multiply_adds": costs,
@@ -348,6 +352,18 @@ def run(args: BenchmarkArguments) -> dict[str, Any]:
             for name, timing in timings.items()
         },
     }
+
+
+def machine_name(device: torch.device) -> str:
+    """The GPU, or the CPU and the threads in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):  # Linux, where the platform module knows the instruction set only
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            models = re.findall(r"^model name\s*: (.+)$", file.read(), flags=re.MULTILINE)
+        name = models[0] if models else name
+    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def _costs(model: Any, inputs: dict[str, Any]) -> dict[str, int]:
@@ -411,17 +427,3 @@ def format_table(record: dict[str, Any]) -> str:
         f"{record['versions']['transformers']}",
     ]
     return "\n".join(lines)
-
-
-def main() -> None:
-    """Entry point of `python -m cropr_hf.benchmark`."""
-    (args,) = HfArgumentParser(BenchmarkArguments).parse_args_into_dataclasses()  # type: ignore[arg-type]
-    record = run(args)
-    if args.output is not None:
-        with open(args.output, "w", encoding="utf-8") as file:
-            json.dump(record, file, indent=2)
-    print(format_table(record))
-
-
-if __name__ == "__main__":
-    main()

@@ -14,7 +14,9 @@
 """Loading and saving: stripped for publishing, complete for resuming."""
 
 import copy
+import fnmatch
 import inspect
+import itertools
 import json
 import os
 import re
@@ -33,7 +35,9 @@ from .token_reduction import TokenReducer, has_auxiliary_heads, strip_state_dict
 
 
 TRAINING_CONFIG_FOLDER = "training_config"
-HUB_ARGUMENTS = ("repo_id", "commit_message", "private", "token", "create_pr", "revision")
+HUB_ARGUMENTS = ("commit_message", "commit_description", "private", "token", "create_pr", "revision")
+CARD_NAME = "README.md"
+CARD_MARK = "<!-- Written by cropr_hf from record.json. Remove this line to keep changes of your own. -->"
 
 
 class StrippableModel(PreTrainedModel):
@@ -44,6 +48,8 @@ class StrippableModel(PreTrainedModel):
     """
 
     config: CroprViTConfig
+    # What was done with these weights, for the model card; see `cropr_hf.model_card`. `CroprTrainer` fills it in.
+    record: dict[str, Any] | None = None
 
     def remove_auxiliary_heads(self) -> None:
         """Turns the model in memory into the stripped one, which gives the same outputs in evaluation."""
@@ -162,6 +168,9 @@ class StrippableModel(PreTrainedModel):
         does not change. All files are written beside the old ones first, and `config.json` comes last: an interrupted
         save leaves the old folder, or one that does not load. See `PreTrainedModel.save_pretrained` for the rest.
 
+        Except in a folder to resume from, `record.json` and the model card `README.md` lie beside the weights (where
+        `cropr_hf` is installed); a card that somebody wrote or changed by hand stays.
+
         Args:
             strip_auxiliary_heads: `None` is as above; `True` and `False` decide.
 
@@ -169,9 +178,10 @@ class StrippableModel(PreTrainedModel):
             `ValueError`: for a distributed checkpoint, which can only be complete.
         """
         save_directory = os.fspath(save_directory)
+        folder = os.path.basename(os.path.abspath(save_directory))
+        is_published = re.fullmatch(r"checkpoint-\d+", folder) is None
         if strip_auxiliary_heads is None:
-            folder = os.path.basename(os.path.abspath(save_directory))
-            strip_auxiliary_heads = re.fullmatch(r"checkpoint-\d+", folder) is None
+            strip_auxiliary_heads = is_published
         strip = strip_auxiliary_heads and self.config.use_auxiliary_heads
         if strip and kwargs.get("distributed_checkpoint"):
             raise ValueError("A distributed checkpoint cannot be stripped; pass `strip_auxiliary_heads=False`.")
@@ -179,11 +189,14 @@ class StrippableModel(PreTrainedModel):
             raise ValueError(f"{save_directory} is a file; give a folder to save to.")
         if strip:
             state_dict = strip_state_dict(self.state_dict() if state_dict is None else state_dict)
+        repo_id = kwargs.pop("repo_id", None)
         hub_kwargs = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if push_to_hub and name in kwargs}
         if not is_main_process:
             super().save_pretrained(save_directory, False, state_dict, False, *args, **kwargs)
             return
 
+        saved = self.state_dict() if state_dict is None else state_dict  # which loses its tensors on the way
+        num_parameters = sum(tensor.numel() for tensor in saved.values())
         os.makedirs(save_directory, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="_saving_", dir=save_directory) as staging:
             self.config.use_auxiliary_heads = self.config.use_auxiliary_heads and not strip
@@ -193,10 +206,45 @@ class StrippableModel(PreTrainedModel):
                 self.config.use_auxiliary_heads = self.config.use_auxiliary_heads or strip
             if strip:
                 _save_training_config(staging, type(self.config))
+            if is_published:
+                _write_card(self, staging, repo_id or folder, num_parameters, save_directory)
             if push_to_hub:
-                folder = os.path.basename(os.path.abspath(save_directory))
-                _upload(staging, hub_kwargs.pop("repo_id", folder), **hub_kwargs)
+                _upload(staging, repo_id or folder, weights_variant=kwargs.get("variant"), **hub_kwargs)
             _replace_files(staging, save_directory, weights_variant=kwargs.get("variant"))
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        max_shard_size: int | str | None = "50GB",
+        tags: list[str] | None = None,
+    ) -> str:
+        """Uploads what `save_pretrained` writes, stripped weights and model card, in one commit.
+
+        A card on the Hub that somebody wrote or changed by hand stays. See `PreTrainedModel.push_to_hub` for the
+        arguments.
+        """
+        if tags:
+            self.add_model_tags(tags)
+        with tempfile.TemporaryDirectory() as parent:
+            folder = os.path.join(parent, "model")
+            self.save_pretrained(folder, repo_id=repo_id, max_shard_size=max_shard_size)
+            return _upload(
+                folder,
+                repo_id,
+                private,
+                token,
+                revision,
+                create_pr=create_pr,
+                commit_message=commit_message,
+                commit_description=commit_description,
+            )
 
 
 def _stored_config(path: str | os.PathLike, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -229,10 +277,49 @@ def _save_training_config(folder: str, config_class: type[PreTrainedConfig]) -> 
         shutil.copy(inspect.getfile(config_class), training_folder)
 
 
-def _upload(folder: str, repo_id: str, private: bool | None = None, token: Any = None, **kwargs: Any) -> None:
+def _upload(
+    folder: str,
+    repo_id: str,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    weights_variant: str | None = None,
+    **kwargs: Any,
+) -> str:
+    """Replaces the model in a repository by that in a folder, in one commit."""
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs)
+    if revision is not None and not revision.startswith("refs/pr"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    kept = [CARD_NAME] if _has_own_card(api, repo_id, revision) else None
+    if os.path.exists(os.path.join(folder, "config.json")):  # not adapters alone
+        kwargs["delete_patterns"] = [*_weight_patterns(weights_variant), f"{TRAINING_CONFIG_FOLDER}/*"]
+    return api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, ignore_patterns=kept, **kwargs)
+
+
+def _has_own_card(api: HfApi, repo_id: str, revision: str | None) -> bool:
+    """Whether the card of a repository was written or taken over by somebody."""
+    if not api.file_exists(repo_id, CARD_NAME, revision=revision):
+        return False
+    card = api.hf_hub_download(repo_id, CARD_NAME, revision=revision)
+    with open(card, encoding="utf-8") as file:
+        return CARD_MARK not in file.read()
+
+
+def _write_card(model: StrippableModel, folder: str, name: str, num_parameters: int, target: str) -> None:
+    """The model card, unless this file is the copy on the Hub and runs without the package that it comes from."""
+    try:
+        from cropr_hf.model_card import write_card
+    except ImportError:
+        return
+    write_card(model, folder, name, num_parameters, target)
+
+
+def _weight_patterns(variant: str | None) -> list[str]:
+    """Names of files with weights: whole, in shards, and the index of shards. Loading takes the first it finds."""
+    dotted = f".{variant}" if variant else ""
+    shard = f"model{dotted}-?????-of-?????.safetensors"
+    return [f"model{dotted}.safetensors", shard, f"model.safetensors.index{dotted}.json"]
 
 
 def _replace_files(source: str, target: str, weights_variant: str | None) -> None:
@@ -244,11 +331,9 @@ def _replace_files(source: str, target: str, weights_variant: str | None) -> Non
     if os.path.exists(os.path.join(target, config_name)):
         os.remove(os.path.join(target, config_name))
     shutil.rmtree(os.path.join(target, TRAINING_CONFIG_FOLDER), ignore_errors=True)
-    variant = f"\\.{re.escape(weights_variant)}" if weights_variant else ""
-    stale = re.compile(rf"model(\.safetensors\.index)?{variant}(-\d{{5}}-of-\d{{5}})?\.(safetensors|json)")
-    for name in os.listdir(target):
-        if stale.fullmatch(name):
-            os.remove(os.path.join(target, name))
+    stale = [fnmatch.filter(os.listdir(target), pattern) for pattern in _weight_patterns(weights_variant)]
+    for name in itertools.chain.from_iterable(stale):
+        os.remove(os.path.join(target, name))
     for folder, _, names in os.walk(source):
         destination = os.path.join(target, os.path.relpath(folder, source))
         os.makedirs(destination, exist_ok=True)

@@ -20,7 +20,7 @@ from io import BytesIO
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset, Features, List, Value
+from datasets import ClassLabel, Dataset, DatasetInfo, Features, List, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -211,7 +211,8 @@ def cluttered_digits(
         }
         for name, value in row.items():
             columns[name].append(value)
-    return Dataset.from_dict(columns, features=_features())
+    info = DatasetInfo(dataset_name="cluttered_digits", features=_features())
+    return Dataset.from_dict(columns, info=info, split=split)
 
 
 def _features() -> Features:

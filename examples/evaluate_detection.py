@@ -29,7 +29,7 @@ import torch
 from coco import CocoMetrics, annotations, label_names
 from datasets import Dataset
 from detection import DIGITS, FILES, DataArguments, detections, load_source, prepare_split
-from shared import argument
+from shared import argument, record_evaluation
 from torchvision.ops import box_convert
 from transformers import (
     AutoConfig,
@@ -57,6 +57,7 @@ class EvaluationArguments:
     picture: str | None = argument(None, "A PNG file for a picture of detections and of what was pruned.")
     picture_images: int = argument(8, "Images in that picture.")
     picture_threshold: float = argument(0.5, "Least score of a detection in that picture.")
+    update_record: bool = argument(False, "Whether to add the result to the record and the card of that folder.")
 
 
 class Detector:
@@ -168,7 +169,11 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     if args.picture is not None:
         shown = list(images.select(range(min(args.picture_images, len(images)))))
         detector.picture(shown, data_args.box_format).savefig(args.picture, dpi=110)
-    return metrics.compute() | patches.compute()
+    results = metrics.compute() | patches.compute()
+    if args.update_record:
+        settings = json.loads(args.config)
+        record_evaluation(args.model_name_or_path, data_args, args.split, len(images), results, settings)
+    return results
 
 
 if __name__ == "__main__":

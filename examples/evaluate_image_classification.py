@@ -19,7 +19,7 @@ from typing import Any
 import evaluate
 import torch
 from datasets import Dataset, load_dataset
-from shared import CLUTTERED_DIGITS, argument
+from shared import CLUTTERED_DIGITS, argument, record_evaluation
 from train_image_classification import ACCURACY
 from transformers import AutoImageProcessor, AutoModelForImageClassification, HfArgumentParser
 from transformers.utils import logging
@@ -34,6 +34,7 @@ class Arguments:
 
     model_name_or_path: str = argument("outputs/image_classification", "Folder or Hub id of a classifier.")
     dataset_name: str = argument(CLUTTERED_DIGITS, f"Data set id on the Hub, or '{CLUTTERED_DIGITS}'.")
+    dataset_config_name: str | None = argument(None, "Configuration of that data set.")
     split: str = argument("test", "Split of the data set.")
     max_eval_samples: int = argument(2000, "Images to use at most.")
     image_column_name: str = argument("image", "Column of the images.")
@@ -43,6 +44,7 @@ class Arguments:
     seed: int = argument(0, "Of the drawn images.")
     picture: str | None = argument(None, "A PNG file for a picture of what was pruned.")
     picture_images: int = argument(8, "Images in that picture.")
+    update_record: bool = argument(False, "Whether to add the result to the record and the card of that folder.")
 
 
 def load_images(args: Arguments) -> Dataset:
@@ -51,7 +53,7 @@ def load_images(args: Arguments) -> Dataset:
         from cluttered_digits import cluttered_digits
 
         return cluttered_digits(args.split, args.max_eval_samples, seed=args.seed)
-    images = load_dataset(args.dataset_name, split=args.split)
+    images = load_dataset(args.dataset_name, args.dataset_config_name, split=args.split)
     return images.select(range(min(args.max_eval_samples, len(images))))
 
 
@@ -92,7 +94,10 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     predictions = predict(model, processor, pictures, args)
     if args.picture is not None:
         save_picture(model, processor, pictures, labels, args)
-    return evaluate.load(ACCURACY).compute(predictions=predictions, references=labels)
+    metrics = evaluate.load(ACCURACY).compute(predictions=predictions, references=labels)
+    if args.update_record:
+        record_evaluation(args.model_name_or_path, args, args.split, len(labels), metrics)
+    return metrics
 
 
 if __name__ == "__main__":

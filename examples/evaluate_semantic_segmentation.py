@@ -26,7 +26,7 @@ import evaluate
 import numpy as np
 import torch
 from datasets import Dataset
-from shared import argument
+from shared import argument, record_evaluation
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 from train_semantic_segmentation import MEAN_IOU, DataArguments, fill_up, fill_values, load_source
@@ -50,6 +50,7 @@ class EvaluationArguments:
     seed: int = argument(0, "Of the drawn images.")
     picture: str | None = argument(None, "A PNG file for a picture of predictions and of what was pruned.")
     picture_images: int = argument(6, "Images in that picture.")
+    update_record: bool = argument(False, "Whether to add the result to the record and the card of that folder.")
 
 
 class Segmenter:
@@ -144,7 +145,11 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         images, references = zip(*(pair(index) for index in range(min(args.picture_images, len(split)))))
         segmenter.picture(images, references).savefig(args.picture, dpi=110)
     scores = mean_iou.compute(num_labels=segmenter.model.config.num_labels, ignore_index=data_args.ignore_index)
-    return {name: score for name, score in scores.items() if not name.startswith("per_category")}
+    metrics = {name: score for name, score in scores.items() if not name.startswith("per_category")}
+    if args.update_record:
+        settings = {} if args.stride is None else {"stride": args.stride}
+        record_evaluation(args.model_name_or_path, data_args, args.split, len(split), metrics, settings)
+    return metrics
 
 
 if __name__ == "__main__":

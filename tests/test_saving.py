@@ -37,6 +37,8 @@ from tests.common import (
 )
 
 
+# Files of a stripped save.
+PUBLISHED = {"README.md", "config.json", "model.safetensors", "record.json", "training_config"}
 TRAINING_PARTS = ("queries", "aggregator", "auxiliary_head", "projection", "scorer.norm")
 
 SCORERS = {
@@ -151,7 +153,7 @@ def test_training_config_has_heads_and_nothing_else_differs(tmp_path):
 
 def test_a_model_without_heads_has_no_training_config(tmp_path):
     make_model(CroprViTModel, tiny_config("random")).save_pretrained(tmp_path)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(PUBLISHED - {"training_config"})
 
 
 def test_training_config_makes_unchanged_scripts_train(tmp_path):
@@ -490,7 +492,7 @@ def test_sharded_over_unsharded_and_back_leave_no_stale_weights(tmp_path):
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert {file.name for file in tmp_path.glob("*-of-*")} == set(index["weight_map"].values())
     third.save_pretrained(tmp_path)
-    assert {file.name for file in tmp_path.iterdir()} == {"config.json", "model.safetensors", "training_config"}
+    assert {file.name for file in tmp_path.iterdir()} == PUBLISHED
     assert_same_model(third, CroprViTForImageClassification.from_pretrained(tmp_path))
 
 
@@ -498,7 +500,7 @@ def test_a_complete_save_over_a_stripped_one_leaves_no_training_config(tmp_path)
     model = trainable()
     model.save_pretrained(tmp_path)
     model.save_pretrained(tmp_path, strip_auxiliary_heads=False)
-    assert {file.name for file in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    assert {file.name for file in tmp_path.iterdir()} == PUBLISHED - {"training_config"}
 
 
 def test_saving_leaves_other_files_alone(tmp_path):
@@ -672,18 +674,9 @@ def hub(monkeypatch):
             if file.is_file():
                 hub.files[str(file.relative_to(folder_path))] = file.read_bytes()
 
-    def create_commit(self, repo_id, operations, **kwargs):
-        hub.calls.append(("create_commit", {"repo_id": repo_id, **kwargs}))
-        for operation in operations:
-            hub.files[operation.path_in_repo] = Path(operation.path_or_fileobj).read_bytes()
-
     monkeypatch.setattr(HfApi, "create_repo", create_repo)
     monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
-    monkeypatch.setattr(HfApi, "create_commit", create_commit)
-    monkeypatch.setattr(
-        "transformers.utils.hub.create_and_tag_model_card",
-        lambda *args, **kwargs: type("Card", (), {"save": lambda self, path: Path(path).write_text("card")})(),
-    )
+    monkeypatch.setattr(HfApi, "file_exists", lambda self, *args, **kwargs: False)
     return hub
 
 
@@ -699,8 +692,9 @@ def test_push_to_hub_uploads_stripped_files(hub):
     model = trainable()
     model.push_to_hub("me/pruned", commit_message="first", private=True)
     assert_stripped_upload(hub, model)
-    assert dict(hub.calls)["create_commit"]["repo_id"] == "me/pruned"
-    assert dict(hub.calls)["create_commit"]["commit_message"] == "first"
+    assert dict(hub.calls)["upload_folder"]["repo_id"] == "me/pruned"
+    assert dict(hub.calls)["upload_folder"]["commit_message"] == "first"
+    assert json.loads(hub.files["record.json"])["model"]["name"] == "me/pruned"
     assert dict(hub.calls)["create_repo"]["private"] is True
 
 
@@ -713,13 +707,14 @@ def test_save_pretrained_with_push_to_hub_uploads_stripped_files(folder, kwargs,
     model.save_pretrained(f"{tmp_path}/{folder}", push_to_hub=True, commit_message="second", token="t", **kwargs)
     assert_stripped_upload(hub, model)
     assert [name for name, _ in hub.calls] == ["create_repo", "upload_folder"]
-    assert dict(hub.calls)["upload_folder"] == {"repo_id": repository, "commit_message": "second"}
+    call = dict(hub.calls)["upload_folder"]
+    assert (call["repo_id"], call["commit_message"], call["revision"]) == (repository, "second", None)
     assert_same_model(model, CroprViTForImageClassification.from_pretrained(tmp_path / folder))
 
 
 def test_only_our_models_override_saving():
     assert CroprViTForImageClassification.save_pretrained is not PreTrainedModel.save_pretrained
-    assert CroprViTForImageClassification.push_to_hub is PreTrainedModel.push_to_hub
+    assert CroprViTForImageClassification.push_to_hub is not PreTrainedModel.push_to_hub
 
 
 def test_backbone_weights_of_another_shape_are_not_replaced(tmp_path):

@@ -205,8 +205,12 @@ def load_transformers(source: str | os.PathLike, **loading: Any) -> PreTrainedMo
 
     Raises:
         `ValueError`: when the family is not supported, or the checkpoint lacks weights that the conversion needs.
+        `OSError`: when there is no such folder or repository, or it is out of reach.
     """
-    config = AutoConfig.from_pretrained(source, **loading)
+    try:
+        config = AutoConfig.from_pretrained(source, **loading)
+    except OSError as error:
+        raise OSError(f"{source} is no folder of a model, nor a repository in reach: {error}") from error
     family = find_family(config)
     names = config.architectures or [""]
     model_class = getattr(transformers, names[0], AutoModel)

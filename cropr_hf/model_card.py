@@ -1,0 +1,319 @@
+"""Records of what was done with a model, and the model card (README.md) that is rendered from them.
+
+A record is the JSON file `record.json` beside the weights:
+
+- `model`: what it computes (`model_facts`),
+- `training`: data, settings, hardware, versions; written by `CroprTrainer`,
+- `evaluations`: one entry per data set and split, with its metrics,
+- `throughput`: a record of `cropr_hf.benchmark`,
+- `metadata`: `language`, `license` and `tags` for the Hub.
+
+The card says what the record says, and nothing else.
+"""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers.utils import logging
+
+from .benchmark import multiply_adds, unpruned_config
+from .configuration_cropr_vit import CroprViTConfig
+from .saving import CARD_MARK, CARD_NAME
+
+
+logger = logging.get_logger(__name__)
+
+RECORD_NAME = "record.json"
+PICTURE_NAME = "pruning.png"
+TEMPLATE = resources.files(__package__) / "templates" / "model_card.md"
+# Class of the model -> pipeline, Auto class.
+TASKS = {
+    "CroprViTForImageClassification": ("image-classification", "AutoModelForImageClassification"),
+    "CroprViTForSemanticSegmentation": ("image-segmentation", "AutoModelForSemanticSegmentation"),
+    "CroprViTForObjectDetection": ("object-detection", "AutoModelForObjectDetection"),
+    "CroprViTForInstanceSegmentation": ("image-segmentation", "AutoModelForInstanceSegmentation"),
+    "CroprViTModel": ("image-feature-extraction", "AutoModel"),
+    "CroprViTBackbone": ("image-feature-extraction", "AutoBackbone"),
+}
+SUMMARIES = {
+    "CroprViTForImageClassification": "classifies images",
+    "CroprViTForSemanticSegmentation": "labels every pixel of an image",
+    "CroprViTForObjectDetection": "finds objects and their boxes",
+    "CroprViTForInstanceSegmentation": "finds objects, their boxes and their masks",
+}
+BAR_LENGTH = 40
+
+
+def model_facts(
+    config: CroprViTConfig,
+    class_name: str,
+    name: str | None = None,
+    num_parameters: int | None = None,
+    base_model: str | None = None,
+) -> dict[str, Any]:
+    """The section `model` of a record.
+
+    Args:
+        config: of the model, with its own schedule.
+        class_name: such as `"CroprViTForImageClassification"`.
+        name: a Hub id, or the name of a folder; the title of the card.
+        num_parameters: of the stripped model.
+        base_model: what it was fine-tuned from, a Hub id or a folder.
+    """
+    return {
+        "name": name or class_name,
+        "class": class_name,
+        "base_model": source_name(base_model) if base_model else None,
+        "num_parameters": num_parameters,
+        "image_size": [length * config.patch_size for length in config.grid_size],
+        "patch_size": config.patch_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "token_reducer": config.token_reducer,
+        "last_layer_fusion": config.last_layer_fusion,
+        "num_patches": config.num_patches,
+        "patches_kept": config.kept_patches(),
+        "multiply_adds": multiply_adds(config),
+        "multiply_adds_unpruned": multiply_adds(unpruned_config(config)),
+    }
+
+
+def source_name(name: str | os.PathLike) -> str:
+    """A Hub id as it is, and of a local folder its name only: where it lies is nobody's business."""
+    return Path(name).name if os.path.exists(name) else str(name)
+
+
+def write_card(
+    model: Any, folder: str | os.PathLike, name: str, num_parameters: int, target: str | os.PathLike | None = None
+) -> None:
+    """Writes the record and the card of a model beside its weights; `save_pretrained` calls it.
+
+    Args:
+        model: any `CroprViT*` model; its attribute `record` holds what is known beside the model itself.
+        folder: where to write.
+        name: a Hub id, or the name of a folder.
+        num_parameters: of what is saved.
+        target: where the files go from there, if not to stay.
+    """
+    class_name = type(model).__name__.removeprefix("FSDP")  # sharding makes a class of that name
+    facts = model_facts(model.config, class_name, name, num_parameters, model.config.name_or_path)
+    record = {"model": facts, **(model.record or {})}
+    if model.model_tags:
+        record["metadata"] = {"tags": model.model_tags, **record.get("metadata", {})}
+    write_record(folder, record, target)
+
+
+def read_record(folder: str | os.PathLike) -> dict[str, Any]:
+    """The record in a folder.
+
+    Raises:
+        `ValueError`: when there is none, or it is no JSON object with a section `model`.
+    """
+    file = Path(folder) / RECORD_NAME
+    if not file.is_file():
+        raise ValueError(
+            f"{folder} has no {RECORD_NAME}; save the model there by `save_pretrained`, which writes one."
+        )
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is no JSON ({error}); save the model again, or correct the file.") from error
+    if not isinstance(record, dict) or "model" not in record:
+        raise ValueError(f"{file} has no section `model`; save the model again, or correct the file.")
+    return record
+
+
+def write_record(folder: str | os.PathLike, record: dict[str, Any], target: str | os.PathLike | None = None) -> None:
+    """Writes a record and the card that says the same.
+
+    A card in `target` (`folder` by default) that somebody wrote, or took over by removing our mark, is left alone.
+    """
+    folder, target = Path(folder), Path(folder if target is None else target)
+    _write(folder / RECORD_NAME, json.dumps(record, indent=2) + "\n")
+    card = target / CARD_NAME
+    if card.is_file() and CARD_MARK not in card.read_text(encoding="utf-8"):
+        logger.info(f"{card} was not written by cropr_hf, or was changed since, and stays as it is.")
+        return
+    _write(folder / CARD_NAME, str(render_card(record, target)))
+
+
+def add_to_record(
+    folder: str | os.PathLike, evaluation: dict[str, Any] | None = None, throughput: dict[str, Any] | None = None
+) -> None:
+    """Adds measurements to the record of a published folder, and writes its card anew.
+
+    Args:
+        folder: with weights and `record.json`.
+        evaluation: `dataset`, `split`, `num_examples`, `metrics`, such as `{"accuracy": 0.93}`, and where they are not
+            those of the folder, `settings`; it replaces one of the same data set, split and settings.
+        throughput: what `cropr_hf.benchmark.run` returns.
+
+    Raises:
+        `ValueError`: when the folder has no record.
+    """
+    record = read_record(folder)
+    if evaluation is not None:
+        record["evaluations"] = merge_evaluation(record.get("evaluations", []), evaluation)
+    if throughput is not None:
+        record["throughput"] = throughput
+    write_record(folder, record)
+
+
+def merge_evaluation(evaluations: list[dict[str, Any]], evaluation: dict[str, Any]) -> list[dict[str, Any]]:
+    """`evaluations` with one more, which replaces an older one of the same data set, split and settings."""
+
+    def key(entry: dict[str, Any]) -> list[Any]:
+        return [entry.get(name) for name in ("dataset", "config", "split", "settings")]
+
+    return [entry for entry in evaluations if key(entry) != key(evaluation)] + [evaluation]
+
+
+def render_card(record: Mapping[str, Any], folder: str | os.PathLike | None = None) -> ModelCard:
+    """The model card of a record.
+
+    Args:
+        record: see the beginning of this file. `published` (a sentence) and `recipe` (a command) are for cards of
+            recipes that nobody has run.
+        folder: of the model, whose picture and code the card mentions.
+    """
+    model = record["model"]
+    name = model["name"]
+    folder = None if folder is None else Path(folder)
+    base = model.get("base_model")
+    on_hub = bool(base) and _is_hub_id(base)
+    training = record.get("training", {})
+    is_pruned = model["patches_kept"][-1] < model["num_patches"]
+    metadata = record.get("metadata", {})
+    data = ModelCardData(
+        library_name="transformers",
+        language=metadata.get("language"),
+        license=metadata.get("license") or training.get("base_licence"),
+        base_model=base if on_hub else None,
+        datasets=[training["dataset"]] if _is_hub_id(training.get("dataset") or "") else None,
+        pipeline_tag=TASKS.get(model["class"], (None,))[0],
+        tags=["vision", *(["cropr", "token-pruning"] if is_pruned else []), *metadata.get("tags", [])],
+        **({"model_name": name, "eval_results": results} if (results := _eval_results(record)) else {}),
+    )
+    return ModelCard.from_template(
+        data,
+        template_str=TEMPLATE.read_text(encoding="utf-8"),
+        mark=CARD_MARK,
+        name=name,
+        summary=_summary(model, is_pruned),
+        base_model=f"[{base}](https://huggingface.co/{base})" if on_hub else base and f"`{base}`",
+        base_licence=training.get("base_licence"),
+        model=model,
+        giga=_giga,
+        token_bars=_token_bars(model) if is_pruned else None,
+        picture=PICTURE_NAME if folder is not None and (folder / PICTURE_NAME).exists() else None,
+        published=record.get("published"),
+        recipe=record.get("recipe"),
+        evaluations=record.get("evaluations"),
+        throughput=record.get("throughput"),
+        usage=_usage(model["class"], name),
+        has_code=folder is not None and (folder / "modeling_cropr_vit.py").exists(),
+        training=_training_table(training),
+        settings=json.dumps(training["settings"], indent=2) if training.get("settings") else None,
+    )
+
+
+def _summary(model: Mapping[str, Any], is_pruned: bool) -> str:
+    does = SUMMARIES.get(model["class"], "encodes images")
+    if not is_pruned:
+        return f"A vision transformer that {does}."
+    method = "[Token Cropr](https://arxiv.org/abs/2412.00965)" if model["token_reducer"] == "cropr" else "a pruner"
+    if model["token_reducer"] == "random":
+        method = "random pruning (a baseline)"
+    share = 1 - model["patches_kept"][-1] / model["num_patches"]
+    return f"A vision transformer that {does}, and drops {share:.0%} of the image patches on the way by {method}."
+
+
+def _token_bars(model: Mapping[str, Any]) -> str:
+    """A bar per run of blocks that work on the same number of patches."""
+    total = model["num_patches"]
+    patches = [total, *model["patches_kept"][:-1]]
+    if model["last_layer_fusion"]:
+        patches[-1] = total
+    starts = [block for block, kept in enumerate(patches) if block == 0 or kept != patches[block - 1]]
+    lines = []
+    for start, end in zip(starts, [*starts[1:], len(patches)]):
+        blocks = f"block {start + 1}" if end == start + 1 else f"blocks {start + 1}-{end}"
+        bar = "█" * max(1, round(BAR_LENGTH * patches[start] / total))
+        lines.append(f"{blocks:<13}{bar:<{BAR_LENGTH}} {patches[start]:>5}")
+    return "\n".join(lines)
+
+
+def _giga(count: int) -> str:
+    return f"{count / 1e9:.1f} G" if count >= 1e9 else f"{count / 1e6:.0f} M"
+
+
+def _usage(class_name: str, name: str) -> str:
+    pipeline, auto_class = TASKS.get(class_name, (None, "AutoModel"))
+    lines = ["import cropr_hf  # registers the models with the Auto classes"]
+    if class_name in SUMMARIES:
+        subtask = ', subtask="instance"' if class_name == "CroprViTForInstanceSegmentation" else ""
+        lines += ["from transformers import pipeline", "", f'model = pipeline("{pipeline}", model="{name}")']
+        lines.append(f'print(model("image.jpg"{subtask}))')
+    else:
+        lines += [f"from transformers import {auto_class}", "", f'model = {auto_class}.from_pretrained("{name}")']
+    return "\n".join(lines)
+
+
+def _training_table(training: Mapping[str, Any]) -> dict[str, Any]:
+    """What the training section says, except for the settings, in words."""
+    labels = {
+        "dataset": "data set",
+        "split": "split",
+        "num_examples": "images",
+        "num_epochs": "epochs",
+        "num_steps": "steps",
+        "batch_size": "images per step",
+        "precision": "precision",
+        "seed": "seed",
+        "loss": "last loss",
+        "machine": "hardware",
+        "num_processes": "processes",
+        "minutes": "minutes",
+        "script": "script",
+        "commit": "commit of cropr_hf",
+    }
+    table = {words: training[key] for key, words in labels.items() if training.get(key) is not None}
+    if versions := training.get("versions"):
+        table["versions"] = ", ".join(f"{library} {version}" for library, version in versions.items())
+    return table
+
+
+def _eval_results(record: Mapping[str, Any]) -> list[EvalResult]:
+    task = TASKS.get(record["model"]["class"], ("other",))[0]
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type=evaluation["dataset"],
+            dataset_name=evaluation["dataset"],
+            dataset_config=evaluation.get("config"),
+            dataset_split=evaluation.get("split"),
+            dataset_revision=evaluation.get("revision"),
+            metric_type=metric,
+            metric_name=metric,
+            metric_value=value,
+        )
+        for evaluation in record.get("evaluations", [])
+        for metric, value in evaluation["metrics"].items()
+    ]
+
+
+def _is_hub_id(name: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
+
+
+def _write(path: Path, text: str) -> None:
+    """Never leaves half a file behind."""
+    temporary = path.with_name(f"_{path.name}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,141 @@
+"""What a Trainer knows about a run, for the record beside the weights (see `cropr_hf.model_card`)."""
+
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import ModelCard
+from transformers import Trainer
+from transformers.utils import logging
+
+from ..benchmark import machine_name
+from ..model_card import CARD_NAME, source_name
+from ..version import __version__
+
+
+logger = logging.get_logger(__name__)
+
+# Where things lie, who looks on, and secrets: they do not change what is trained.
+PRIVATE_SETTINGS = {
+    "data_dir",
+    "disable_tqdm",
+    "hub_model_id",
+    "hub_token",
+    "id2label",
+    "logging_dir",
+    "model_name_or_path",
+    "output_dir",
+    "push_to_hub",
+    "report_to",
+    "resume_from_checkpoint",
+    "run_name",
+    "token",
+    "train_dir",
+    "validation_dir",
+}
+PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
+# What `Trainer.evaluate` adds to the metrics.
+TIMINGS = ("epoch", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+
+
+def training_facts(trainer: Trainer) -> dict[str, Any]:
+    """The section `training` of a record: data, settings, hardware, versions."""
+    args, state = trainer.args, trainer.state
+    finished = next((entry for entry in reversed(state.log_history) if "train_runtime" in entry), {})
+    precision = trainer.accelerator.mixed_precision  # by the arguments, or by the configuration of accelerate
+    facts = {
+        **dataset_facts(trainer.train_dataset),
+        "num_epochs": round(state.epoch, 2) if state.epoch else None,
+        "num_steps": state.global_step,
+        "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "precision": PRECISIONS.get(precision, precision),
+        "seed": args.seed,
+        "loss": finished.get("train_loss"),
+        "minutes": round(finished["train_runtime"] / 60, 1) if finished else None,
+        "machine": machine_name(args.device),
+        "num_processes": args.world_size,
+        "versions": {
+            "cropr_hf": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "commit": code_commit(),
+        "settings": changed_settings(args),
+    }
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def dataset_facts(dataset: Any) -> dict[str, Any]:
+    """Name, configuration, split and size of a data set, as far as it knows them."""
+    info, split = getattr(dataset, "info", None), getattr(dataset, "split", None)
+    facts = {
+        "dataset": getattr(info, "dataset_name", None) or type(dataset).__name__,
+        "config": getattr(info, "config_name", None),
+        "split": None if split is None else str(split),
+        "num_examples": len(dataset) if hasattr(dataset, "__len__") else None,
+    }
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def evaluation_metrics(metrics: Mapping[str, Any], prefix: str) -> dict[str, float]:
+    """The numbers that `Trainer.evaluate` returns, without their prefix, and without how long it took."""
+    named = {name.removeprefix(f"{prefix}_"): value for name, value in metrics.items()}
+    return {name: value for name, value in named.items() if name not in TIMINGS and isinstance(value, (int, float))}
+
+
+def changed_settings(*arguments: Any) -> dict[str, Any]:
+    """Fields of dataclasses that differ from their defaults, except for paths, secrets and the like."""
+    changed = {}
+    for group in arguments:
+        for field in dataclasses.fields(group):
+            value = getattr(group, field.name, None)
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            value, default = (setting.value if isinstance(setting, Enum) else setting for setting in (value, default))
+            if field.init and value != default and field.name not in PRIVATE_SETTINGS and _is_plain(value):
+                changed[field.name] = value
+    return changed
+
+
+def licence_of(base_model: str) -> str | None:
+    """The licence in the model card of a folder or of a repository that can be reached; `None` if there is none."""
+    folder = Path(base_model)
+    try:
+        card = ModelCard.load(folder / CARD_NAME if folder.is_dir() else base_model)
+    except (OSError, ValueError) as error:
+        logger.info(f"The licence of {source_name(base_model)} is not known: {error}")
+        return None
+    return card.data.get("license")
+
+
+def code_commit() -> str | None:
+    """The commit of this package in a checkout, with `-dirty` for changes since; `None` where it is installed."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        tracked = subprocess.run([*git, "ls-files", Path(__file__).name], capture_output=True, text=True, check=True)
+        described = subprocess.run(
+            [*git, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return described.stdout.strip() if tracked.stdout else None  # else it is somebody else's repository
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a setting can be written down: no object, and no path of this machine."""
+    try:
+        json.dumps(value)
+    except TypeError:
+        return False
+    return not (isinstance(value, str) and os.path.isabs(value))

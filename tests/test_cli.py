@@ -1,0 +1,167 @@
+"""The command `cropr-hf`: what it writes, and how it fails."""
+
+import json
+import re
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from test_training import tiny_model
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+from cropr_hf import CroprViTForImageClassification, CroprViTForObjectDetection, __version__
+from cropr_hf.cli import build_parser, main
+from cropr_hf.model_card import read_record
+
+
+COMMANDS = ("convert", "strip", "benchmark", "visualize", "card")
+PROCESSOR = {"size": {"height": 32, "width": 32}}
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory) -> Path:
+    """A plain ViT of Transformers, with its image processor."""
+    folder = tmp_path_factory.mktemp("vit")
+    config = ViTConfig(
+        hidden_size=24,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=48,
+        image_size=32,
+        patch_size=8,
+        num_labels=4,
+    )
+    ViTForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessor(**PROCESSOR).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    """What the Trainer leaves behind: complete weights, and the image processor."""
+    folder = tmp_path / "run" / "checkpoint-5"
+    tiny_model().save_pretrained(folder)
+    ViTImageProcessor(**PROCESSOR).save_pretrained(folder)
+    return folder
+
+
+def run(*arguments) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def test_convert_makes_a_folder_that_trains_and_prunes(vit, tmp_path):
+    fields = {"pruning_rate": 4, "image_size": 48}
+    assert run("convert", vit, tmp_path / "out", "--config", json.dumps(fields)) == 0
+    model = CroprViTForImageClassification.from_pretrained(tmp_path / "out", use_auxiliary_heads=True)
+    assert model.config.pruning_rate == 4 and model.config.num_patches == 36
+    processor = ViTImageProcessor.from_pretrained(tmp_path / "out")
+    assert dict(processor.size) == {"height": 48, "width": 48}
+    assert read_record(tmp_path / "out")["model"]["base_model"] == vit.name
+
+
+def test_convert_to_a_detector_with_code(vit, tmp_path):
+    fields = {"pruning_rate": 4, "num_labels": 3, "pyramid_channels": 8, "box_head_size": 8}
+    command = ["convert", vit, tmp_path / "out", "--task", "object_detection", "--with_code"]
+    assert run(*command, "--config", json.dumps(fields)) == 0
+    assert CroprViTForObjectDetection.from_pretrained(tmp_path / "out").config.num_labels == 3
+    assert (tmp_path / "out" / "modeling_cropr_vit_detection.py").exists()
+    stored = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
+    assert stored["image_processor_type"] == "CroprViTImageProcessor"
+    assert (stored["pad_size"]["height"], stored["size"]["longest_edge"]) == (32, 32)
+
+
+def test_strip_keeps_the_outputs_and_the_record(checkpoint, tmp_path):
+    (checkpoint / "record.json").write_text(json.dumps({"model": {}, "training": {"seed": 7}}))
+    assert run("strip", checkpoint, tmp_path / "out") == 0
+    whole = CroprViTForImageClassification.from_pretrained(checkpoint).eval()
+    stripped = CroprViTForImageClassification.from_pretrained(tmp_path / "out")
+    assert whole.config.use_auxiliary_heads and not stripped.config.use_auxiliary_heads
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(whole(images).logits, stripped(images).logits)
+    assert read_record(tmp_path / "out")["training"] == {"seed": 7}
+    assert (tmp_path / "out" / "preprocessor_config.json").exists()
+
+
+def test_benchmark_adds_to_the_record(checkpoint, tmp_path, capsys):
+    run("strip", checkpoint, tmp_path / "out")
+    command = ["benchmark", "--model_name_or_path", tmp_path / "out", "--batch_size", 1, "--min_rounds", 3]
+    command += ["--max_rounds", 3, "--output", tmp_path / "record.json", "--update_record"]
+    assert run(*command) == 0
+    assert "| unpruned |" in capsys.readouterr().out
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert read_record(tmp_path / "out")["throughput"] == record
+    assert set(record["results"]) >= {"unpruned", "cropr", "random"}
+    assert record["machine"] in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
+def test_visualize_draws_images_of_any_size(checkpoint, tmp_path):
+    pytest.importorskip("matplotlib")
+    for name, size in {"wide": (50, 20), "high": (16, 40)}.items():
+        Image.new("RGB", size, "red").save(tmp_path / f"{name}.png")
+    images = [tmp_path / "wide.png", tmp_path / "high.png"]
+    assert run("visualize", checkpoint, *images, "--output", tmp_path / "pruning.png") == 0
+    assert Image.open(tmp_path / "pruning.png").width > 100
+
+
+def test_card_adds_metadata_and_makes_records_for_old_folders(checkpoint, tmp_path):
+    run("strip", checkpoint, tmp_path / "out")
+    for name in ("README.md", "record.json"):
+        (tmp_path / "out" / name).unlink()
+    assert run("card", tmp_path / "out", "--name", "me/squares", "--license", "mit", "--tags", "a", "b") == 0
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "# me/squares" in card and "license: mit" in card and "- b\n" in card
+    assert run("card", tmp_path / "out", "--language", "en") == 0
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "license: mit" in card and "language: en" in card
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["strip", "nowhere/at-all", "out"], "nowhere/at-all is no folder"),
+        (["card", "missing"], "missing is no folder"),
+        (["benchmark", "--update_record"], "--model_name_or_path"),
+        (["benchmark", "--task", "poetry"], "poetry"),
+        (["convert", "nowhere/at-all", "out"], "nowhere/at-all"),
+        (["convert", "x", "out", "--config", "{"], "--config"),
+    ],
+)
+def test_failures_say_why_and_exit_with_1(arguments, reason, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 1
+    assert reason in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wrong_arguments_exit_with_2(capsys):
+    for arguments in ([], ["strip"], ["strip", "a", "b", "--nonsense"], ["convert", "a", "b", "--task", "poetry"]):
+        with pytest.raises(SystemExit) as error:
+            main(arguments)
+        assert error.value.code == 2
+    assert "poetry" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example_that_parses(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    example = re.search(r"example:\n  cropr-hf (.+)$", text, flags=re.MULTILINE)[1]
+    assert build_parser().parse_args([part.strip("'") for part in re.findall(r"'[^']*'|\S+", example)]).function
+    undocumented = re.findall(r"^  --?[\w-]+(?: [A-Z_]+)?$\n(?=  -|\n|$)", text, flags=re.MULTILINE)
+    assert undocumented == []
+
+
+def test_it_is_installed_as_a_command():
+    result = subprocess.run(
+        [sys.executable, "-m", "cropr_hf.cli", "--version"], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == __version__
+    (entry,) = [entry for entry in entry_points(group="console_scripts") if entry.name == "cropr-hf"]
+    assert entry.load() is main

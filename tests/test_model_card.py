@@ -1,0 +1,172 @@
+import json
+import re
+
+import pytest
+from huggingface_hub import ModelCard
+from test_training import ColouredSquares, tiny_model, training_arguments
+
+from cropr_hf import CroprViTForSemanticSegmentation
+from cropr_hf.hub import save_for_hub
+from cropr_hf.model_card import add_to_record, model_facts, read_record, render_card
+from cropr_hf.training import CroprTrainer, changed_settings
+
+
+ACCURACY = {"dataset": "owner/squares", "split": "test", "num_examples": 64, "metrics": {"accuracy": 0.75}}
+
+
+def card_of(folder) -> str:
+    return (folder / "README.md").read_text(encoding="utf-8")
+
+
+def saved(folder, **fields):
+    model = tiny_model(**fields)
+    model.save_pretrained(folder)
+    return model
+
+
+class TestSaving:
+    def test_the_card_says_what_the_model_computes(self, tmp_path):
+        model = saved(tmp_path / "squares")
+        record, card = read_record(tmp_path / "squares"), card_of(tmp_path / "squares")
+        stripped = type(model).from_pretrained(tmp_path / "squares")
+        assert record["model"]["patches_kept"] == model.config.kept_patches()
+        assert record["model"]["num_parameters"] == sum(parameter.numel() for parameter in stripped.parameters())
+        assert f"{record['model']['num_parameters']:,}" in card
+        assert "# squares" in card and "`CroprViTForImageClassification`" in card
+        assert "No results are recorded" in card and "Not measured" in card and "Not recorded." in card
+        data = ModelCard(card).data
+        assert data.pipeline_tag == "image-classification" and data.library_name == "transformers"
+        assert data.tags == ["vision", "cropr", "token-pruning"] and data.eval_results is None
+
+    def test_bars_are_the_patches_that_each_block_works_on(self, tmp_path):
+        model = saved(tmp_path, pruning_rate=4)
+        kept = model.config.kept_patches()
+        bars = re.findall(r"^blocks? ([\d-]+) +(█+) +(\d+)$", card_of(tmp_path), flags=re.MULTILINE)
+        worked_on = [model.config.num_patches, *kept[:-1]]
+        worked_on[-1] = model.config.num_patches  # last layer fusion
+        drawn = []
+        for blocks, bar, patches in bars:
+            first, _, last = blocks.partition("-")
+            drawn += [int(patches)] * (int(last or first) - int(first) + 1)
+            assert len(bar) == max(1, round(40 * int(patches) / model.config.num_patches))
+        assert drawn == worked_on
+
+    def test_an_unpruned_model_has_no_bars(self, tmp_path):
+        saved(tmp_path, token_reducer=None, pruning_rate=None, use_auxiliary_heads=False)
+        card = card_of(tmp_path)
+        assert "█" not in card and "drops" not in card and ModelCard(card).data.tags == ["vision"]
+
+    def test_a_card_by_hand_stays(self, tmp_path):
+        model = saved(tmp_path)
+        taken_over = card_of(tmp_path).replace("<!-- Written by cropr_hf", "<!-- Once written by cropr_hf")
+        (tmp_path / "README.md").write_text(taken_over, encoding="utf-8")
+        model.save_pretrained(tmp_path)
+        add_to_record(tmp_path, evaluation=ACCURACY)
+        assert card_of(tmp_path) == taken_over
+        assert read_record(tmp_path)["evaluations"] == [ACCURACY]
+
+    def test_folders_to_resume_from_have_no_card(self, tmp_path):
+        saved(tmp_path / "checkpoint-3")
+        assert not {"README.md", "record.json"} & {file.name for file in (tmp_path / "checkpoint-3").iterdir()}
+
+    def test_a_folder_with_code_says_how_to_load_it(self, tmp_path):
+        saved(tmp_path / "plain")
+        save_for_hub(tiny_model(), tmp_path / "with_code")
+        assert "trust_remote_code=True" not in card_of(tmp_path / "plain")
+        assert "trust_remote_code=True" in card_of(tmp_path / "with_code")
+
+    def test_no_path_of_this_machine_is_published(self, tmp_path):
+        saved(tmp_path / "private" / "base")
+        model = type(tiny_model()).from_pretrained(tmp_path / "private" / "base")
+        model.save_pretrained(tmp_path / "published")
+        text = card_of(tmp_path / "published") + (tmp_path / "published" / "record.json").read_text()
+        assert str(tmp_path) not in text and "fine-tuned from `base`" in text
+
+
+class TestRecords:
+    def test_measurements_are_added_and_replaced(self, tmp_path):
+        saved(tmp_path)
+        add_to_record(tmp_path, evaluation=ACCURACY)
+        add_to_record(tmp_path, evaluation={**ACCURACY, "split": "validation"})
+        add_to_record(tmp_path, evaluation={**ACCURACY, "metrics": {"accuracy": 0.5}})
+        assert [entry["metrics"]["accuracy"] for entry in read_record(tmp_path)["evaluations"]] == [0.75, 0.5]
+        card = card_of(tmp_path)
+        assert "| owner/squares | test | 64 | accuracy | 0.5 |" in card
+        results = ModelCard(card).data.eval_results
+        assert [(result.dataset_split, result.metric_value) for result in results] == [("validation", 0.75), ("test", 0.5)]
+
+    def test_folders_without_a_record_are_errors(self, tmp_path):
+        with pytest.raises(ValueError, match=r"no record\.json"):
+            add_to_record(tmp_path, evaluation=ACCURACY)
+        for text in ("{", "[]", "{}"):
+            (tmp_path / "record.json").write_text(text)
+            with pytest.raises(ValueError, match=r"record\.json"):
+                read_record(tmp_path)
+
+    def test_a_recipe_that_nobody_ran_says_so(self):
+        config = tiny_model().config
+        record = {
+            "model": model_facts(config, "CroprViTForImageClassification", "Tiny", base_model="owner/vit"),
+            "published": "85.3 % top-1.",
+            "recipe": "python train.py recipe.yaml",
+        }
+        card = str(render_card(record))
+        assert "**Not measured here.** Published figures, those of the paper: 85.3 % top-1." in card
+        assert "There are no weights yet" in card and "python train.py recipe.yaml" in card
+        assert ModelCard(card).data.base_model == "owner/vit"
+
+    def test_changed_settings_hold_no_secrets_and_paths(self, tmp_path):
+        args = training_arguments(tmp_path, hub_token="secret", learning_rate=0.5, lr_scheduler_type="cosine")
+        settings = changed_settings(args)
+        assert settings["learning_rate"] == 0.5 and settings["lr_scheduler_type"] == "cosine"
+        assert "warmup_steps" not in settings
+        assert "secret" not in json.dumps(settings) and str(tmp_path) not in json.dumps(settings)
+
+
+class TestTrainer:
+    def trainer(self, folder, **kwargs) -> CroprTrainer:
+        args = training_arguments(folder, max_steps=3, **kwargs)
+        return CroprTrainer(tiny_model(), args, train_dataset=ColouredSquares(), eval_dataset=ColouredSquares())
+
+    def test_what_it_saves_says_how_it_was_trained_and_what_it_found(self, tmp_path):
+        trainer = self.trainer(tmp_path / "run")
+        trainer.facts = {"dataset": "owner/squares", "base_licence": "mit"}
+        trainer.train()
+        trainer.evaluate()
+        trainer.create_model_card(tags="squares", language="en")  # nothing was saved yet
+        trainer.save_model()
+        record, card = read_record(tmp_path / "run"), card_of(tmp_path / "run")
+        training = record["training"]
+        assert (training["num_steps"], training["batch_size"], training["seed"]) == (3, 8, 3)
+        assert training["settings"]["learning_rate"] == 1e-3 and training["precision"] == "float32"
+        assert training["loss"] == pytest.approx(trainer.state.log_history[-2]["train_loss"], abs=1e-6)
+        (evaluation,) = record["evaluations"]
+        assert evaluation["dataset"] == "owner/squares" and set(evaluation["metrics"]) == {"loss"}
+        data = ModelCard(card).data
+        assert (data.license, data.datasets, data.language) == ("mit", ["owner/squares"], "en")
+        assert data.tags == ["vision", "cropr", "token-pruning", "squares"]
+        trainer.model.save_pretrained(tmp_path / "copy")
+        assert {**read_record(tmp_path / "copy"), "model": None} == {**record, "model": None}
+
+    def test_results_of_other_weights_are_not_recorded(self, tmp_path):
+        """Those during the training, and those before more of it."""
+        trainer = self.trainer(tmp_path, eval_strategy="steps", eval_steps=1)
+        trainer.evaluate()
+        trainer.train()
+        trainer.save_model()
+        assert read_record(tmp_path)["evaluations"] == []
+
+    def test_a_loaded_model_does_not_inherit_results(self, tmp_path):
+        saved(tmp_path / "first")
+        add_to_record(tmp_path / "first", evaluation=ACCURACY)
+        model = type(tiny_model()).from_pretrained(tmp_path / "first", use_auxiliary_heads=True)
+        model.save_pretrained(tmp_path / "second")
+        assert "evaluations" not in read_record(tmp_path / "second")
+
+
+def test_a_card_of_a_dense_task_shows_fusion(tmp_path):
+    model = tiny_model(CroprViTForSemanticSegmentation, num_queries=None)
+    model.save_pretrained(tmp_path)
+    card = card_of(tmp_path)
+    assert "before the last block the pruned ones come back" in card and "labels every pixel" in card
+    assert ModelCard(card).data.pipeline_tag == "image-segmentation"
