@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help demo demo-segmentation demo-detection demo-any-speed test test-common test-slow bench style quality clean
+.PHONY: help demo demo-segmentation demo-detection demo-any-speed test test-common test-slow test-official bench cards style quality clean
 
 help:
 	@echo "make demo              fine-tune, publish, load and compare pruned models on cluttered digits"
@@ -15,7 +15,9 @@ help:
 	@echo "make test              the tests (CPU; no network needed after the installation)"
 	@echo "make test-common       the model test suite of the installed Transformers release"
 	@echo "make test-slow         tests that take more than a minute each"
+	@echo "make test-official     the official example scripts, in TRANSFORMERS_EXAMPLES=.../transformers/examples/pytorch"
 	@echo "make bench             ViT-L/16: Cropr against the unpruned model, a random pruner and Transformers' ViT"
+	@echo "make cards             model_cards/ from the records of the demos and from the recipes"
 	@echo "make style             format and fix"
 	@echo "make quality           ruff and mypy"
 
@@ -51,8 +53,17 @@ test-common: $(VENV)/.installed-dev
 test-slow: $(VENV)/.installed-dev
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
+test-official: $(VENV)/.installed-dev
+	$(if $(TRANSFORMERS_EXAMPLES),,$(error Set TRANSFORMERS_EXAMPLES, see docs/official_scripts.md))
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check albumentations torchmetrics pycocotools
+	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_EXAMPLES=$(abspath $(TRANSFORMERS_EXAMPLES)) \
+		$(BIN)/python -m pytest -m slow tests/test_official_scripts.py $(PYTEST_ARGS)
+
 bench: $(VENV)/.installed-dev
 	$(BIN)/cropr-hf benchmark --size large --pruning_rate 8 --batch_size 8
+
+cards: $(VENV)/.installed-dev
+	$(BIN)/python model_cards/render.py
 
 style: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .

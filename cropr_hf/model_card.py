@@ -19,6 +19,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.utils import logging
 
@@ -219,7 +220,7 @@ def render_card(record: Mapping[str, Any], folder: str | os.PathLike | None = No
         usage=_usage(model["class"], name),
         has_code=folder is not None and (folder / "modeling_cropr_vit.py").exists(),
         training=_training_table(training),
-        settings=json.dumps(training["settings"], indent=2) if training.get("settings") else None,
+        settings=_yaml(training.get("settings")),
     )
 
 
@@ -276,7 +277,7 @@ def _training_table(training: Mapping[str, Any]) -> dict[str, Any]:
         "batch_size": "images per step",
         "precision": "precision",
         "seed": "seed",
-        "loss": "last loss",
+        "loss": "mean loss, auxiliary losses included",
         "machine": "hardware",
         "num_processes": "processes",
         "minutes": "minutes",
@@ -287,6 +288,10 @@ def _training_table(training: Mapping[str, Any]) -> dict[str, Any]:
     if versions := training.get("versions"):
         table["versions"] = ", ".join(f"{library} {version}" for library, version in versions.items())
     return table
+
+
+def _yaml(settings: Mapping[str, Any] | None) -> str | None:
+    return yaml.safe_dump(settings, sort_keys=False, default_flow_style=None) if settings else None
 
 
 def _eval_results(record: Mapping[str, Any]) -> list[EvalResult]:

@@ -35,6 +35,7 @@ from .token_reduction import TokenReducer, has_auxiliary_heads, strip_state_dict
 
 
 TRAINING_CONFIG_FOLDER = "training_config"
+STAGING_PREFIX = "_saving_"
 HUB_ARGUMENTS = ("commit_message", "commit_description", "private", "token", "create_pr", "revision")
 CARD_NAME = "README.md"
 CARD_MARK = "<!-- Written by cropr_hf from record.json. Remove this line to keep changes of your own. -->"
@@ -198,7 +199,9 @@ class StrippableModel(PreTrainedModel):
         saved = self.state_dict() if state_dict is None else state_dict  # which loses its tensors on the way
         num_parameters = sum(tensor.numel() for tensor in saved.values())
         os.makedirs(save_directory, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="_saving_", dir=save_directory) as staging:
+        for name in fnmatch.filter(os.listdir(save_directory), f"{STAGING_PREFIX}*"):  # of a save that was killed
+            shutil.rmtree(os.path.join(save_directory, name), ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=STAGING_PREFIX, dir=save_directory) as staging:
             self.config.use_auxiliary_heads = self.config.use_auxiliary_heads and not strip
             try:
                 super().save_pretrained(staging, True, state_dict, False, *args, **kwargs)

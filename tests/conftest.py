@@ -35,3 +35,12 @@ def log_records():
     yield records
     for logger in loggers:
         logger.removeHandler(handler)
+
+
+@pytest.fixture
+def hub_server(tmp_path):
+    """A Hub of its own for the test; see `tests.hub_server.HubServer`."""
+    from tests.hub_server import HubServer
+
+    with HubServer(tmp_path / "hf_home") as server:
+        yield server

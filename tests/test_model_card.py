@@ -1,5 +1,7 @@
+import importlib.util
 import json
 import re
+from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
@@ -11,6 +13,7 @@ from cropr_hf.model_card import add_to_record, model_facts, read_record, render_
 from cropr_hf.training import CroprTrainer, changed_settings
 
 
+ROOT = Path(__file__).resolve().parents[1]
 ACCURACY = {"dataset": "owner/squares", "split": "test", "num_examples": 64, "metrics": {"accuracy": 0.75}}
 
 
@@ -170,3 +173,35 @@ def test_a_card_of_a_dense_task_shows_fusion(tmp_path):
     card = card_of(tmp_path)
     assert "before the last block the pruned ones come back" in card and "labels every pixel" in card
     assert ModelCard(card).data.pipeline_tag == "image-segmentation"
+
+
+class TestModelCards:
+    """The folder `model_cards`."""
+
+    @pytest.fixture
+    def cards(self):
+        spec = importlib.util.spec_from_file_location("render", ROOT / "model_cards" / "render.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    def test_every_card_says_what_its_record_says(self, cards):
+        written = {path: path.read_text(encoding="utf-8") for path in (ROOT / "model_cards").rglob("*.md")}
+        assert cards.render() == written, "run `make cards`"
+
+    def test_there_is_a_card_for_every_recipe_and_it_claims_no_measurement(self, cards):
+        recipes = {path.stem for path in (ROOT / "examples" / "recipes").glob("*.yaml")}
+        assert recipes == {path.stem for path in (ROOT / "model_cards" / "recipes").glob("*.md")}
+        for name in recipes:
+            card = ModelCard.load(ROOT / "model_cards" / "recipes" / f"{name}.md")
+            assert "**Not measured here.**" in card.text and card.data.eval_results is None
+
+    def test_models_that_were_trained_here_have_results_and_hardware(self, cards):
+        folders = cards.record_folders()
+        assert folders
+        for folder in folders:
+            record = read_record(folder)
+            assert record["training"]["commit"] and record["training"]["machine"] and record["training"]["versions"]
+            assert "dirty" not in record["training"]["commit"]
+            assert any(evaluation["split"] == "test" for evaluation in record["evaluations"])
+            assert {"unpruned", "cropr", "random"} <= record["throughput"]["results"].keys()

@@ -58,7 +58,7 @@ def training_facts(trainer: Trainer) -> dict[str, Any]:
         "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "precision": PRECISIONS.get(precision, precision),
         "seed": args.seed,
-        "loss": finished.get("train_loss"),
+        "loss": round(finished["train_loss"], 4) if finished else None,
         "minutes": round(finished["train_runtime"] / 60, 1) if finished else None,
         "machine": machine_name(args.device),
         "num_processes": args.world_size,
@@ -100,7 +100,10 @@ def changed_settings(*arguments: Any) -> dict[str, Any]:
             value = getattr(group, field.name, None)
             default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
             value, default = (setting.value if isinstance(setting, Enum) else setting for setting in (value, default))
-            if field.init and value != default and field.name not in PRIVATE_SETTINGS and _is_plain(value):
+            is_filled_in = default is None and (value is False or value in ("", [], {}))  # means "not given"
+            if field.name in PRIVATE_SETTINGS or not field.init:
+                continue
+            if value != default and not is_filled_in and _is_plain(value):
                 changed[field.name] = value
     return changed
 
