@@ -27,6 +27,7 @@ from .modeling_cropr_vit import (
     CroprViTPreTrainedModel,
 )
 from .modeling_cropr_vit_detection import CroprViTForInstanceSegmentation, CroprViTForObjectDetection
+from .schedules import curriculum_schedule, evaluate_schedules
 from .token_reduction import (
     TOKEN_REDUCERS,
     TokenReducer,
@@ -81,6 +82,8 @@ __all__ = [
     "TokenReducer",
     "TokenState",
     "__version__",
+    "curriculum_schedule",
+    "evaluate_schedules",
     "has_auxiliary_heads",
     "register_token_reducer",
     "schedule_from_sides",

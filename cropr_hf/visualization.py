@@ -1,4 +1,4 @@
-"""Pictures of what was pruned where, and of label maps beside it."""
+"""Pictures of what was pruned where, of label maps and objects beside it, and of what pruning costs and gains."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LABEL_OPACITY = 0.6
+SPEEDS = {"speedup": "speed-up over the unpruned model", "images_per_second": "images/s"}
 
 
 def plot_pruning(
@@ -147,6 +148,55 @@ def plot_detections(
     return figure
 
 
+def plot_tradeoff(
+    curves: Mapping[str, Sequence[Mapping[str, Any]]], metric: str | None = None, speed: str = "speedup"
+) -> "Figure":
+    """What a metric costs in speed, or the reverse: one line per curve through its points, from slow to fast.
+
+    Args:
+        curves: name -> points as `cropr_hf.evaluate_schedules` returns them in `points`, or chosen from several of its
+            records.
+        metric: name of the metric; may be left out where there is only one.
+        speed: "speedup", drawn with its spread, or "images_per_second".
+
+    Returns:
+        A matplotlib figure; `figure.savefig("tradeoff.png")` writes it.
+
+    Raises:
+        `ImportError`: without matplotlib (`pip install cropr_hf[viz]`).
+        `ValueError`: without points, for another `speed`, and for a metric that is not given or not in every point.
+    """
+    figure_class = _figure_class()
+    if not curves or not all(curves.values()):
+        raise ValueError(f"The curves {list(curves)} need a name and at least one point each; leave empty ones out.")
+    if speed not in SPEEDS:
+        raise ValueError(f"`speed` is {speed!r}; choose one of {', '.join(SPEEDS)}.")
+    metrics = [list(point["metrics"]) for points in curves.values() for point in points]
+    if metric is None and len(metrics[0]) == 1:
+        metric = metrics[0][0]
+    if not all(metric in names for names in metrics):
+        raise ValueError(f"`metric` is {metric!r}; choose one that every point has, such as {', '.join(metrics[0])}.")
+    figure = figure_class(figsize=(5.5, 3.8), layout="constrained")
+    axis = figure.subplots()
+    for name, points in curves.items():
+        points = sorted(points, key=lambda point: point[speed])
+        spreads = [point["spread"] for point in points] if speed == "speedup" else None
+        axis.errorbar(
+            [point[speed] for point in points],
+            [point["metrics"][metric] for point in points],
+            xerr=spreads,
+            marker="o",
+            markersize=4,
+            capsize=2,
+            label=name,
+        )
+    axis.set_xlabel(SPEEDS[speed])
+    axis.set_ylabel(str(metric))
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    return figure
+
+
 def _draw_objects(axis: Any, objects: Mapping[str, Any], names: Mapping[int, str], threshold: float) -> None:
     """Boxes with names and scores, and masks where there are any, each class in its colour."""
     from matplotlib.patches import Rectangle
@@ -195,10 +245,7 @@ def _panels(
     Returns:
         The figure, and its axes (images, 1 + kinds of maps).
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Pictures need matplotlib: pip install cropr_hf[viz]") from error
+    figure_class = _figure_class()
     counts = {"images": len(images), **{name: len(values) for name, values in maps.items()}}
     if titles is not None:
         counts["titles"] = len(titles)
@@ -207,7 +254,7 @@ def _panels(
         raise ValueError(f"There are {listed}; give one of each per image.")
     num_panels = 1 + len(maps)
     rows, columns = -(-len(images) // columns), min(columns, len(images))
-    figure = Figure(figsize=(1.8 * num_panels * columns + 1.0, 2.0 * rows), layout="constrained")
+    figure = figure_class(figsize=(1.8 * num_panels * columns + 1.0, 2.0 * rows), layout="constrained")
     axes = figure.subplots(rows, num_panels * columns, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
@@ -219,6 +266,14 @@ def _panels(
         if titles is not None:
             image_panels[0].set_title(titles[index], fontsize=8)
     return figure, panels
+
+
+def _figure_class() -> "type[Figure]":
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Pictures need matplotlib: pip install cropr_hf[viz]") from error
+    return Figure
 
 
 def _overlay(axis: Any, layer: np.ndarray, **kwargs: Any) -> None:

@@ -30,6 +30,7 @@ from transformers import logging as transformers_logging
 
 from cropr_hf import CroprViTConfig
 from cropr_hf.benchmark import BenchmarkArguments, run
+from cropr_hf.model_card import PICTURE_NAME, add_to_record
 
 
 HERE = Path(__file__).parent
@@ -116,8 +117,8 @@ class DemoArguments:
     test_images: int = 2000
 
 
-def fine_tune(args: DemoArguments, name: str) -> Path:
-    """Fine-tunes one of `MODELS` and returns the folder with the stripped result."""
+def fine_tune(args: DemoArguments, name: str, *options: str) -> Path:
+    """Fine-tunes one of `MODELS` and returns the folder with the stripped result; `options` are further ones."""
     folder = Path(args.output_dir) / name.lower()
     command: dict[str, Any] = {
         "model_name_or_path": args.pretrained,
@@ -135,6 +136,7 @@ def fine_tune(args: DemoArguments, name: str) -> Path:
         "logging_steps": 20,
         "save_strategy": "no",
         "eval_strategy": "no",
+        "benchmark_rounds": 0,  # all three are timed side by side at the end
         "use_cpu": True,
         "disable_tqdm": True,
         **TASKS[args.task].settings,
@@ -145,7 +147,7 @@ def fine_tune(args: DemoArguments, name: str) -> Path:
         arguments += ["--pruning_curriculum", "0.5"]
         schedule = args.pruning_schedule or TASKS[args.task].pruning_schedule
         arguments += ["--pruning_schedule", *(str(kept) for kept in schedule)]
-    TASKS[args.task].train(arguments)
+    TASKS[args.task].train([*arguments, *options])
     return folder
 
 
@@ -153,6 +155,8 @@ def score_in_fresh_process(args: DemoArguments, model: str | Path, picture: Path
     """The metrics of a folder on the test digits, in percent, loaded by the Auto classes in a new interpreter."""
     command = [sys.executable, str(HERE / TASKS[args.task].evaluate), "--model_name_or_path", str(model)]
     command += ["--dataset_name", CLUTTERED_DIGITS, "--split", "test", "--max_eval_samples", str(args.test_images)]
+    if str(model) != args.pretrained:
+        command += ["--update_record", "True"]
     if picture is not None:
         command += ["--picture", str(picture)]
     result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
@@ -193,7 +197,7 @@ def main() -> None:
         (pretrained_accuracy,) = score_in_fresh_process(args, args.pretrained)
         print(f"\nThe pretrained ViT reaches {pretrained_accuracy:.1f} % on the test digits.\n", flush=True)
     folders, scores = {}, {}
-    picture = Path(args.output_dir) / "pruning.png"
+    picture = Path(args.output_dir) / "cropr" / PICTURE_NAME  # where the model card shows it
     for name in MODELS:
         print(f"Fine-tuning: {name}", flush=True)
         folders[name] = fine_tune(args, name)
@@ -202,8 +206,10 @@ def main() -> None:
     record = run(
         BenchmarkArguments(model_name_or_path=str(folders["Cropr"]), batch_size=64, max_rounds=12, tolerance=0.02)
     )
+    add_to_record(folders["Cropr"], throughput=record)
     print("\n" + table(args, folders, scores, record))
-    print(f"\n{record['machine']}; multiply-add bound {record['multiply_add_bound']:.2f}; picture: {picture}")
+    print(f"\n{record['machine']}; multiply-add bound {record['multiply_add_bound']:.2f}")
+    print(f"Model card: {folders['Cropr']}/README.md; picture: {picture}")
     print(f"Total {(time.perf_counter() - start) / 60:.1f} minutes.")
 
 

@@ -25,14 +25,15 @@ from shared import (
     input_size,
     load_model,
     normalization,
+    parse_arguments,
     prepare_splits,
     run,
 )
 from torchvision import tv_tensors
 from torchvision.ops import box_convert, masks_to_boxes
 from torchvision.transforms import v2
-from transformers import HfArgumentParser, set_seed
 from transformers import logging as transformers_logging
+from transformers import set_seed
 
 from cropr_hf import CroprViTConfig, CroprViTImageProcessor
 from cropr_hf.training import CroprTrainer, layer_decay_optimizer
@@ -342,8 +343,7 @@ def image_processor(config: CroprViTConfig, args: ModelArguments) -> CroprViTIma
 
 def train(model_class: Any, recipe: type[CocoArguments], task: str, arguments: list[str] | None) -> dict[str, float]:
     """Trains, evaluates and saves; returns the evaluation metrics. `arguments` are those of the command line."""
-    parser = HfArgumentParser((DetectorArguments, DataArguments, recipe))
-    model_args, data_args, training_args = parser.parse_args_into_dataclasses(arguments)
+    model_args, data_args, training_args = parse_arguments((DetectorArguments, DataArguments, recipe), arguments)
     transformers_logging.set_verbosity(training_args.get_process_log_level())
     set_seed(training_args.seed)
 
@@ -365,4 +365,4 @@ def train(model_class: Any, recipe: type[CocoArguments], task: str, arguments: l
         coco_metrics=coco_metrics,
         optimizer_cls_and_kwargs=layer_decay_optimizer(model, training_args, training_args.layer_decay),
     )
-    return run(trainer, finetuned_from=model_args.model_name_or_path, task=task)
+    return run(trainer, model_args, data_args)

@@ -6,15 +6,34 @@
 # specific language governing permissions and limitations under the License.
 """What the training scripts share: arguments, loading a model to train, splits of a data set, the run itself."""
 
-from dataclasses import dataclass, field
+import difflib
+import json
+import sys
+from argparse import ArgumentError
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
-from datasets import DatasetDict, Image
-from transformers import AutoConfig, AutoImageProcessor, Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+import yaml
+from datasets import Dataset, DatasetDict, Image, IterableDataset, IterableDatasetDict
+from transformers import AutoConfig, AutoImageProcessor, HfArgumentParser, TrainingArguments
 
-from cropr_hf import CroprViTConfig, has_auxiliary_heads
-from cropr_hf.training import PruningCurriculum
+from cropr_hf import CroprViTConfig, benchmark, has_auxiliary_heads
+from cropr_hf.benchmark import BenchmarkArguments
+from cropr_hf.model_card import add_to_record
+from cropr_hf.training import (
+    CroprTrainer,
+    PruningCurriculum,
+    TrainingStream,
+    WeightAverage,
+    changed_settings,
+    freeze_backbone,
+    last_whole_checkpoint,
+    lora_model,
+    merge_lora,
+)
 
 
 CLUTTERED_DIGITS = "cluttered_digits"
@@ -41,6 +60,8 @@ class ModelArguments:
     drop_path_rate: float = argument(0.2, "Stochastic depth of the last but one block.")
     label_smoothing: float = argument(0.0, "Of the main and the auxiliary losses.")
     ignore_mismatched_sizes: bool = argument(False, "Accept another number of classes in a Cropr checkpoint.")
+    freeze_backbone: bool = argument(False, "Train Cropr modules and head alone.")
+    lora_rank: int | None = argument(None, "Train low-rank adapters of this rank instead of the blocks themselves.")
     revision: str | None = argument(None, "Branch, tag or commit on the Hub.")
     token: str | None = argument(None, "Hub token for private models and data sets.")
 
@@ -48,7 +69,8 @@ class ModelArguments:
         """Fields of the configuration that are given."""
         given = ("token_reducer", "pruning_rate", "pruning_schedule", "last_layer_fusion", "image_size", "patch_size")
         fields = {name: getattr(self, name) for name in given if getattr(self, name) is not None}
-        if self.token_reducer == "none":
+        if self.token_reducer == "none":  # the unpruned baseline of a recipe: how that would prune does not matter
+            fields = {name: value for name, value in fields.items() if not name.startswith("pruning_")}
             fields["token_reducer"] = None
         return fields | {"drop_path_rate": self.drop_path_rate, "label_smoothing": self.label_smoothing}
 
@@ -82,6 +104,14 @@ class Eva02Arguments(ModelArguments):
 
 
 @dataclass
+class StreamingArguments:
+    """Whether images are read as they are needed."""
+
+    streaming: bool = argument(False, "Read images as they are needed, and store none; needs --max_steps.")
+    shuffle_buffer: int = argument(1000, "Images of the stream, not decoded, among which the next one is drawn.")
+
+
+@dataclass
 class RecipeArguments(TrainingArguments):
     """`TrainingArguments` with layer-wise decay and the curriculum."""
 
@@ -89,14 +119,95 @@ class RecipeArguments(TrainingArguments):
     weight_decay: float = argument(0.05, "Of matrices; vectors, prefix tokens and positions have none.")
     layer_decay: float = argument(0.75, "Factor of the learning rate per block, from the head down.")
     pruning_curriculum: float = argument(0.0, "Share of the training over which pruning grows from nothing; 0 is off.")
+    ema_decay: float | None = argument(
+        None, "Evaluate and publish an average of the weights that fades by this factor per step, such as 0.9999."
+    )
+    benchmark_rounds: int = argument(5, "Rounds of timing for the model card, 3 or more; 0 is none.")
+    pruning_range: list[float] | None = argument(
+        None, "Draw the pruning of each step between these two shares of the configured one, such as 0 1."
+    )
     eval_strategy: str = argument("epoch", "When to evaluate.")
     save_strategy: str = argument("epoch", "When to write a checkpoint.")
     logging_steps: float = argument(50, "Steps between logs.")
     remove_unused_columns: bool | None = argument(False, "The transforms need the image column.")
 
 
+def parse_arguments(classes: Sequence[Any], arguments: list[str] | None = None) -> tuple[Any, ...]:
+    """Instances of the dataclasses `classes`, from a recipe, where the first word names one, and the command line.
+
+    A recipe is a YAML or JSON file whose keys are arguments. Where the command line has an argument as well, it wins.
+
+    Args:
+        arguments: words of the command line; those of the running script by default.
+
+    Raises:
+        `ValueError`: when the recipe has something that is no argument, or a value of another type.
+    """
+    parser = HfArgumentParser(
+        classes,
+        usage="%(prog)s [RECIPE] [--ARGUMENT VALUE ...]",
+        description="RECIPE is a YAML or JSON file of arguments, such as those in examples/recipes. What the command "
+        "line has as well wins.",
+    )
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words and words[0].endswith((".yaml", ".yml", ".json")):
+        words = [*read_recipe(words[0], parser), *words[1:]]
+    return parser.parse_args_into_dataclasses(words)
+
+
+def read_recipe(path: str, parser: HfArgumentParser) -> list[str]:
+    """The arguments in a recipe as words of a command line; see `parse_arguments` for what it raises."""
+    with open(path, encoding="utf-8") as file:
+        recipe = yaml.safe_load(file)
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{path} is no recipe; write lines of the form `argument: value`.")
+    known = [each.name for group in parser.dataclass_types for each in fields(group) if each.init]
+    words: list[str] = []
+    for name, value in recipe.items():
+        if name not in known:
+            near = " or ".join(difflib.get_close_matches(str(name), known)) or "another one (see --help)"
+            raise ValueError(f"{path} sets {name!r}, which is no argument of this script; did you mean {near}?")
+        try:
+            words += recipe_words(name, value, parser)
+        except ArgumentError as error:
+            raise ValueError(f"{path} sets {name!r} to {value!r}: {error}.") from error
+    return words
+
+
+def recipe_words(name: str, value: Any, parser: HfArgumentParser) -> list[str]:
+    """One argument of a recipe as words of a command line; `ArgumentError` where its type is wrong."""
+    if isinstance(value, list):
+        words = [f"--{name}", *(str(item) for item in value)]
+    else:
+        words = [f"--{name}={json.dumps(value) if isinstance(value, dict) else value}"]
+    parser.exit_on_error = False  # raise what would end the process
+    try:
+        parsed, rest = parser.parse_known_args(words)
+    finally:
+        parser.exit_on_error = True
+    if rest:
+        raise ArgumentError(None, f"it takes one value, and nothing is left for {' '.join(rest)}")
+    if isinstance(getattr(parsed, name), str) and not isinstance(value, str | dict | list):
+        raise ArgumentError(None, "it takes text: put it in quotes, or leave it out")
+    return words
+
+
 def load_model(model_class: Any, args: ModelArguments, label_names: list[str], **fields: Any) -> Any:
-    """A prunable model from a Cropr checkpoint or from another pretrained ViT, with one output per label."""
+    """A prunable model from a Cropr checkpoint or from another pretrained ViT, with one output per label.
+
+    Raises:
+        `ValueError`: when the backbone is to be frozen and to get adapters.
+    """
+    if args.freeze_backbone and args.lora_rank is not None:
+        raise ValueError(f"--freeze_backbone leaves nothing for adapters of --lora_rank {args.lora_rank}; choose one.")
+    model = load_whole_model(model_class, args, label_names, **fields)
+    if args.freeze_backbone:
+        freeze_backbone(model)
+    return model if args.lora_rank is None else lora_model(model, args.lora_rank)
+
+
+def load_whole_model(model_class: Any, args: ModelArguments, label_names: list[str], **fields: Any) -> Any:
+    """See `load_model`; all of this model is trained."""
     overrides = args.overrides() | fields
     overrides["id2label"] = dict(enumerate(label_names))
     overrides["label2id"] = {name: index for index, name in enumerate(label_names)}
@@ -150,37 +261,49 @@ def input_size(config: CroprViTConfig) -> dict[str, int]:
     return {"height": height, "width": width}
 
 
-def draw_digits(args: Any, seed: int, **settings: Any) -> DatasetDict:
-    """Cluttered digits for training and validation, as many as the data arguments of a script say.
+def draw_digits(args: Any, seed: int, **settings: Any) -> Any:
+    """Cluttered digits for training and validation, as many as the data arguments of a script say, or as streams.
 
     `settings` are those of `cluttered_digits.DigitPainter`.
     """
     from cluttered_digits import cluttered_digits
 
     splits = {"train": args.max_train_samples or 20_000, "validation": args.max_eval_samples or 2_000}
-    return DatasetDict(
+    images = DatasetDict(
         {split: cluttered_digits(split, count, seed=seed, **settings) for split, count in splits.items()}
+    )
+    return as_streams(images, seed) if getattr(args, "streaming", False) else images
+
+
+def as_streams(images: DatasetDict, seed: int) -> IterableDatasetDict:
+    """A data set that is on this machine, as if it were streamed from files of which processes can take some each."""
+    shuffled = images.shuffle(seed=seed)  # folders are sorted by class, and so would the files be
+    return IterableDatasetDict(
+        {split: data.to_iterable_dataset(num_shards=min(64, len(data))) for split, data in shuffled.items()}
     )
 
 
-def prepare_splits(images: DatasetDict, args: Any, share: float, seed: int) -> DatasetDict:
-    """The splits `train` and `validation` of a data set, with images in RGB.
+def prepare_splits(images: Any, args: Any, share: float, seed: int) -> Any:
+    """The splits `train` and `validation` of a data set or of a stream, with images in RGB.
 
     Args:
         args: the data arguments of a script: names of the columns, and how many images to use at most.
-        share: of the training images to validate on, if there is no validation split.
+        share: of the training images to validate on, if there is no validation split; a stream, whose length nobody
+            knows, gives its first `max_eval_samples` images.
 
     Raises:
         `ValueError`: when the data set has no split `train`, or lacks a column.
     """
     if "train" not in images:
         raise ValueError(f"The data set has no split 'train', only {', '.join(images)}; choose another.")
-    missing = {args.image_column_name, args.label_column_name} - set(images["train"].column_names)
+    missing = {args.image_column_name, args.label_column_name} - set(images["train"].column_names or ())
     if missing:
         raise ValueError(
             f"The data set has no column {', '.join(sorted(missing))}, only "
             f"{', '.join(images['train'].column_names)}; name them by --image_column_name and --label_column_name."
         )
+    if isinstance(images, IterableDatasetDict):
+        return split_streams(images, args)
     if "validation" not in images:
         split = images["train"].train_test_split(share, seed=seed)
         images = DatasetDict(train=split["train"], validation=split["test"])
@@ -189,21 +312,87 @@ def prepare_splits(images: DatasetDict, args: Any, share: float, seed: int) -> D
         if limit is not None:
             images[split] = images[split].shuffle(seed=seed).select(range(min(limit, len(images[split]))))
     images = DatasetDict({split: images[split] for split in limits})
-    return images.cast_column(args.image_column_name, Image(mode="RGB"))
+    images = images.cast_column(args.image_column_name, Image(mode="RGB"))
+    return as_streams(images, seed) if getattr(args, "streaming", False) else images
 
 
-def run(trainer: Trainer, finetuned_from: str, task: str) -> dict[str, float]:
-    """Trains (or goes on), saves the stripped model, evaluates and publishes, as the arguments say."""
+def split_streams(images: IterableDatasetDict, args: Any) -> dict[str, Any]:
+    """The streams `train` and `validation`; see `prepare_splits`.
+
+    Raises:
+        `ValueError`: when it is not known how many images to validate on.
+    """
+    images = images.cast_column(args.image_column_name, Image(mode="RGB"))
+    train, validation = images["train"], images.get("validation")
+    if validation is None:
+        if args.max_eval_samples is None:
+            raise ValueError(
+                "The stream has no split 'validation'; say by --max_eval_samples how many of the training images to "
+                "validate on instead."
+            )
+        train, validation = hold_out(train, args.max_eval_samples)
+    elif args.max_eval_samples is not None:
+        validation = validation.take(args.max_eval_samples)
+    if args.max_train_samples is not None:
+        train = train.take(args.max_train_samples)
+    return {"train": train, "validation": validation}
+
+
+def hold_out(images: IterableDataset, count: int) -> tuple[IterableDataset, Dataset]:
+    """A stream without its first `count` images, and these images, which stay in memory as they are encoded.
+
+    The rest is one file to `datasets`: processes and workers that shared the files would each leave out others.
+    """
+    encoded = images.decode(False)
+    rest = IterableDataset.from_generator(partial(iter, encoded.skip(count)), features=images.features)
+    return rest, Dataset.from_list(list(encoded.take(count)), features=images.features)
+
+
+def set_transforms(images: Any, train: Callable, evaluation: Callable, args: Any, training_args: Any) -> None:
+    """Has the two splits transformed as they are read, by functions from columns to columns.
+
+    Raises:
+        `ValueError`: when images are streamed and nothing says for how long to train.
+    """
+    if isinstance(images["validation"], Dataset):
+        images["validation"].set_transform(evaluation)
+    else:
+        columns = images["validation"].column_names
+        images["validation"] = images["validation"].map(evaluation, batched=True, batch_size=1, remove_columns=columns)
+    if not args.streaming:
+        images["train"].set_transform(train)
+        return
+    if training_args.max_steps <= 0:
+        raise ValueError(
+            "--streaming does not know how many images there are; say by --max_steps how long to train: images * "
+            "epochs / images per step."
+        )
+    images["train"] = TrainingStream(images["train"], train, training_args.seed, args.shuffle_buffer)
+
+
+def run(trainer: CroprTrainer, *arguments: Any) -> dict[str, float]:
+    """Trains (or goes on), saves the stripped model with its card, evaluates and publishes, as the arguments say.
+
+    `arguments` are those of the script beside `trainer.args`, for the record of the run.
+    """
     args: Any = trainer.args
-    if args.pruning_curriculum > 0 and trainer.model.config.token_reducer is not None:
+    trainer.facts = {"script": Path(sys.argv[0]).name, "settings": changed_settings(*arguments, args)}
+    for group in arguments:
+        trainer.facts |= data_facts(group)
+    has_curriculum = args.pruning_curriculum > 0 or args.pruning_range is not None
+    if has_curriculum and trainer.model.config.token_reducer is not None:
         # A compiled model compiles each schedule anew, and gives up after 8.
         levels = 6 if args.torch_compile else 32
-        trainer.add_callback(PruningCurriculum(args.pruning_curriculum, levels))
+        trainer.add_callback(PruningCurriculum(args.pruning_curriculum, levels, args.pruning_range))
+    if args.ema_decay is not None:
+        trainer.add_callback(WeightAverage(args.ema_decay))
     if args.do_train:
         checkpoint = args.resume_from_checkpoint
         if checkpoint is not None and checkpoint.lower() in ("true", "last"):
-            checkpoint = get_last_checkpoint(args.output_dir)
+            checkpoint = last_whole_checkpoint(args.output_dir)
         result = trainer.train(resume_from_checkpoint=checkpoint)
+        if hasattr(trainer.model, "merge_and_unload"):  # adapters: publish an ordinary model
+            trainer.model = trainer.model_wrapped = merge_lora(trainer.model)
         trainer.save_model()  # stripped: ready to publish
         trainer.log_metrics("train", result.metrics)
         trainer.save_metrics("train", result.metrics)
@@ -211,6 +400,57 @@ def run(trainer: Trainer, finetuned_from: str, task: str) -> dict[str, float]:
     metrics = trainer.evaluate()
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
+    if args.do_train:
+        if args.benchmark_rounds > 0 and trainer.is_world_process_zero():
+            measure_speed(trainer)
+        trainer.accelerator.wait_for_everyone()
+        trainer.create_model_card()
     if args.push_to_hub:
-        trainer.push_to_hub(finetuned_from=finetuned_from, tasks=task)
+        trainer.push_to_hub()
     return metrics
+
+
+def data_facts(args: Any) -> dict[str, str]:
+    """Which data set the data arguments of a script name, for the record; nothing for other arguments."""
+    if getattr(args, "data_dir", None) is not None:
+        return {"dataset": Path(args.data_dir).name}
+    if getattr(args, "dataset_name", None) is not None:
+        facts = {"dataset": args.dataset_name, "config": args.dataset_config_name}
+        facts["revision"] = getattr(args, "dataset_revision", None)
+        return {name: value for name, value in facts.items() if value is not None}
+    files = getattr(args, "train_dir", None) or getattr(args, "train_annotations", None)
+    return {} if files is None else {"dataset": Path(files).stem}
+
+
+def measure_speed(trainer: CroprTrainer) -> None:
+    """Times the published model against the unpruned one and a random pruner, on the hardware of the training."""
+    args: Any = trainer.args
+    dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(trainer.accelerator.mixed_precision, "float32")
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    model.record = model.record or {}
+    model.record["throughput"] = benchmark.run(
+        BenchmarkArguments(
+            model_name_or_path=args.output_dir,
+            device=args.device.type,
+            dtype=dtype,
+            batch_size=args.per_device_eval_batch_size,
+            min_rounds=args.benchmark_rounds,
+            max_rounds=args.benchmark_rounds,
+        )
+    )
+
+
+def record_evaluation(
+    folder: str,
+    args: Any,
+    split: str,
+    num_examples: int,
+    metrics: dict[str, float],
+    settings: dict[str, Any] | None = None,
+) -> None:
+    """Adds what an evaluation found to the record and the card of a published folder.
+
+    `args` name the data set, `settings` what is not as the folder has it.
+    """
+    evaluation = {**data_facts(args), "split": split, "num_examples": num_examples, "metrics": metrics}
+    add_to_record(folder, evaluation=evaluation | ({"settings": settings} if settings else {}))

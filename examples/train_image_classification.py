@@ -12,6 +12,10 @@ The defaults are the ImageNet recipe of the paper (its learning rate is 1e-3 per
         --dataset_name ILSVRC/imagenet-1k --norm_before_pooling False --pruning_rate 8 --output_dir outputs/cropr-l \\
         --per_device_train_batch_size 128 --learning_rate 4e-3 --fp16 --dataloader_num_workers 8
 
+This and the settings of other models are files in `examples/recipes`, which a script takes as its first word:
+
+    accelerate launch examples/train_image_classification.py examples/recipes/mae_vit_l_imagenet.yaml
+
 `--dataset_name cluttered_digits` draws its images on the spot and needs no network:
 
     python examples/train_image_classification.py --model_name_or_path examples/digits_vit \\
@@ -19,6 +23,7 @@ The defaults are the ImageNet recipe of the paper (its learning rate is 1e-3 per
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,24 +31,27 @@ from typing import Any
 import evaluate
 import numpy as np
 import torch
-from datasets import ClassLabel, DatasetDict, load_dataset
+from datasets import ClassLabel, load_dataset
 from shared import (
     CLUTTERED_DIGITS,
     ModelArguments,
     RecipeArguments,
+    StreamingArguments,
     argument,
     draw_digits,
     input_size,
     load_model,
     normalization,
+    parse_arguments,
     prepare_splits,
     run,
+    set_transforms,
 )
 from torchvision.transforms import v2
-from transformers import HfArgumentParser, ViTImageProcessor, set_seed
+from transformers import ViTImageProcessor, set_seed
 from transformers import logging as transformers_logging
 
-from cropr_hf import CroprViTForImageClassification
+from cropr_hf import CroprViTConfig, CroprViTForImageClassification
 from cropr_hf.training import CroprTrainer, layer_decay_optimizer
 
 
@@ -66,24 +74,33 @@ class ClassifierArguments(ModelArguments):
 
 
 @dataclass
-class DataArguments:
+class DataArguments(StreamingArguments):
     """Which images to train on, and how they are augmented."""
 
     dataset_name: str | None = argument(None, f"Data set id on the Hub, or '{CLUTTERED_DIGITS}'.")
     dataset_config_name: str | None = argument(None, "Configuration of that data set.")
-    train_dir: str | None = argument(None, "Folder with one folder of images per class.")
+    train_dir: str | None = argument(None, "Folder with one folder of images per class, instead of a data set.")
     validation_dir: str | None = argument(None, "The same for validation.")
     train_val_split: float = argument(0.15, "Share of the training images to validate on, if there are no others.")
     max_train_samples: int | None = argument(None, "Use fewer training images.")
     max_eval_samples: int | None = argument(None, "Use fewer validation images.")
     image_column_name: str = argument("image", "Column of the images.")
     label_column_name: str = argument("label", "Column of the classes.")
+    center_crop: float | None = argument(
+        None, "Share of the shorter side that evaluation shows, from its middle; else all of it, stretched."
+    )
     crop_min_scale: float = argument(0.08, "Smallest share of the image in a random crop; 1 is no crop.")
     horizontal_flip: float = argument(0.5, "Probability of a mirror image.")
     randaugment_magnitude: int = argument(9, "RandAugment with 2 operations of this magnitude (0 to 30); 0 is none.")
     random_erasing: float = argument(0.25, "Probability of erasing a rectangle.")
     mixup_alpha: float = argument(0.8, "Mixup; 0 is none.")
     cutmix_alpha: float = argument(1.0, "Cutmix; 0 is none. A batch gets one of the two.")
+
+    def __post_init__(self) -> None:
+        if self.train_dir is not None:
+            self.dataset_name = None  # that of a recipe
+        if self.center_crop is not None and not 0 < self.center_crop <= 1:
+            raise ValueError(f"--center_crop is {self.center_crop}; it must be in (0, 1], such as 0.875.")
 
 
 @dataclass
@@ -100,8 +117,8 @@ class ImageNetArguments(RecipeArguments):
     per_device_eval_batch_size: int = argument(64, "Images per process and evaluation step.")
 
 
-def load_images(args: DataArguments, token: str | None, seed: int) -> DatasetDict:
-    """The splits `train` and `validation`.
+def load_images(args: DataArguments, token: str | None, seed: int) -> Any:
+    """The splits `train` and `validation`, as data sets or streams.
 
     Raises:
         `ValueError`: when no data set is named, or it lacks a column.
@@ -109,7 +126,7 @@ def load_images(args: DataArguments, token: str | None, seed: int) -> DatasetDic
     if args.dataset_name == CLUTTERED_DIGITS:
         return draw_digits(args, seed)
     if args.dataset_name is not None:
-        images = load_dataset(args.dataset_name, args.dataset_config_name, token=token)
+        images = load_dataset(args.dataset_name, args.dataset_config_name, token=token, streaming=args.streaming)
     elif args.train_dir is not None:
         folders = {"train": args.train_dir, "validation": args.validation_dir}
         files = {split: os.path.join(folder, "**") for split, folder in folders.items() if folder is not None}
@@ -119,13 +136,13 @@ def load_images(args: DataArguments, token: str | None, seed: int) -> DatasetDic
     return prepare_splits(images, args, args.train_val_split, seed)
 
 
-def get_label_names(images: DatasetDict, column: str) -> list[str]:
+def get_label_names(images: Any, column: str) -> list[str]:
     """Names of the classes, in the order of their numbers.
 
     Raises:
         `ValueError`: when the column does not name its classes.
     """
-    feature = images["train"].features[column]
+    feature = (images["train"].features or {}).get(column)
     if not isinstance(feature, ClassLabel):
         raise ValueError(
             f"The column {column!r} holds {feature}, not class labels; give the data set a `datasets.ClassLabel` "
@@ -134,11 +151,19 @@ def get_label_names(images: DatasetDict, column: str) -> list[str]:
     return feature.names
 
 
-def build_transforms(args: DataArguments, processor: Any) -> tuple[v2.Compose, v2.Compose]:
-    """Transforms from an image to normalised pixels, for training and for evaluation."""
-    size = [processor.size["height"], processor.size["width"]]
-    tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
-    tensor += [v2.Normalize(processor.image_mean, processor.image_std)]
+def image_processor(config: CroprViTConfig, args: DataArguments, model_args: ModelArguments) -> ViTImageProcessor:
+    """From an image to the input of the published model, and of the evaluation here."""
+    size = input_size(config)
+    resize: dict[str, Any] = {"size": size}
+    if args.center_crop is not None:
+        shorter = round(min(size.values()) / args.center_crop)
+        resize = {"size": {"shortest_edge": shorter}, "do_center_crop": True, "crop_size": size}
+    return ViTImageProcessor(resample=BICUBIC, **resize, **normalization(model_args))
+
+
+def augmentation(config: CroprViTConfig, args: DataArguments, processor: Any) -> v2.Compose:
+    """From an image to normalised pixels, at random, for training."""
+    size = list(input_size(config).values())
     bicubic = v2.InterpolationMode.BICUBIC
     train: list[Any] = [v2.Resize(size, interpolation=bicubic)]
     if args.crop_min_scale < 1:
@@ -147,17 +172,20 @@ def build_transforms(args: DataArguments, processor: Any) -> tuple[v2.Compose, v
         train.append(v2.RandomHorizontalFlip(args.horizontal_flip))
     if args.randaugment_magnitude > 0:
         train.append(v2.RandAugment(num_ops=2, magnitude=args.randaugment_magnitude))
-    train += tensor
+    train += [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+    train.append(v2.Normalize(processor.image_mean, processor.image_std))
     if args.random_erasing > 0:
         train.append(v2.RandomErasing(args.random_erasing))
-    return v2.Compose(train), v2.Compose([v2.Resize(size, interpolation=bicubic), *tensor])
+    return v2.Compose(train)
 
 
-def apply_transforms(images: DatasetDict, args: DataArguments, processor: Any) -> None:
-    """Transforms images as they are read; training images say so, for the collator."""
-    train_transform, eval_transform = build_transforms(args, processor)
+def column_transforms(config: CroprViTConfig, args: DataArguments, processor: Any) -> list[Any]:
+    """From columns to columns, for training and evaluation; training images say that they are, for the collator."""
 
-    def transformed(transform: v2.Compose, training: bool):
+    def process(image: Any) -> torch.Tensor:
+        return processor(image, return_tensors="pt")["pixel_values"][0]
+
+    def transformed(transform: Callable[[Any], torch.Tensor], training: bool):
         def apply(batch: dict[str, list]) -> dict[str, list]:
             pixels = [transform(image) for image in batch[args.image_column_name]]
             labels = batch[args.label_column_name]
@@ -165,8 +193,7 @@ def apply_transforms(images: DatasetDict, args: DataArguments, processor: Any) -
 
         return apply
 
-    images["train"].set_transform(transformed(train_transform, training=True))
-    images["validation"].set_transform(transformed(eval_transform, training=False))
+    return [transformed(augmentation(config, args, processor), True), transformed(process, False)]
 
 
 class Collator:
@@ -188,16 +215,16 @@ class Collator:
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     """Trains, evaluates and saves; returns the evaluation metrics. `arguments` are those of the command line."""
-    parser = HfArgumentParser((ClassifierArguments, DataArguments, ImageNetArguments))
-    model_args, data_args, training_args = parser.parse_args_into_dataclasses(arguments)
+    classes = (ClassifierArguments, DataArguments, ImageNetArguments)
+    model_args, data_args, training_args = parse_arguments(classes, arguments)
     transformers_logging.set_verbosity(training_args.get_process_log_level())
     set_seed(training_args.seed)
 
     images = load_images(data_args, model_args.token, training_args.seed)
     label_names = get_label_names(images, data_args.label_column_name)
     model = load_model(CroprViTForImageClassification, model_args, label_names)
-    processor = ViTImageProcessor(size=input_size(model.config), resample=BICUBIC, **normalization(model_args))
-    apply_transforms(images, data_args, processor)
+    processor = image_processor(model.config, data_args, model_args)
+    set_transforms(images, *column_transforms(model.config, data_args, processor), data_args, training_args)
 
     accuracy = evaluate.load(ACCURACY)
     trainer = CroprTrainer(
@@ -212,7 +239,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         ),
         optimizer_cls_and_kwargs=layer_decay_optimizer(model, training_args, training_args.layer_decay),
     )
-    return run(trainer, finetuned_from=model_args.model_name_or_path, task="image-classification")
+    return run(trainer, model_args, data_args)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ device; on 16 devices:
     accelerate launch examples/train_object_detection.py --fp16 --activation_checkpointing \\
         --dataloader_num_workers 8 --gradient_accumulation_steps 4 --output_dir outputs/coco_boxes
 
+The same as a file, to be given as the first word: `examples/recipes/eva02_l_coco_boxes.yaml`.
+
 (The recipe differs from the reference code in this: windows have 16 patches, as in its Objects365 model; vectors and
 positions have no weight decay; warm-up begins at 0; a crop is random in both axes apart, masks are resized as pixels,
 and images without objects are trained on as well.)

@@ -13,6 +13,8 @@ R = 40, pruning that grows over the first half of the training, 8 images per ste
     accelerate launch examples/train_semantic_segmentation.py --fp16 --dataloader_num_workers 8 \\
         --output_dir outputs/ade20k
 
+The same as a file, to be given as the first word: `examples/recipes/eva02_l_ade20k.yaml`.
+
 (The reference code also draws a crop again when one class fills more than three quarters of it; this script does not.)
 
 `--data_dir` takes a folder laid out as the ADE20k download, `images/training`, `annotations/training`, and the same
@@ -46,17 +48,20 @@ from shared import (
     CLUTTERED_DIGITS,
     Eva02Arguments,
     RecipeArguments,
+    StreamingArguments,
     argument,
     draw_digits,
     input_size,
     load_model,
     normalization,
+    parse_arguments,
     prepare_splits,
     run,
+    set_transforms,
 )
 from torchvision import tv_tensors
 from torchvision.transforms import v2
-from transformers import EvalPrediction, HfArgumentParser, SegformerImageProcessor, set_seed
+from transformers import EvalPrediction, SegformerImageProcessor, set_seed
 from transformers import logging as transformers_logging
 
 from cropr_hf import CroprViTForSemanticSegmentation
@@ -127,6 +132,11 @@ class DataArguments:
 
 
 @dataclass
+class TrainingDataArguments(StreamingArguments, DataArguments):
+    """`DataArguments` that may be streamed."""
+
+
+@dataclass
 class AugmentationArguments:
     """How training images are changed, and what is left to validate on."""
 
@@ -153,8 +163,8 @@ class Ade20kArguments(RecipeArguments):
     batch_eval_metrics: bool = argument(True, "Label maps are too many to be collected.")
 
 
-def load_images(args: DataArguments, train_val_split: float, token: str | None, seed: int) -> DatasetDict:
-    """The splits `train` and `validation`."""
+def load_images(args: DataArguments, train_val_split: float, token: str | None, seed: int) -> Any:
+    """The splits `train` and `validation`, as data sets or streams."""
     if args.draws_digits:
         return draw_digits(args, seed)
     return prepare_splits(load_source(args, token), args, train_val_split, seed)
@@ -164,7 +174,13 @@ def load_source(args: DataArguments, token: str | None = None) -> DatasetDict:
     """All splits of the folder, or of the data set on the Hub."""
     if args.data_dir is not None:
         return load_folders(args.data_dir, args.image_column_name, args.label_column_name)
-    return load_dataset(args.dataset_name, args.dataset_config_name, revision=args.dataset_revision, token=token)
+    return load_dataset(
+        args.dataset_name,
+        args.dataset_config_name,
+        revision=args.dataset_revision,
+        token=token,
+        streaming=getattr(args, "streaming", False),
+    )
 
 
 def load_folders(data_dir: str, image_column: str, label_column: str) -> DatasetDict:
@@ -282,8 +298,8 @@ def predicted_classes(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tenso
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     """Trains, evaluates and saves; returns the evaluation metrics. `arguments` are those of the command line."""
-    parser = HfArgumentParser((SegmenterArguments, DataArguments, AugmentationArguments, Ade20kArguments))
-    model_args, data_args, augmentation, training_args = parser.parse_args_into_dataclasses(arguments)
+    classes = (SegmenterArguments, TrainingDataArguments, AugmentationArguments, Ade20kArguments)
+    model_args, data_args, augmentation, training_args = parse_arguments(classes, arguments)
     transformers_logging.set_verbosity(training_args.get_process_log_level())
     set_seed(training_args.seed)
 
@@ -299,8 +315,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     processor = SegformerImageProcessor(
         size=input_size(model.config), do_reduce_labels=bool(data_args.reduce_labels), **normalization(model_args)
     )
-    images["train"].set_transform(Transform(data_args, processor, augmentation))
-    images["validation"].set_transform(Transform(data_args, processor))
+    transforms = (Transform(data_args, processor, augmentation), Transform(data_args, processor))
+    set_transforms(images, *transforms, data_args, training_args)
 
     mean_iou = evaluate.load(MEAN_IOU)
 
@@ -322,7 +338,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         compute_metrics=compute_metrics,
         optimizer_cls_and_kwargs=layer_decay_optimizer(model, training_args, training_args.layer_decay),
     )
-    return run(trainer, finetuned_from=model_args.model_name_or_path, task="image-segmentation")
+    return run(trainer, model_args, data_args, augmentation)
 
 
 if __name__ == "__main__":

@@ -196,7 +196,30 @@ def test_the_demo_prints_its_table(task, patches, schedule, tiny_vit, tmp_path):
     rows = re.findall(r"^\| (\S+) \|(?: [\d.]+ % \|)+ (\d+) of (\d+) \|", result.stdout, flags=re.MULTILINE)
     expected = {"unpruned": patches, "Cropr": schedule[-1], "random": schedule[-1]}
     assert rows == [(name, str(left), str(patches)) for name, left in expected.items()]
-    assert (tmp_path / "pruning.png").stat().st_size > 10_000
+    assert (tmp_path / "cropr" / "pruning.png").stat().st_size > 10_000
+    card = (tmp_path / "cropr" / "README.md").read_text(encoding="utf-8")
+    assert "pruning.png" in card and "| cluttered_digits | test |" in card and "interleaved rounds" in card
+
+
+def test_one_checkpoint_for_any_speed(example, tiny_vit, tmp_path, capsys, monkeypatch):
+    """The workflow of `make demo-any-speed` with a random ViT and a handful of images."""
+    ranges = []
+
+    class Watched(PruningCurriculum):
+        def __init__(self, share, levels, pruning_range):
+            super().__init__(share, levels, pruning_range)
+            ranges.append(pruning_range)
+
+    monkeypatch.setattr(example("shared"), "PruningCurriculum", Watched)
+    command = ["--pretrained", tiny_vit, "--output_dir", str(tmp_path), "--train_images", "32", "--test_images", "16"]
+    record = example("any_speed").main([*command, "--pruning_schedule", "36", "12", "12", "12", "--strengths", "0.5"])
+    assert ranges == [[0.0, 1.0], None]  # the unpruned model needs no curriculum
+    assert json.loads((tmp_path / "any_speed.json").read_text()) == json.loads(json.dumps(record))
+    assert [point["kept_patches"][-1] for point in record["any_speed"]["points"]] == [36, 31]
+    assert {strength: len(scores) for strength, scores in record["fixed"].items()} == {0.0: 1, 0.5: 2}
+    rows = re.findall(r"^\| (\S+) \| (\d+) \| .* \*\*[\d.]+ %\*\* \|", capsys.readouterr().out, flags=re.MULTILINE)
+    assert rows == [("0.0", "36"), ("0.5", "31")]
+    assert (tmp_path / "any_speed.png").stat().st_size > 5_000
 
 
 def segmentation_command(tiny_vit: str, output_dir: Path, **kwargs) -> list[str]:

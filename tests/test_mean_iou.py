@@ -39,7 +39,7 @@ def assert_equal(result: dict, expected: dict) -> None:
 def test_numbers_by_hand_from_any_kind_of_map(metric, convert):
     result = metric.compute(predictions=[convert(PREDICTION)], references=[convert(REFERENCE)], num_labels=4)
     assert_equal(result, EXPECTED)
-    assert {type(value) for value in result.values()} == {float, list}
+    assert {type(value) for value in result.values()} == {float, np.ndarray}
 
 
 @pytest.mark.parametrize("ignore_index", [255, -100, 1])
@@ -109,5 +109,7 @@ def test_what_does_not_fit_is_an_error(metric):
         compute(PREDICTION[None], [REFERENCE] * 2)
     with pytest.raises(ValueError, match="0 predictions and 0 references"):
         compute([], [])
+    with pytest.raises(ValueError, match="`reduce_labels` is set"):
+        compute(PREDICTION[None], REFERENCE[None], reduce_labels=True)
     # What was refused is forgotten.
     assert_equal(metric.compute(predictions=[PREDICTION], references=[REFERENCE], num_labels=4), EXPECTED)

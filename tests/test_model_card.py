@@ -96,7 +96,10 @@ class TestRecords:
         card = card_of(tmp_path)
         assert "| owner/squares | test | 64 | accuracy | 0.5 |" in card
         results = ModelCard(card).data.eval_results
-        assert [(result.dataset_split, result.metric_value) for result in results] == [("validation", 0.75), ("test", 0.5)]
+        assert [(result.dataset_split, result.metric_value) for result in results] == [
+            ("validation", 0.75),
+            ("test", 0.5),
+        ]
 
     def test_folders_without_a_record_are_errors(self, tmp_path):
         with pytest.raises(ValueError, match=r"no record\.json"):
@@ -142,7 +145,7 @@ class TestTrainer:
         training = record["training"]
         assert (training["num_steps"], training["batch_size"], training["seed"]) == (3, 8, 3)
         assert training["settings"]["learning_rate"] == 1e-3 and training["precision"] == "float32"
-        assert training["loss"] == pytest.approx(trainer.state.log_history[-2]["train_loss"], abs=1e-6)
+        assert training["loss"] == pytest.approx(trainer.state.log_history[-2]["train_loss"], abs=1e-4)
         (evaluation,) = record["evaluations"]
         assert evaluation["dataset"] == "owner/squares" and set(evaluation["metrics"]) == {"loss"}
         data = ModelCard(card).data

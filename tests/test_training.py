@@ -1,6 +1,8 @@
 """Training helpers, and training by the stock Trainer: losses in the logs, exact resumption, stripped results."""
 
 import json
+import random
+import re
 
 import pytest
 import torch
@@ -258,6 +260,18 @@ class TestSemanticSegmentation:
         assert prediction.metrics["test_loss"] == pytest.approx(main, abs=0.05)
 
 
+def drawn_levels(curriculum: PruningCurriculum, model, schedules: list, seed: int) -> list[int]:
+    """Which of the schedules each of 400 steps has."""
+    args, state = TrainingArguments("unused", use_cpu=True, seed=seed), TrainerState(max_steps=400)
+    levels = []
+    for state.global_step in range(400):
+        curriculum.on_step_begin(args, state, TrainerControl(), model=model)
+        levels.append(schedules.index(model.cropr_vit.pruning))
+        curriculum.on_step_end(args, state, TrainerControl(), model=model)
+        assert model.cropr_vit.pruning is None  # what evaluation and checkpoints see
+    return levels
+
+
 class TestPruningCurriculum:
     @pytest.mark.parametrize(
         "fields",
@@ -300,11 +314,48 @@ class TestPruningCurriculum:
         assert seen[0] == [16] * len(seen[0])
         assert len({str(schedule) for schedule in seen}) <= schedules
 
-    def test_a_resumed_run_repeats_the_uninterrupted_one(self, tmp_path):
+    @pytest.mark.parametrize(("share", "growing"), [(0.5, 200), (0.0, 0)])
+    def test_strengths_are_drawn_from_a_range_of_what_has_grown(self, share, growing):
+        model = tiny_model(pruning_rate=40, image_size=128)  # 256 patches, of which 2 * 40 + 1 go
+        final, curriculum = model.config.kept_patches(), PruningCurriculum(share, 8, pruning_range=(0.25, 1))
+        schedules = [curriculum_schedule(model.config, level / 8) for level in range(8)] + [None]
+        levels = drawn_levels(curriculum, model, schedules, seed=3)
+        for step in range(growing):
+            reached = 8 * step // growing
+            assert round(reached / 4) <= levels[step] <= reached
+        grown = levels[growing:]
+        assert set(grown) == set(range(2, 9))  # the ends of the range are among them
+        assert max(grown.count(level) for level in range(2, 9)) < 2.5 * len(grown) / 7  # evenly
+        assert any(schedules[level][-1] > final[-1] for level in grown if level < 8)
+
+    def test_draws_are_a_function_of_seed_and_step(self):
+        model = tiny_model(pruning_rate=40, image_size=128)
+        schedules = [curriculum_schedule(model.config, level / 32) for level in range(32)] + [None]
+
+        def levels(seed: int) -> list[int]:
+            return drawn_levels(PruningCurriculum(0.5, pruning_range=(0, 1)), model, schedules, seed)
+
+        first = levels(seed=3)
+        torch.manual_seed(5)
+        random.seed(5)
+        state = random.getstate(), torch.get_rng_state()
+        assert levels(seed=3) == first != levels(seed=4)
+        assert random.getstate() == state[0] and torch.equal(torch.get_rng_state(), state[1])
+
+    @pytest.mark.parametrize("pruning_range", [(0, 1.5), (-0.1, 1), (1, 0), (0.5, 0.5), (0.5,), (0, 0.5, 1)])
+    def test_wrong_ranges_are_errors(self, pruning_range):
+        with pytest.raises(ValueError, match=re.escape(f"`pruning_range` is {pruning_range}")):
+            PruningCurriculum(pruning_range=pruning_range)
+
+    @pytest.mark.parametrize("pruning_range", [None, (0.0, 1.0)])
+    def test_a_resumed_run_repeats_the_uninterrupted_one(self, tmp_path, pruning_range):
         def trainer(folder) -> Trainer:
             args = training_arguments(folder, save_strategy="steps", save_steps=4)
             return Trainer(
-                tiny_model(pruning_rate=5), args, train_dataset=ColouredSquares(), callbacks=[PruningCurriculum(0.8)]
+                tiny_model(pruning_rate=5),
+                args,
+                train_dataset=ColouredSquares(),
+                callbacks=[PruningCurriculum(0.8, pruning_range=pruning_range)],
             )
 
         whole = trainer(tmp_path / "whole")
@@ -316,7 +367,8 @@ class TestPruningCurriculum:
 
         whole.add_callback(Watch())
         whole.train()
-        assert counts[0] == 16 and counts[-1] == 5 and sorted(counts, reverse=True) == counts
+        assert counts[0] == 16 and (sorted(counts, reverse=True) == counts) == (pruning_range is None)
+        assert counts[-1] == 5 or pruning_range is not None
         assert whole.model.cropr_vit.pruning is None
         resumed = trainer(tmp_path / "resumed")
         resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-8"))
@@ -342,3 +394,6 @@ class TestPruningCurriculum:
             PruningCurriculum(1.5)
         with pytest.raises(ValueError, match="`levels` is 0"):
             PruningCurriculum(0.5, levels=0)
+        for progress in (-0.1, 1.1, float("nan")):
+            with pytest.raises(ValueError, match=f"`progress` is {progress}"):
+                curriculum_schedule(tiny_model().config, progress)

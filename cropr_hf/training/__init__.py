@@ -1,16 +1,29 @@
 """Thin helpers around the Trainer; the models also train with the plain one."""
 
+from ..schedules import curriculum_schedule
+from .adapters import freeze_backbone, lora_model, merge_lora
+from .checkpoints import last_whole_checkpoint
 from .composite import train_routers
-from .curriculum import PruningCurriculum, curriculum_schedule
+from .curriculum import PruningCurriculum
+from .ema import WeightAverage
 from .optimizer import layer_decay_groups, layer_decay_optimizer
+from .record import changed_settings
+from .streaming import TrainingStream
 from .trainer import CroprTrainer
 
 
 __all__ = [
     "CroprTrainer",
     "PruningCurriculum",
+    "TrainingStream",
+    "WeightAverage",
+    "changed_settings",
     "curriculum_schedule",
+    "freeze_backbone",
+    "last_whole_checkpoint",
     "layer_decay_groups",
     "layer_decay_optimizer",
+    "lora_model",
+    "merge_lora",
     "train_routers",
 ]

@@ -1,48 +1,22 @@
 """Pruning that starts gently, for routers that start cold (as the paper trains segmentation)."""
 
-import math
+import random
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..configuration_cropr_vit import CroprViTConfig
-
-
-TOKEN_MULTIPLE = 8
-
-
-def curriculum_schedule(config: CroprViTConfig, progress: float) -> list[int]:
-    """Patch tokens kept after each block when pruning has grown to a share of what is configured.
-
-    While it grows, the tokens after a block, prefix included, are all of them or a multiple of 8, rounded up: kernels
-    like such lengths, and there are few different ones. Where the final schedule leaves whole windows of windowed
-    attention, they are squares of windows.
-
-    Args:
-        config: its schedule at `image_size` is the final one.
-        progress: in [0, 1], where 0 keeps every token and 1 is the final schedule.
-    """
-    final, all_patches, prefix = config.kept_patches(), config.num_patches, config.num_prefix_tokens
-    if progress >= 1:
-        return final
-    window = config.window_size**2
-    tiles = window > 0 and all(kept % window == 0 for kept in final if kept < all_patches)
-    schedule = []
-    for kept in final:
-        tokens = prefix + kept + (1.0 - progress) * (all_patches - kept)
-        if tiles:
-            rounded = (math.ceil(math.sqrt(tokens) / config.window_size) * config.window_size) ** 2
-        else:
-            rounded = math.ceil(tokens / TOKEN_MULTIPLE) * TOKEN_MULTIPLE
-        schedule.append(min(rounded - prefix, all_patches))
-    return schedule
+from ..schedules import curriculum_schedule
 
 
 class PruningCurriculum(TrainerCallback):
     """Grows pruning linearly from nothing to the configured schedule, then leaves it there.
 
-    The schedule is a function of the step alone, so that a resumed run goes on where it stopped. Evaluation and
-    checkpoints have the configured schedule at any time. Training images must have the size `config.image_size`.
+    With `pruning_range` it draws how much to prune at each step, which trains one checkpoint for any speed in between.
+
+    The schedule is a function of the step and of the seed of the training, so that a resumed run goes on where it
+    stopped, and all processes prune alike. Evaluation and checkpoints have the configured schedule at any time.
+    Training images must have the size `config.image_size`.
 
     A new schedule costs nothing in itself in eager mode. A model under `torch.compile` is compiled again for each one,
     up to the limit of `torch._dynamo.config.recompile_limit` (8); take fewer `levels` there, or set
@@ -50,28 +24,47 @@ class PruningCurriculum(TrainerCallback):
     the graph, which then serves for all further schedules.
 
     Args:
-        share: share of the training steps over which pruning grows, in (0, 1]; half of them in the paper.
+        share: share of the training steps over which pruning grows, in [0, 1]; half of them in the paper.
         levels: different schedules before the final one, at most, the first of which prunes nothing. The reference
             code changes the schedule once per epoch, 32 times on ADE20k.
+        pruning_range: least and most of what is drawn, evenly, as shares of what pruning has grown to: (0, 1) is
+            anything from no to the configured pruning once it has grown. Draws are in steps of 1 / `levels`.
 
     Raises:
-        `ValueError`: for a share or a number of levels out of range.
+        `ValueError`: for a share, a number of levels or a range out of range.
     """
 
-    def __init__(self, share: float = 0.5, levels: int = 32):
-        if not 0 < share <= 1:
-            raise ValueError(f"`share` is {share}; it must be in (0, 1], such as 0.5 for half of the training.")
+    def __init__(self, share: float = 0.5, levels: int = 32, pruning_range: Sequence[float] | None = None):
+        if not 0 <= share <= 1:
+            raise ValueError(f"`share` is {share}; it must be in [0, 1], such as 0.5 for half of the training.")
         if levels < 1:
             raise ValueError(f"`levels` is {levels}; it must be 1 or more, such as 32.")
+        if pruning_range is not None and (
+            len(pruning_range) != 2 or not 0 <= pruning_range[0] < pruning_range[1] <= 1
+        ):
+            raise ValueError(
+                f"`pruning_range` is {pruning_range}; it must be two different shares of the configured pruning in "
+                "[0, 1], the smaller one first, such as (0, 1)."
+            )
         self.share = share
         self.levels = levels
+        self.pruning_range = pruning_range
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         """Sets the schedule of the coming step."""
-        level = int(self.levels * state.global_step / (self.share * state.max_steps))
+        level = self._level(state.global_step, state.max_steps, args.seed)
         model.set_pruning(curriculum_schedule(model.config, level / self.levels) if level < self.levels else None)
+
+    def _level(self, step: int, max_steps: int, seed: int) -> int:
+        growing_steps = self.share * max_steps
+        level = int(self.levels * step / growing_steps) if step < growing_steps else self.levels
+        if self.pruning_range is None:
+            return level
+        least, most = (round(level * share) for share in self.pruning_range)
+        # The global generators differ between processes, and would give a resumed run other numbers.
+        return random.Random(f"seed {seed}, step {step}").randint(least, most)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any

@@ -45,7 +45,7 @@ def layer_decay_groups(
     positions have no weight decay; queries do, as in the reference code of the paper.
 
     Args:
-        model: any `CroprViT*` model.
+        model: any `CroprViT*` model, also one that PEFT wrapped.
         learning_rate: of the head, at the peak of the schedule.
         weight_decay: of all other parameters.
         layer_decay: factor per block in (0, 1]; 1 is no decay.
@@ -59,6 +59,8 @@ def layer_decay_groups(
     if not 0 < layer_decay <= 1:
         raise ValueError(f"`layer_decay` is {layer_decay}; it must be in (0, 1], where 1 is no decay.")
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    unwrap: Any = getattr(model, "get_base_model", lambda: model)  # of PEFT
+    model = unwrap()
     last = model.config.num_hidden_layers + 1
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

@@ -76,6 +76,7 @@ def training_facts(trainer: Trainer) -> dict[str, Any]:
 
 def dataset_facts(dataset: Any) -> dict[str, Any]:
     """Name, configuration, split and size of a data set, as far as it knows them."""
+    dataset = getattr(dataset, "examples", dataset)  # of a `TrainingStream`
     info, split = getattr(dataset, "info", None), getattr(dataset, "split", None)
     facts = {
         "dataset": getattr(info, "dataset_name", None) or type(dataset).__name__,

@@ -10,13 +10,16 @@ import numpy as np
 
 
 class MeanIou(evaluate.Metric):
-    """`compute(predictions, references, num_labels, ignore_index=None)` -> dict of floats and lists of floats
+    """`compute(predictions, references, num_labels, ignore_index=None)` -> dict of floats and arrays of floats
+
+    Arguments and results are called as those of the Hub's metric of this name, for the official example scripts.
 
     Args:
         predictions: label maps (height, width) of whole numbers in [0, num_labels); sizes may differ between images.
         references: one for each prediction, of its size.
         num_labels: C, number of classes.
         ignore_index: pixels with this reference count for nothing.
+        reduce_labels: `False`; the metric does not move labels.
 
     Returns, all in [0, 1]:
         `mean_iou`, `mean_accuracy`: means of the following over the classes where they are not NaN.
@@ -57,12 +60,15 @@ class MeanIou(evaluate.Metric):
         pixels = np.bincount(index, weights=np.concatenate(pixels)).astype(np.int64)
         super().add_batch(predictions=predicted, references=true, pixels=pixels)
 
-    def compute(self, *, predictions=None, references=None, num_labels, ignore_index=None):
+    def compute(self, *, predictions=None, references=None, num_labels, ignore_index=None, reduce_labels=False):
         """The metric of these label maps and those that were added before, which are then forgotten.
 
         Raises:
-            `ValueError`: as `add_batch`, and for labels outside of [0, num_labels) that are not ignored.
+            `ValueError`: as `add_batch`, for labels outside of [0, num_labels) that are not ignored, and for
+                `reduce_labels`.
         """
+        if reduce_labels:
+            raise ValueError("`reduce_labels` is set; move the labels before, and pass the result without it.")
         if predictions is not None or references is not None:
             self.add_batch(predictions=predictions, references=references)
         return super().compute(num_labels=num_labels, ignore_index=ignore_index)
@@ -87,8 +93,8 @@ class MeanIou(evaluate.Metric):
             "mean_iou": mean(iou),
             "mean_accuracy": mean(accuracy),
             "overall_accuracy": ratio(correct.sum(), true.sum()).item(),
-            "per_category_iou": iou.tolist(),
-            "per_category_accuracy": accuracy.tolist(),
+            "per_category_iou": iou,
+            "per_category_accuracy": accuracy,
         }
 
 

@@ -1,0 +1,173 @@
+"""One checkpoint at many speeds: schedules between no pruning and the configured one, and what each of them gives."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import transformers
+from transformers.utils import logging
+
+from .configuration_cropr_vit import CroprViTConfig
+from .modeling_cropr_vit import CroprViTPreTrainedModel
+from .version import __version__
+
+
+logger = logging.get_logger(__name__)
+
+TOKEN_MULTIPLE = 8
+DEFAULT_BATCH_SIZE = 8
+Pruning = int | Sequence[int] | None  # as `set_pruning` takes it
+
+
+def curriculum_schedule(config: CroprViTConfig, progress: float) -> list[int]:
+    """Patch tokens kept after each block when pruning is a share of what is configured, for `set_pruning`.
+
+    Below the configured pruning, the tokens after a block, prefix included, are all of them or a multiple of 8,
+    rounded up: kernels like such lengths, and there are few different ones. Where the final schedule leaves whole
+    windows of windowed attention, they are squares of windows.
+
+    Args:
+        config: its schedule at `image_size` is the final one.
+        progress: in [0, 1], where 0 keeps every token and 1 is the final schedule.
+
+    Raises:
+        `ValueError`: for a progress out of range.
+    """
+    if not 0 <= progress <= 1:
+        raise ValueError(f"`progress` is {progress}; it must be in [0, 1], such as 0.5 for half of the pruning.")
+    final, all_patches, prefix = config.kept_patches(), config.num_patches, config.num_prefix_tokens
+    if progress == 1:
+        return final
+    window = config.window_size**2
+    tiles = window > 0 and all(kept % window == 0 for kept in final if kept < all_patches)
+    schedule = []
+    for kept in final:
+        tokens = prefix + kept + (1.0 - progress) * (all_patches - kept)
+        if tiles:
+            rounded = (math.ceil(math.sqrt(tokens) / config.window_size) * config.window_size) ** 2
+        else:
+            rounded = math.ceil(tokens / TOKEN_MULTIPLE) * TOKEN_MULTIPLE
+        schedule.append(min(rounded - prefix, all_patches))
+    return schedule
+
+
+def evaluate_schedules(
+    model: CroprViTPreTrainedModel,
+    schedules: Sequence[Pruning],
+    metric: Callable[[Any], float | Mapping[str, float]],
+    pixel_values: torch.Tensor | None = None,
+    min_rounds: int = 5,
+    max_rounds: int = 30,
+    tolerance: float = 0.02,
+) -> dict[str, Any]:
+    """Accuracy and throughput of one model under several pruning schedules; its pruning stays as it was.
+
+    Args:
+        model: any Cropr ViT that prunes, as published (auxiliary heads cost some time, also in evaluation).
+        schedules: each is what `set_pruning` takes: a rate (0 prunes nothing), patch tokens kept after each block
+            (such as `curriculum_schedule(model.config, 0.5)`), or `None` for the configured schedule.
+        metric: gets the model, in evaluation mode and pruning by one of the schedules, and returns a number, which
+            goes by the name "metric", or a mapping of names to numbers.
+        pixel_values: (B, channels, height, width), a batch to time; 8 images of noise of `image_size` by default.
+        min_rounds, max_rounds, tolerance: of the timing, see `cropr_hf.benchmark.compare`.
+
+    Returns:
+        A record that `json` can write: machine, versions, settings, and `points`, one per schedule in their order.
+        Each has its `schedule`, `kept_patches` after each block, `multiply_adds` per image with the head, `metrics`,
+        `images_per_second`, and the `speedup` over the unpruned model with its `spread` (half the interquartile
+        range).
+
+    Raises:
+        `ValueError`: without schedules, for two that keep the same patches, for one that is impossible for the model
+            or the size of `pixel_values`, and for a metric that is not a number.
+    """
+    previous = model.base_model.pruning
+    in_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():  # tensors of inference mode that a model caches would spoil its training later on
+            return _evaluate(model, schedules, metric, pixel_values, (min_rounds, max_rounds, tolerance))
+    finally:
+        model.base_model.pruning = previous  # type: ignore[assignment]
+        for module in in_training:
+            module.training = True
+
+
+def _evaluate(
+    model: Any,
+    schedules: Sequence[Pruning],
+    metric: Callable[[Any], float | Mapping[str, float]],
+    pixel_values: torch.Tensor | None,
+    timing: tuple[int, int, float],
+) -> dict[str, Any]:
+    # The benchmark is also a command of its own, which the package must not have imported before it runs.
+    from .benchmark import UNPRUNED, compare, head_multiply_adds, machine_name, multiply_adds
+
+    config: CroprViTConfig = model.config
+    if pixel_values is None:
+        height, width = (length * config.patch_size for length in config.grid_size)
+        generator = torch.Generator().manual_seed(0)  # leaves the global one alone
+        pixel_values = torch.randn(DEFAULT_BATCH_SIZE, config.num_channels, height, width, generator=generator)
+    pixel_values = pixel_values.to(model.device, model.dtype)
+    batch_size, _, height, width = pixel_values.shape
+    grid_size = (-(-height // config.patch_size), -(-width // config.patch_size))
+    num_patches = math.prod(grid_size)
+    points = _points(model, schedules, num_patches)
+
+    def run(pruning: Pruning) -> None:
+        model.set_pruning(pruning)
+        model(pixel_values)
+
+    for point in logging.tqdm(points, desc="Schedules"):
+        model.set_pruning(point["schedule"])
+        head = head_multiply_adds(model, {"pixel_values": pixel_values}) // batch_size
+        point["multiply_adds"] = multiply_adds(config, grid_size, pruning=point["schedule"]) + head
+        point["metrics"] = _numbers(metric(model))
+    names = [UNPRUNED if point["kept_patches"][-1] == num_patches else str(point["schedule"]) for point in points]
+    candidates: dict[str, Callable[[], Any]] = {UNPRUNED: partial(run, 0)}
+    candidates |= {name: partial(run, point["schedule"]) for name, point in zip(names, points)}
+    synchronize = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
+    timings = compare(candidates, UNPRUNED, *timing, synchronize=synchronize)
+    for name, point in zip(names, points):
+        own = timings[name]
+        point |= {"images_per_second": batch_size / own.median, "speedup": own.speedup, "spread": own.spread}
+    return {
+        "model": type(model).__name__,
+        "name_or_path": config.name_or_path,
+        "machine": machine_name(model.device),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "cropr_hf": __version__},
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "batch_size": batch_size,
+        "image_size": [height, width],
+        "rounds": len(timings[UNPRUNED].seconds),
+        "unpruned_images_per_second": batch_size / timings[UNPRUNED].median,
+        "points": points,
+    }
+
+
+def _points(model: Any, schedules: Sequence[Pruning], num_patches: int) -> list[dict[str, Any]]:
+    """The beginnings of the points, once all schedules are known to be possible and different."""
+    if not len(schedules):
+        raise ValueError("There are no schedules; give at least one, such as [0, None] for no and configured pruning.")
+    points: list[dict[str, Any]] = []
+    for schedule in schedules:
+        model.set_pruning(schedule)
+        pruning = model.base_model.pruning  # in plain numbers
+        kept = model.config.kept_patches(num_patches, pruning)
+        for index, point in enumerate(points):
+            if point["kept_patches"] == kept:
+                raise ValueError(f"The schedules {index} and {len(points)} both keep {kept} patches; leave one out.")
+        points.append({"schedule": pruning, "kept_patches": kept})
+    return points
+
+
+def _numbers(value: Any) -> dict[str, float]:
+    values = value if isinstance(value, Mapping) else {"metric": value}
+    try:
+        return {str(name): float(number) for name, number in values.items()}
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"The metric returned {value!r}; it must be a number, or a mapping of names to numbers."
+        ) from error
