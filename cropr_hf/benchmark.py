@@ -258,8 +258,19 @@ class BenchmarkArguments:
     output: str | None = _argument(None, "JSON file for the record.")
 
 
+def parse_config(text: str) -> dict[str, Any]:
+    """Fields of a configuration from the command line; raises `ValueError` if they are no JSON object."""
+    try:
+        fields = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--config is {text!r}, which is no JSON ({error}).") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"--config is {text!r}; give an object, such as '{{\"pruning_rate\": 8}}'.")
+    return fields
+
+
 def _config_from(args: BenchmarkArguments) -> CroprViTConfig:
-    overrides = json.loads(args.config)
+    overrides = parse_config(args.config)
     for name in ("pruning_rate", "image_size"):
         if getattr(args, name) is not None:
             overrides[name] = getattr(args, name)
@@ -271,6 +282,8 @@ def _config_from(args: BenchmarkArguments) -> CroprViTConfig:
 def _check(args: BenchmarkArguments) -> None:
     if args.task is not None and args.task not in TASKS:
         raise ValueError(f"The task is {args.task!r}; choose one of {', '.join(TASKS)}.")
+    if args.batch_size < 1:
+        raise ValueError(f"`batch_size` is {args.batch_size}; it must be 1 or more.")
     if not isinstance(getattr(torch, args.dtype, None), torch.dtype):
         raise ValueError(f"`dtype` is {args.dtype!r}; give a type of torch, such as float32 or bfloat16.")
     if args.gradient_checkpointing and not args.training:

@@ -4,6 +4,7 @@ Exit codes: 0 when it worked, 1 when it did not (the reason is on stderr), 2 for
 """
 
 import json
+import re
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
@@ -29,11 +30,7 @@ from .visualization import plot_pruning
 def convert(args: Namespace) -> str:
     """Makes any pretrained ViT prunable."""
     model_class = benchmark.TASKS[args.task][0]
-    try:
-        config = json.loads(args.config)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--config is {args.config!r}, which is no JSON ({error}).") from error
-    model = model_class.from_vit(args.source, **config)
+    model = model_class.from_vit(args.source, **benchmark.parse_config(args.config))
     processor = _image_processor(args.source)
     if processor is not None:
         height, width = (length * model.config.patch_size for length in model.config.grid_size)
@@ -43,7 +40,7 @@ def convert(args: Namespace) -> str:
             mean, std = processor.image_mean, processor.image_std
             processor = CroprViTImageProcessor(size=edge, pad_size=size, image_mean=mean, image_std=std)
         else:
-            processor.size = size
+            processor.size, processor.do_center_crop = size, False
     _save(model, processor, args)
     note = "" if processor is not None else " The source has no image processor; save one beside it."
     return f"{args.output_dir} holds the model; its scorers are new, so train it.{note}"
@@ -51,9 +48,15 @@ def convert(args: Namespace) -> str:
 
 def strip(args: Namespace) -> str:
     """Makes a publishable folder from a complete checkpoint."""
+    folder = Path(args.output_dir).absolute()
+    if folder == Path(args.source).absolute() or re.fullmatch(r"checkpoint-\d+", folder.name):
+        raise ValueError(f"{args.output_dir} is where to resume from, and must stay complete; give another folder.")
     model = _load(args.source)
+    model.config.name_or_path = ""  # nothing is trained here
     if (Path(args.source) / RECORD_NAME).exists():
-        model.record = {name: part for name, part in read_record(args.source).items() if name != "model"}
+        record = read_record(args.source)
+        model.config.name_or_path = record["model"].get("base_model") or ""
+        model.record = {name: part for name, part in record.items() if name != "model"}
     _save(model, _image_processor(args.source), args)
     return f"{args.output_dir} is ready to publish: hf upload OWNER/NAME {args.output_dir}"
 
@@ -62,9 +65,15 @@ def run_benchmark(args: Namespace) -> str:
     """Times a model against its unpruned twin and a random pruner."""
     arguments = BenchmarkArguments(**{field.name: getattr(args, field.name) for field in fields(BenchmarkArguments)})
     if args.update_record:
-        if args.model_name_or_path is None:
-            raise ValueError("--update_record needs --model_name_or_path, the folder with the record.")
+        others = ("size", "task", "pruning_rate", "image_size", "config", "training")
+        changed = [name for name in others if getattr(args, name) != getattr(BenchmarkArguments, name)]
+        if args.model_name_or_path is None or changed:
+            raise ValueError(
+                "--update_record is for the model as it lies in the folder that --model_name_or_path names"
+                + (f"; leave out --{', --'.join(changed)}." if changed else ".")
+            )
         read_record(args.model_name_or_path)  # before the measurement, not after it
+    _check_folder(arguments.output)
     record = benchmark.run(arguments)
     if arguments.output is not None:
         Path(arguments.output).write_text(json.dumps(record, indent=2), encoding="utf-8")
@@ -76,6 +85,7 @@ def run_benchmark(args: Namespace) -> str:
 @torch.inference_mode()
 def visualize(args: Namespace) -> str:
     """Draws which patches a model prunes, and after which block."""
+    _check_folder(args.output)
     model = _load(args.model).eval()
     processor = _image_processor(args.model)
     if processor is None:
@@ -121,6 +131,12 @@ def _load(name_or_path: str) -> CroprViTPreTrainedModel:
             f"{name_or_path} holds a {architectures[0] or 'model without a class'}, no `CroprViT*` model."
         )
     return classes[architectures[0]].from_pretrained(name_or_path, use_auxiliary_heads=False)
+
+
+def _check_folder(file: str | None) -> None:
+    """Raises `ValueError` for a file that cannot be written, before the work is done."""
+    if file is not None and not Path(file).absolute().parent.is_dir():
+        raise ValueError(f"--output is {file}, but there is no folder {Path(file).parent}; make it first.")
 
 
 def _image_processor(name_or_path: str) -> Any:
@@ -197,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
     try:
         print(args.function(args))
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, TypeError, KeyError, RuntimeError, OSError, ImportError) as error:
         print(f"cropr-hf: {error}", file=sys.stderr)
         return 1
     return 0

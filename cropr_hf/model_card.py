@@ -77,6 +77,7 @@ def model_facts(
         "num_hidden_layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
         "token_reducer": config.token_reducer,
+        "use_auxiliary_heads": config.use_auxiliary_heads,
         "last_layer_fusion": config.last_layer_fusion,
         "num_patches": config.num_patches,
         "patches_kept": config.kept_patches(),
@@ -87,7 +88,9 @@ def model_facts(
 
 def source_name(name: str | os.PathLike) -> str:
     """A Hub id as it is, and of a local folder its name only: where it lies is nobody's business."""
-    return Path(name).name if os.path.exists(name) else str(name)
+    path = str(name)
+    is_local = os.path.exists(path) or path.startswith((".", "~")) or os.path.isabs(path)
+    return Path(path).name if is_local else path
 
 
 def write_card(
@@ -103,7 +106,10 @@ def write_card(
         target: where the files go from there, if not to stay.
     """
     class_name = type(model).__name__.removeprefix("FSDP")  # sharding makes a class of that name
-    facts = model_facts(model.config, class_name, name, num_parameters, model.config.name_or_path)
+    base = model.config.name_or_path
+    if base and target is not None and os.path.abspath(base) == os.path.abspath(target):
+        base = None  # it goes back to where it came from
+    facts = model_facts(model.config, class_name, name, num_parameters, base)
     record = {"model": facts, **(model.record or {})}
     if model.model_tags:
         record["metadata"] = {"tags": model.model_tags, **record.get("metadata", {})}
@@ -136,9 +142,9 @@ def write_record(folder: str | os.PathLike, record: dict[str, Any], target: str 
     A card in `target` (`folder` by default) that somebody wrote, or took over by removing our mark, is left alone.
     """
     folder, target = Path(folder), Path(folder if target is None else target)
-    _write(folder / RECORD_NAME, json.dumps(record, indent=2) + "\n")
+    _write(folder / RECORD_NAME, json.dumps(record, indent=2, default=str) + "\n")
     card = target / CARD_NAME
-    if card.is_file() and CARD_MARK not in card.read_text(encoding="utf-8"):
+    if card.is_file() and CARD_MARK not in card.read_text(encoding="utf-8", errors="replace"):
         logger.info(f"{card} was not written by cropr_hf, or was changed since, and stays as it is.")
         return
     _write(folder / CARD_NAME, str(render_card(record, target)))
@@ -162,8 +168,14 @@ def add_to_record(
     if evaluation is not None:
         record["evaluations"] = merge_evaluation(record.get("evaluations", []), evaluation)
     if throughput is not None:
-        record["throughput"] = throughput
+        record["throughput"] = published_throughput(throughput)
     write_record(folder, record)
+
+
+def published_throughput(record: dict[str, Any]) -> dict[str, Any]:
+    """A record of `cropr_hf.benchmark` without the paths among its arguments."""
+    paths = ("model_name_or_path", "output")
+    return record | {"arguments": {name: value for name, value in record["arguments"].items() if name not in paths}}
 
 
 def merge_evaluation(evaluations: list[dict[str, Any]], evaluation: dict[str, Any]) -> list[dict[str, Any]]:
@@ -217,6 +229,7 @@ def render_card(record: Mapping[str, Any], folder: str | os.PathLike | None = No
         recipe=record.get("recipe"),
         evaluations=record.get("evaluations"),
         throughput=record.get("throughput"),
+        is_stripped=model["token_reducer"] == "cropr" and not model.get("use_auxiliary_heads"),
         usage=_usage(model["class"], name),
         has_code=folder is not None and (folder / "modeling_cropr_vit.py").exists(),
         training=_training_table(training),

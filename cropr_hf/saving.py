@@ -205,12 +205,12 @@ class StrippableModel(PreTrainedModel):
             self.config.use_auxiliary_heads = self.config.use_auxiliary_heads and not strip
             try:
                 super().save_pretrained(staging, True, state_dict, False, *args, **kwargs)
+                if is_published:
+                    _write_card(self, staging, repo_id or folder, num_parameters, save_directory)
             finally:
                 self.config.use_auxiliary_heads = self.config.use_auxiliary_heads or strip
             if strip:
                 _save_training_config(staging, type(self.config))
-            if is_published:
-                _write_card(self, staging, repo_id or folder, num_parameters, save_directory)
             if push_to_hub:
                 _upload(staging, repo_id or folder, weights_variant=kwargs.get("variant"), **hub_kwargs)
             _replace_files(staging, save_directory, weights_variant=kwargs.get("variant"))
@@ -305,7 +305,7 @@ def _has_own_card(api: HfApi, repo_id: str, revision: str | None) -> bool:
     if not api.file_exists(repo_id, CARD_NAME, revision=revision):
         return False
     card = api.hf_hub_download(repo_id, CARD_NAME, revision=revision)
-    with open(card, encoding="utf-8") as file:
+    with open(card, encoding="utf-8", errors="replace") as file:
         return CARD_MARK not in file.read()
 
 

@@ -9,7 +9,9 @@ import torch
 import transformers
 from transformers.utils import logging
 
+from .benchmark import UNPRUNED, compare, head_multiply_adds, machine_name, multiply_adds
 from .configuration_cropr_vit import CroprViTConfig
+from .model_card import source_name
 from .modeling_cropr_vit import CroprViTPreTrainedModel
 from .version import __version__
 
@@ -102,9 +104,6 @@ def _evaluate(
     pixel_values: torch.Tensor | None,
     timing: tuple[int, int, float],
 ) -> dict[str, Any]:
-    # The benchmark is also a command of its own, which the package must not have imported before it runs.
-    from .benchmark import UNPRUNED, compare, head_multiply_adds, machine_name, multiply_adds
-
     config: CroprViTConfig = model.config
     if pixel_values is None:
         height, width = (length * config.patch_size for length in config.grid_size)
@@ -135,7 +134,7 @@ def _evaluate(
         point |= {"images_per_second": batch_size / own.median, "speedup": own.speedup, "spread": own.spread}
     return {
         "model": type(model).__name__,
-        "name_or_path": config.name_or_path,
+        "name_or_path": source_name(config.name_or_path) if config.name_or_path else None,
         "machine": machine_name(model.device),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "cropr_hf": __version__},
         "dtype": str(model.dtype).removeprefix("torch."),

@@ -42,6 +42,7 @@ class AnySpeedArguments:
     epochs: int = argument(1, "Passes over them.")
     test_images: int = argument(2000, "Images to measure on.")
     batch_size: int = argument(64, "Images per call in the measurements.")
+    seed: int = argument(42, "Of the training images and of the training.")
 
 
 def train(args: AnySpeedArguments, name: str, schedule: list[int], *options: str) -> CroprViTForImageClassification:
@@ -49,7 +50,7 @@ def train(args: AnySpeedArguments, name: str, schedule: list[int], *options: str
     print(f"Fine-tuning: {name}", flush=True)
     settings = {"pretrained": args.pretrained, "train_images": args.train_images, "epochs": args.epochs}
     demo = DemoArguments(output_dir=f"{args.output_dir}/{name}", pruning_schedule=schedule, **settings)
-    folder = fine_tune(demo, "Cropr" if schedule else "unpruned", *options)
+    folder = fine_tune(demo, "Cropr" if schedule else "unpruned", "--seed", str(args.seed), *options)
     return CroprViTForImageClassification.from_pretrained(folder)
 
 
@@ -93,6 +94,8 @@ def table(record: dict[str, Any]) -> str:
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Runs everything, prints the table and returns the record; `arguments` are those of the command line."""
     (args,) = HfArgumentParser(AnySpeedArguments).parse_args_into_dataclasses(arguments)
+    if len({0.0, *args.strengths}) <= len(args.strengths) or not all(0 < strength <= 1 for strength in args.strengths):
+        raise ValueError(f"--strengths is {args.strengths}; give different shares in (0, 1], such as 0.5 1.")
     transformers_logging.disable_progress_bar()
     start = time.perf_counter()
     output = Path(args.output_dir)

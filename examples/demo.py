@@ -64,6 +64,8 @@ TASKS = {
             "cutmix_alpha": 0,
             "label_smoothing": 0,
             "last_layer_fusion": False,
+            # At 1e-2 one seed of three lost the digits before its routers had learned to keep them.
+            "learning_rate": 3e-3,
         },
     ),
     "semantic_segmentation": Task(

@@ -19,10 +19,11 @@ from typing import Any, ClassVar
 import yaml
 from datasets import Dataset, DatasetDict, Image, IterableDataset, IterableDatasetDict
 from transformers import AutoConfig, AutoImageProcessor, HfArgumentParser, TrainingArguments
+from transformers.utils import logging
 
 from cropr_hf import CroprViTConfig, benchmark, has_auxiliary_heads
 from cropr_hf.benchmark import BenchmarkArguments
-from cropr_hf.model_card import add_to_record
+from cropr_hf.model_card import add_to_record, published_throughput, source_name
 from cropr_hf.training import (
     CroprTrainer,
     PruningCurriculum,
@@ -35,6 +36,8 @@ from cropr_hf.training import (
     merge_lora,
 )
 
+
+logger = logging.get_logger(__name__)
 
 CLUTTERED_DIGITS = "cluttered_digits"
 EVA02 = "timm/eva02_large_patch14_224.mim_m38m"
@@ -130,6 +133,11 @@ class RecipeArguments(TrainingArguments):
     save_strategy: str = argument("epoch", "When to write a checkpoint.")
     logging_steps: float = argument(50, "Steps between logs.")
     remove_unused_columns: bool | None = argument(False, "The transforms need the image column.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.benchmark_rounds < 0 or self.benchmark_rounds in (1, 2):
+            raise ValueError(f"--benchmark_rounds is {self.benchmark_rounds}; give 3 or more, or 0 for no timing.")
 
 
 def parse_arguments(classes: Sequence[Any], arguments: list[str] | None = None) -> tuple[Any, ...]:
@@ -390,6 +398,8 @@ def run(trainer: CroprTrainer, *arguments: Any) -> dict[str, float]:
         checkpoint = args.resume_from_checkpoint
         if checkpoint is not None and checkpoint.lower() in ("true", "last"):
             checkpoint = last_whole_checkpoint(args.output_dir)
+            if checkpoint is None:  # so that a scheduler can repeat one command
+                logger.warning(f"{args.output_dir} holds no whole checkpoint; the training starts from the beginning.")
         result = trainer.train(resume_from_checkpoint=checkpoint)
         if hasattr(trainer.model, "merge_and_unload"):  # adapters: publish an ordinary model
             trainer.model = trainer.model_wrapped = merge_lora(trainer.model)
@@ -410,16 +420,19 @@ def run(trainer: CroprTrainer, *arguments: Any) -> dict[str, float]:
     return metrics
 
 
-def data_facts(args: Any) -> dict[str, str]:
+def data_facts(args: Any, split: str = "train") -> dict[str, str]:
     """Which data set the data arguments of a script name, for the record; nothing for other arguments."""
     if getattr(args, "data_dir", None) is not None:
-        return {"dataset": Path(args.data_dir).name}
+        return {"dataset": source_name(args.data_dir)}
     if getattr(args, "dataset_name", None) is not None:
-        facts = {"dataset": args.dataset_name, "config": args.dataset_config_name}
+        facts = {"dataset": source_name(args.dataset_name), "config": args.dataset_config_name}
         facts["revision"] = getattr(args, "dataset_revision", None)
         return {name: value for name, value in facts.items() if value is not None}
-    files = getattr(args, "train_dir", None) or getattr(args, "train_annotations", None)
-    return {} if files is None else {"dataset": Path(files).stem}
+    if getattr(args, "train_dir", None) is not None:
+        folder = Path(args.train_dir).absolute()
+        return {"dataset": folder.parent.name if folder.name.startswith("train") else folder.name}
+    file = getattr(args, f"{split}_annotations", None)
+    return {} if file is None else {"dataset": Path(file).stem}
 
 
 def measure_speed(trainer: CroprTrainer) -> None:
@@ -428,16 +441,18 @@ def measure_speed(trainer: CroprTrainer) -> None:
     dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(trainer.accelerator.mixed_precision, "float32")
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     model.record = model.record or {}
-    model.record["throughput"] = benchmark.run(
-        BenchmarkArguments(
-            model_name_or_path=args.output_dir,
-            device=args.device.type,
-            dtype=dtype,
-            batch_size=args.per_device_eval_batch_size,
-            min_rounds=args.benchmark_rounds,
-            max_rounds=args.benchmark_rounds,
-        )
+    arguments = BenchmarkArguments(
+        model_name_or_path=args.output_dir,
+        device=args.device.type,
+        dtype=dtype,
+        batch_size=args.per_device_eval_batch_size,
+        min_rounds=args.benchmark_rounds,
+        max_rounds=args.benchmark_rounds,
     )
+    try:
+        model.record["throughput"] = published_throughput(benchmark.run(arguments))
+    except RuntimeError as error:  # out of memory, beside the optimizer
+        logger.warning(f"The speed was not measured: {error}")
 
 
 def record_evaluation(
@@ -452,5 +467,5 @@ def record_evaluation(
 
     `args` name the data set, `settings` what is not as the folder has it.
     """
-    evaluation = {**data_facts(args), "split": split, "num_examples": num_examples, "metrics": metrics}
+    evaluation = {**data_facts(args, split), "split": split, "num_examples": num_examples, "metrics": metrics}
     add_to_record(folder, evaluation=evaluation | ({"settings": settings} if settings else {}))

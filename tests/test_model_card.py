@@ -83,7 +83,7 @@ class TestSaving:
         model = type(tiny_model()).from_pretrained(tmp_path / "private" / "base")
         model.save_pretrained(tmp_path / "published")
         text = card_of(tmp_path / "published") + (tmp_path / "published" / "record.json").read_text()
-        assert str(tmp_path) not in text and "fine-tuned from `base`" in text
+        assert str(tmp_path) not in text and "It starts from `base`" in text
 
 
 class TestRecords:

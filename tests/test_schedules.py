@@ -13,6 +13,7 @@ from cropr_hf import (
     benchmark,
     curriculum_schedule,
     evaluate_schedules,
+    schedules,
 )
 from cropr_hf.benchmark import multiply_adds
 from cropr_hf.visualization import plot_tradeoff
@@ -85,7 +86,7 @@ class TestEvaluateSchedules:
             assert reference == benchmark.UNPRUNED == next(iter(candidates))
             return {name: benchmark.Timing([1.0, 1.0], 2.0, 0.5) for name in candidates}
 
-        monkeypatch.setattr(benchmark, "compare", compare)
+        monkeypatch.setattr(schedules, "compare", compare)
         (point,) = evaluate_schedules(model, [None], last_kept)["points"]
         assert tokens == [65, 65]  # with last layer fusion, of the model unpruned and pruned
         tokens.clear()

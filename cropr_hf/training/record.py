@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Mapping
 from enum import Enum
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+import yaml
 from huggingface_hub import ModelCard
 from transformers import Trainer
 from transformers.utils import logging
@@ -26,6 +28,9 @@ logger = logging.get_logger(__name__)
 # Where things lie, who looks on, and secrets: they do not change what is trained.
 PRIVATE_SETTINGS = {
     "data_dir",
+    "dataloader_pin_memory",
+    "dataset_name",
+    "debug",
     "disable_tqdm",
     "hub_model_id",
     "hub_token",
@@ -114,7 +119,7 @@ def licence_of(base_model: str) -> str | None:
     folder = Path(base_model)
     try:
         card = ModelCard.load(folder / CARD_NAME if folder.is_dir() else base_model)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         logger.info(f"The licence of {source_name(base_model)} is not known: {error}")
         return None
     return card.data.get("license")
@@ -137,9 +142,9 @@ def code_commit() -> str | None:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a setting can be written down: no object, and no path of this machine."""
+    """Whether a setting can be written down: no object, and no path of this machine in it."""
     try:
-        json.dumps(value)
+        text = json.dumps(value)
     except TypeError:
         return False
-    return not (isinstance(value, str) and os.path.isabs(value))
+    return not any(os.path.isabs(part) for part in re.findall(r'"([^"]*)"', text))

@@ -98,6 +98,7 @@ class CroprTrainer(Trainer):
                     f"{self.args.output_dir} holds no whole checkpoint to resume from; name one, or train from the "
                     "start."
                 )
+        self._evaluations = []  # they are those of other weights
         if isinstance(self.train_dataset, TrainingStream):
             self.train_dataset.start = self._batches_before(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -176,10 +177,14 @@ class CroprTrainer(Trainer):
         """See `Trainer.evaluate`."""
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        # During training the weights are not yet those that are published.
-        if not self.is_in_train and not isinstance(dataset, (dict, str)):
+        # During training, and with another pruning, it is not yet the model that is published.
+        base = getattr(self.accelerator.unwrap_model(self.model), "base_model", None)
+        is_published = not self.is_in_train and getattr(base, "pruning", None) is None
+        if is_published and not isinstance(dataset, (dict, str)):
             evaluation = dataset_facts(dataset)
-            evaluation |= {name: self.facts[name] for name in ("dataset", "config", "revision") if name in self.facts}
+            if eval_dataset is None:
+                named = ("dataset", "config", "revision")
+                evaluation |= {name: self.facts[name] for name in named if name in self.facts}
             evaluation |= {"step": self.state.global_step, "metrics": evaluation_metrics(metrics, metric_key_prefix)}
             self._evaluations = merge_evaluation(self._evaluations, evaluation)
         return metrics
@@ -228,14 +233,15 @@ class CroprTrainer(Trainer):
             class_name = type(model).__name__.removeprefix("FSDP")  # sharding makes a class of that name
             facts = model_facts(model.config, class_name, folder.name, None, model.config.name_or_path)
         metadata = {"language": language, "license": license, "tags": [tags] if isinstance(tags, str) else tags}
-        record["metadata"] = {key: value for key, value in metadata.items() if value}
+        record["metadata"] = record.get("metadata", {}) | {key: value for key, value in metadata.items() if value}
         write_record(folder, {"model": {**facts, "name": name or facts["name"]}, **record})
 
     def _update_record(self) -> dict[str, Any]:
         """Tells the model what is known about its training and evaluation, for `save_pretrained`, and returns it."""
         model: Any = self.accelerator.unwrap_model(self.model)
         step = self.state.global_step
-        record = {**(getattr(model, "record", None) or {})}
+        known = getattr(model, "record", None) or {}
+        record: dict[str, Any] = {name: known[name] for name in ("throughput", "metadata") if name in known}
         record["evaluations"] = [entry for entry in self._evaluations if entry["step"] == step]
         if step > 0:
             if "base_licence" not in self.facts and self.is_world_process_zero():
