@@ -31,6 +31,7 @@ from .modeling_cropr_vit import (
     CroprViTPreTrainedModel,
 )
 from .modeling_cropr_vit_detection import CroprViTForInstanceSegmentation, CroprViTForObjectDetection
+from .version import __version__
 
 
 logger = logging.get_logger(__name__)
@@ -347,7 +348,7 @@ def run(args: BenchmarkArguments) -> dict[str, Any]:
     return {
         "arguments": asdict(args),
         "machine": machine_name(device),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": library_versions(),
         "patches_kept": config.kept_patches(),
         "multiply_adds": costs,
         "multiply_add_bound": bound,
@@ -365,6 +366,12 @@ def run(args: BenchmarkArguments) -> dict[str, Any]:
             for name, timing in timings.items()
         },
     }
+
+
+def library_versions() -> dict[str, str]:
+    """What ran, for records."""
+    versions = {"cropr_hf": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    return {**versions, "python": platform.python_version()}
 
 
 def machine_name(device: torch.device) -> str:
@@ -391,7 +398,7 @@ def _random_inputs(
     args: BenchmarkArguments, config: CroprViTConfig, task: str, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
     """Pixels, and labels in training."""
-    height, width = (count * config.patch_size for count in config.grid_size)
+    height, width = config.input_size
     shape = (args.batch_size, config.num_channels, height, width)
     inputs: dict[str, Any] = {"pixel_values": torch.randn(shape, device=device, dtype=dtype)}
     if not args.training:

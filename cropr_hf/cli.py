@@ -33,7 +33,7 @@ def convert(args: Namespace) -> str:
     model = model_class.from_vit(args.source, **benchmark.parse_config(args.config))
     processor = _image_processor(args.source)
     if processor is not None:
-        height, width = (length * model.config.patch_size for length in model.config.grid_size)
+        height, width = model.config.input_size
         size = {"height": height, "width": width}
         if args.task in benchmark.DETECTION:
             edge = {"shortest_edge": min(height, width), "longest_edge": max(height, width)}

@@ -376,6 +376,12 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
         return height // self.patch_size, width // self.patch_size
 
     @property
+    def input_size(self) -> tuple[int, int]:
+        """Height and width in pixels: `image_size`, as a pair."""
+        rows, columns = self.grid_size
+        return rows * self.patch_size, columns * self.patch_size
+
+    @property
     def num_patches(self) -> int:
         """Patch tokens at `image_size`."""
         rows, columns = self.grid_size

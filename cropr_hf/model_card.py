@@ -72,7 +72,7 @@ def model_facts(
         "class": class_name,
         "base_model": source_name(base_model) if base_model else None,
         "num_parameters": num_parameters,
-        "image_size": [length * config.patch_size for length in config.grid_size],
+        "image_size": list(config.input_size),
         "patch_size": config.patch_size,
         "num_hidden_layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
@@ -84,6 +84,11 @@ def model_facts(
         "multiply_adds": multiply_adds(config),
         "multiply_adds_unpruned": multiply_adds(unpruned_config(config)),
     }
+
+
+def class_name(model: Any) -> str:
+    """Such as `"CroprViTForImageClassification"`, also where sharding has made a class of its own of it."""
+    return type(model).__name__.removeprefix("FSDP")
 
 
 def source_name(name: str | os.PathLike) -> str:
@@ -105,11 +110,10 @@ def write_card(
         num_parameters: of what is saved.
         target: where the files go from there, if not to stay.
     """
-    class_name = type(model).__name__.removeprefix("FSDP")  # sharding makes a class of that name
     base = model.config.name_or_path
     if base and target is not None and os.path.abspath(base) == os.path.abspath(target):
         base = None  # it goes back to where it came from
-    facts = model_facts(model.config, class_name, name, num_parameters, base)
+    facts = model_facts(model.config, class_name(model), name, num_parameters, base)
     record = {"model": facts, **(model.record or {})}
     if model.model_tags:
         record["metadata"] = {"tags": model.model_tags, **record.get("metadata", {})}
@@ -162,10 +166,16 @@ def add_to_record(
         throughput: what `cropr_hf.benchmark.run` returns.
 
     Raises:
-        `ValueError`: when the folder has no record.
+        `ValueError`: when the folder has no record, or the evaluation no data set or metrics that are numbers.
     """
     record = read_record(folder)
     if evaluation is not None:
+        if missing := {"dataset", "metrics"} - evaluation.keys():
+            raise ValueError(
+                f"The evaluation has no {', '.join(sorted(missing))}; it must say what was measured on what."
+            )
+        if wrong := [name for name, value in evaluation["metrics"].items() if not isinstance(value, (int, float))]:
+            raise ValueError(f"The metric {wrong[0]!r} is {evaluation['metrics'][wrong[0]]!r}; give a number.")
         record["evaluations"] = merge_evaluation(record.get("evaluations", []), evaluation)
     if throughput is not None:
         record["throughput"] = published_throughput(throughput)

@@ -6,14 +6,12 @@ from functools import partial
 from typing import Any
 
 import torch
-import transformers
 from transformers.utils import logging
 
-from .benchmark import UNPRUNED, compare, head_multiply_adds, machine_name, multiply_adds
+from .benchmark import UNPRUNED, compare, head_multiply_adds, library_versions, machine_name, multiply_adds
 from .configuration_cropr_vit import CroprViTConfig
 from .model_card import source_name
 from .modeling_cropr_vit import CroprViTPreTrainedModel
-from .version import __version__
 
 
 logger = logging.get_logger(__name__)
@@ -106,7 +104,7 @@ def _evaluate(
 ) -> dict[str, Any]:
     config: CroprViTConfig = model.config
     if pixel_values is None:
-        height, width = (length * config.patch_size for length in config.grid_size)
+        height, width = config.input_size
         generator = torch.Generator().manual_seed(0)  # leaves the global one alone
         pixel_values = torch.randn(DEFAULT_BATCH_SIZE, config.num_channels, height, width, generator=generator)
     pixel_values = pixel_values.to(model.device, model.dtype)
@@ -136,7 +134,7 @@ def _evaluate(
         "model": type(model).__name__,
         "name_or_path": source_name(config.name_or_path) if config.name_or_path else None,
         "machine": machine_name(model.device),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "cropr_hf": __version__},
+        "versions": library_versions(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "batch_size": batch_size,
         "image_size": [height, width],

@@ -24,6 +24,7 @@ from typing import Any
 import train_image_classification
 import train_instance_segmentation
 import train_semantic_segmentation
+from detection import DIGIT_DETECTOR
 from shared import CLUTTERED_DIGITS
 from transformers import HfArgumentParser
 from transformers import logging as transformers_logging
@@ -80,20 +81,9 @@ TASKS = {
         "evaluate_detection.py",
         ("box_map", "mask_map", "object_patches_kept"),
         (256, 144, 64, 25, 25, 25),
-        # Heads in proportion to the backbone; those of the paper would cost a hundred times as much as it.
         {
             "image_size": 128,
-            "config": json.dumps(
-                {
-                    "anchor_sizes": [8, 16, 32, 64, 128],
-                    "pyramid_channels": 16,
-                    "box_head_size": 64,
-                    "num_proposals": 50,
-                    "rois_per_image": 32,
-                    "detections_per_image": 20,
-                    "mask_stride": 1,
-                }
-            ),
+            "config": json.dumps(DIGIT_DETECTOR),
             "per_device_train_batch_size": 16,
             "gradient_accumulation_steps": 1,
             "learning_rate": 5e-3,

@@ -44,6 +44,16 @@ EVA02_FIELDS = ("image_size", "patch_size", "interpolate_antialias", "window_siz
 EVA02_FIELDS += ("pruning_schedule",)
 FILES = ("train", "validation")  # splits that are read from files in COCO format
 DIGITS = {"num_digits": (1, 3), "digit_size": (20, 28), "image_size": 128}
+# Heads in proportion to a backbone for digits; those of the paper would cost a hundred times as much as it.
+DIGIT_DETECTOR = {
+    "anchor_sizes": [8, 16, 32, 64, 128],
+    "pyramid_channels": 16,
+    "box_head_size": 64,
+    "num_proposals": 50,
+    "rois_per_image": 32,
+    "detections_per_image": 20,
+    "mask_stride": 1,
+}
 
 
 @dataclass

@@ -54,7 +54,9 @@ def load_images(args: Arguments) -> Dataset:
 
         return cluttered_digits(args.split, args.max_eval_samples, seed=args.seed)
     images = load_dataset(args.dataset_name, args.dataset_config_name, split=args.split)
-    return images.select(range(min(args.max_eval_samples, len(images))))
+    if len(images) > args.max_eval_samples:  # files are sorted by class
+        images = images.shuffle(seed=args.seed).select(range(args.max_eval_samples))
+    return images
 
 
 @torch.inference_mode()

@@ -28,7 +28,7 @@ from typing import Any
 from cluttered_digits import BACKGROUND, DIGIT_NAMES, cluttered_digits
 from datasets import Dataset
 from datasets import Image as ImageFeature
-from detection import DIGITS
+from detection import DIGIT_DETECTOR, DIGITS
 from PIL import Image
 from shared import argument
 from transformers import AutoImageProcessor, HfArgumentParser, SegformerImageProcessor, ViTImageProcessor
@@ -47,17 +47,7 @@ LABEL_MAPS = "digits/label_maps"
 BOXES = "digits/boxes"
 # The script for segmentation does not evaluate on pixels of class 0, so that this should be the background.
 LABEL_NAMES = ["background", *DIGIT_NAMES]
-# Heads in proportion to the backbone, as in the demo.
-DETECTOR = {
-    "image_size": DIGITS["image_size"],
-    "pruning_schedule": [256, 144, 64, 25, 25, 25],
-    "anchor_sizes": [8, 16, 32, 64, 128],
-    "pyramid_channels": 16,
-    "box_head_size": 64,
-    "num_proposals": 50,
-    "rois_per_image": 32,
-    "detections_per_image": 20,
-}
+DETECTOR = {"image_size": DIGITS["image_size"], "pruning_schedule": [256, 144, 64, 25, 25, 25], **DIGIT_DETECTOR}
 
 
 @dataclass

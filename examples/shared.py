@@ -13,6 +13,7 @@ from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -40,6 +41,7 @@ from cropr_hf.training import (
 logger = logging.get_logger(__name__)
 
 CLUTTERED_DIGITS = "cluttered_digits"
+RECIPE_ENDINGS = (".yaml", ".yml", ".json")
 EVA02 = "timm/eva02_large_patch14_224.mim_m38m"
 
 
@@ -158,7 +160,10 @@ def parse_arguments(classes: Sequence[Any], arguments: list[str] | None = None) 
         "line has as well wins.",
     )
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if words and words[0].endswith((".yaml", ".yml", ".json")):
+    misplaced = [word for before, word in pairwise(words) if word.endswith(RECIPE_ENDINGS) and before[:2] != "--"]
+    if misplaced:
+        raise ValueError(f"{misplaced[0]} is not the first word; a recipe comes before all other arguments.")
+    if words and words[0].endswith(RECIPE_ENDINGS):
         words = [*read_recipe(words[0], parser), *words[1:]]
     return parser.parse_args_into_dataclasses(words)
 
@@ -265,8 +270,7 @@ def timm_pretrained_config(name: str) -> Any:
 
 def input_size(config: CroprViTConfig) -> dict[str, int]:
     """Height and width of the model's input, as image processors take them."""
-    height, width = (length * config.patch_size for length in config.grid_size)
-    return {"height": height, "width": width}
+    return dict(zip(("height", "width"), config.input_size))
 
 
 def draw_digits(args: Any, seed: int, **settings: Any) -> Any:
@@ -310,6 +314,9 @@ def prepare_splits(images: Any, args: Any, share: float, seed: int) -> Any:
             f"The data set has no column {', '.join(sorted(missing))}, only "
             f"{', '.join(images['train'].column_names)}; name them by --image_column_name and --label_column_name."
         )
+    for name in ("max_train_samples", "max_eval_samples"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name} is {getattr(args, name)}; give 1 or more images, or leave it out.")
     if isinstance(images, IterableDatasetDict):
         return split_streams(images, args)
     if "validation" not in images:
@@ -387,13 +394,7 @@ def run(trainer: CroprTrainer, *arguments: Any) -> dict[str, float]:
     trainer.facts = {"script": Path(sys.argv[0]).name, "settings": changed_settings(*arguments, args)}
     for group in arguments:
         trainer.facts |= data_facts(group)
-    has_curriculum = args.pruning_curriculum > 0 or args.pruning_range is not None
-    if has_curriculum and trainer.model.config.token_reducer is not None:
-        # A compiled model compiles each schedule anew, and gives up after 8.
-        levels = 6 if args.torch_compile else 32
-        trainer.add_callback(PruningCurriculum(args.pruning_curriculum, levels, args.pruning_range))
-    if args.ema_decay is not None:
-        trainer.add_callback(WeightAverage(args.ema_decay))
+    add_callbacks(trainer, args)
     if args.do_train:
         checkpoint = args.resume_from_checkpoint
         if checkpoint is not None and checkpoint.lower() in ("true", "last"):
@@ -418,6 +419,17 @@ def run(trainer: CroprTrainer, *arguments: Any) -> dict[str, float]:
     if args.push_to_hub:
         trainer.push_to_hub()
     return metrics
+
+
+def add_callbacks(trainer: CroprTrainer, args: Any) -> None:
+    """Curriculum and average of the weights, as the arguments say."""
+    has_curriculum = args.pruning_curriculum > 0 or args.pruning_range is not None
+    if has_curriculum and trainer.model.config.token_reducer is not None:
+        # A compiled model compiles each schedule anew, and gives up after 8.
+        levels = 6 if args.torch_compile else 32
+        trainer.add_callback(PruningCurriculum(args.pruning_curriculum, levels, args.pruning_range))
+    if args.ema_decay is not None:
+        trainer.add_callback(WeightAverage(args.ema_decay))
 
 
 def data_facts(args: Any, split: str = "train") -> dict[str, str]:

@@ -141,12 +141,30 @@ class TestTrainImageClassification:
             1: "dog",
         }
 
+    def test_evaluation_takes_the_middle_of_the_image(self, example, tiny_vit, tmp_path):
+        script = example("train_image_classification")
+        config = cropr_hf.CroprViTConfig.from_size("tiny", image_size=32, token_reducer=None)
+        model_args = script.ClassifierArguments(model_name_or_path=tiny_vit)
+        processor = script.image_processor(config, script.DataArguments(center_crop=0.5), model_args)
+        pixels = np.zeros((64, 128, 3), dtype=np.uint8)
+        pixels[16:48, 48:80] = 255  # the middle half of the shorter side
+        image = processor(Image.fromarray(pixels), return_tensors="pt")["pixel_values"][0]
+        assert image.shape == (3, 32, 32)
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
+        torch.testing.assert_close(image * std + mean, torch.ones(3, 32, 32))
+
     def test_wrong_arguments_say_what_to_do(self, example, tiny_vit, tmp_path):
         script = example("train_image_classification")
         with pytest.raises(ValueError, match="--dataset_name"):
             script.main(["--model_name_or_path", tiny_vit, "--output_dir", str(tmp_path), "--use_cpu", "True"])
         with pytest.raises(ValueError, match="at most"):
             script.main(digits_command(tiny_vit, tmp_path, pruning_rate=100))
+        with pytest.raises(ValueError, match="benchmark_rounds is 2"):
+            script.main(digits_command(tiny_vit, tmp_path, benchmark_rounds=2))
+        with pytest.raises(ValueError, match=r"center_crop is 1\.5"):
+            script.main(digits_command(tiny_vit, tmp_path, center_crop=1.5))
+        with pytest.raises(ValueError, match=r"digits\.yaml is not the first word"):
+            script.main([*digits_command(tiny_vit, tmp_path), "digits.yaml"])
 
     @pytest.mark.parametrize("task", ["image_classification", "semantic_segmentation"])
     def test_two_processes_by_accelerate(self, task, tiny_vit, tmp_path):

@@ -98,6 +98,15 @@ def test_a_truncated_file_is_noticed(name, checkpoints, log_records):
     assert sorted(checkpoints.rglob("*")) == before
 
 
+def test_a_checkpoint_needs_all_of_its_weights(checkpoints, log_records):
+    (checkpoints / "checkpoint-16" / "model.safetensors").unlink()
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model.safetensors"}}
+    (checkpoints / "checkpoint-12" / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert last_whole_checkpoint(checkpoints) == str(checkpoints / "checkpoint-8")
+    reasons = [record.getMessage() for record in log_records if record.levelno == logging.WARNING]
+    assert "it has no weights" in reasons[0] and "it has no model-00001-of-00002.safetensors" in reasons[1]
+
+
 def test_checkpoints_of_the_plain_trainer_count(tmp_path):
     trainer = make_trainer(tmp_path, Trainer, max_steps=4, save_only_model=True, load_best_model_at_end=False)
     trainer.train()

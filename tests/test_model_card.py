@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 from test_training import ColouredSquares, tiny_model, training_arguments
+from torch.utils.data import Subset
 
 from cropr_hf import CroprViTForSemanticSegmentation
 from cropr_hf.hub import save_for_hub
@@ -101,6 +102,16 @@ class TestRecords:
             ("test", 0.5),
         ]
 
+    def test_measurements_that_say_too_little_are_errors(self, tmp_path):
+        saved(tmp_path)
+        before = card_of(tmp_path)
+        for name in ("dataset", "metrics"):
+            with pytest.raises(ValueError, match=f"no {name}"):
+                add_to_record(tmp_path, evaluation={key: value for key, value in ACCURACY.items() if key != name})
+        with pytest.raises(ValueError, match="'accuracy' is 'good'"):
+            add_to_record(tmp_path, evaluation={**ACCURACY, "metrics": {"accuracy": "good"}})
+        assert card_of(tmp_path) == before
+
     def test_folders_without_a_record_are_errors(self, tmp_path):
         with pytest.raises(ValueError, match=r"no record\.json"):
             add_to_record(tmp_path, evaluation=ACCURACY)
@@ -157,6 +168,21 @@ class TestTrainer:
     def test_results_of_other_weights_are_not_recorded(self, tmp_path):
         """Those during the training, and those before more of it."""
         trainer = self.trainer(tmp_path, eval_strategy="steps", eval_steps=1)
+        trainer.evaluate()
+        trainer.train()
+        trainer.save_model()
+        assert read_record(tmp_path)["evaluations"] == []
+
+    def test_results_of_other_data_and_other_pruning_do_not_count_as_its_own(self, tmp_path):
+        trainer = self.trainer(tmp_path)
+        trainer.facts = {"dataset": "owner/squares", "base_licence": None}
+        trainer.train()
+        trainer.evaluate(Subset(ColouredSquares(), range(8)))
+        trainer.model.set_pruning(0)
+        trainer.evaluate()
+        trainer.save_model()
+        assert [entry["dataset"] for entry in read_record(tmp_path)["evaluations"]] == ["Subset"]
+        trainer.model.set_pruning(None)
         trainer.evaluate()
         trainer.train()
         trainer.save_model()

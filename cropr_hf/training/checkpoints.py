@@ -13,6 +13,9 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
+# What files and folders of weights begin with: of models, adapters, FSDP's shards and DeepSpeed's.
+WEIGHTS = ("model", "adapter_model", "pytorch_model", "global_step")
+
 
 def last_whole_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     """The path of the newest `checkpoint-<step>` in `output_dir` that was saved to the end; `None` if there is none.
@@ -54,10 +57,17 @@ def _flaw(folder: str) -> str | None:
             if name.endswith(".safetensors"):
                 with safe_open(path, framework="pt"):  # compares the length with the header
                     pass
+            elif name.endswith(".safetensors.index.json"):
+                with open(path, encoding="utf-8") as file:
+                    shards = set(json.load(file)["weight_map"].values())
+                if missing := shards.difference(os.listdir(folder)):
+                    return f"it has no {min(missing)}"
             elif name.endswith((".pt", ".pth", ".bin")) and not zipfile.is_zipfile(path):  # its table is at the end
                 return f"{name} is truncated"
     except FileNotFoundError:
         return f"it has no {name}"
     except (OSError, ValueError, SafetensorError) as error:
         return f"{name} is truncated ({error})"
+    if not any(entry.startswith(WEIGHTS) for entry in os.listdir(folder)):
+        return "it has no weights"
     return None

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import platform
 import re
 import subprocess
 from collections.abc import Mapping
@@ -11,16 +10,13 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 import yaml
 from huggingface_hub import ModelCard
 from transformers import Trainer
 from transformers.utils import logging
 
-from ..benchmark import machine_name
+from ..benchmark import library_versions, machine_name
 from ..model_card import CARD_NAME, source_name
-from ..version import __version__
 
 
 logger = logging.get_logger(__name__)
@@ -67,12 +63,7 @@ def training_facts(trainer: Trainer) -> dict[str, Any]:
         "minutes": round(finished["train_runtime"] / 60, 1) if finished else None,
         "machine": machine_name(args.device),
         "num_processes": args.world_size,
-        "versions": {
-            "cropr_hf": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": library_versions(),
         "commit": code_commit(),
         "settings": changed_settings(args),
     }

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..model_card import merge_evaluation, model_facts, read_record, write_record
+from ..model_card import class_name, merge_evaluation, model_facts, read_record, write_record
 from ..saving import StrippableModel
 from .checkpoints import last_whole_checkpoint
 from .ema import WeightAverage
@@ -230,8 +230,7 @@ class CroprTrainer(Trainer):
         try:
             facts = read_record(folder)["model"]
         except ValueError:  # nothing is saved there yet
-            class_name = type(model).__name__.removeprefix("FSDP")  # sharding makes a class of that name
-            facts = model_facts(model.config, class_name, folder.name, None, model.config.name_or_path)
+            facts = model_facts(model.config, class_name(model), folder.name, None, model.config.name_or_path)
         metadata = {"language": language, "license": license, "tags": [tags] if isinstance(tags, str) else tags}
         record["metadata"] = record.get("metadata", {}) | {key: value for key, value in metadata.items() if value}
         write_record(folder, {"model": {**facts, "name": name or facts["name"]}, **record})
