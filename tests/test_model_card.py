@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,11 @@ from cropr_hf.training import CroprTrainer, changed_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 ACCURACY = {"dataset": "owner/squares", "split": "test", "num_examples": 64, "metrics": {"accuracy": 0.75}}
+
+
+@dataclass
+class Choice:
+    fusion: bool | None = None
 
 
 def card_of(folder) -> str:
@@ -136,7 +142,8 @@ class TestRecords:
         args = training_arguments(tmp_path, hub_token="secret", learning_rate=0.5, lr_scheduler_type="cosine")
         settings = changed_settings(args)
         assert settings["learning_rate"] == 0.5 and settings["lr_scheduler_type"] == "cosine"
-        assert "warmup_steps" not in settings
+        assert not {"warmup_steps", "debug", "gradient_checkpointing", "dataloader_pin_memory"} & settings.keys()
+        assert changed_settings(Choice(fusion=False)) == {"fusion": False} and changed_settings(Choice()) == {}
         assert "secret" not in json.dumps(settings) and str(tmp_path) not in json.dumps(settings)
 
 
