@@ -4,7 +4,6 @@ Exit codes: 0 when it worked, 1 when it did not (the reason is on stderr), 2 for
 """
 
 import json
-import re
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from .hub import save_for_hub
 from .image_processing_cropr_vit import CroprViTImageProcessor
 from .model_card import CARD_NAME, RECORD_NAME, add_to_record, read_record, write_card, write_record
 from .modeling_cropr_vit import CroprViTBackbone, CroprViTPreTrainedModel
+from .saving import is_checkpoint_folder
 from .version import __version__
 from .visualization import plot_pruning
 
@@ -48,8 +48,7 @@ def convert(args: Namespace) -> str:
 
 def strip(args: Namespace) -> str:
     """Makes a publishable folder from a complete checkpoint."""
-    folder = Path(args.output_dir).absolute()
-    if folder == Path(args.source).absolute() or re.fullmatch(r"checkpoint-\d+", folder.name):
+    if Path(args.output_dir).absolute() == Path(args.source).absolute() or is_checkpoint_folder(args.output_dir):
         raise ValueError(f"{args.output_dir} is where to resume from, and must stay complete; give another folder.")
     model = _load(args.source)
     model.config.name_or_path = ""  # nothing is trained here

@@ -48,6 +48,7 @@ SUMMARIES = {
     "CroprViTForObjectDetection": "finds objects and their boxes",
     "CroprViTForInstanceSegmentation": "finds objects, their boxes and their masks",
 }
+METHODS = {"cropr": "[Token Cropr](https://arxiv.org/abs/2412.00965)", "random": "random pruning (a baseline)"}
 BAR_LENGTH = 40
 
 
@@ -251,9 +252,7 @@ def _summary(model: Mapping[str, Any], is_pruned: bool) -> str:
     does = SUMMARIES.get(model["class"], "encodes images")
     if not is_pruned:
         return f"A vision transformer that {does}."
-    method = "[Token Cropr](https://arxiv.org/abs/2412.00965)" if model["token_reducer"] == "cropr" else "a pruner"
-    if model["token_reducer"] == "random":
-        method = "random pruning (a baseline)"
+    method = METHODS.get(model["token_reducer"], f"`{model['token_reducer']}`")
     share = 1 - model["patches_kept"][-1] / model["num_patches"]
     return f"A vision transformer that {does}, and drops {share:.0%} of the image patches on the way by {method}."
 

@@ -180,7 +180,7 @@ class StrippableModel(PreTrainedModel):
         """
         save_directory = os.fspath(save_directory)
         folder = os.path.basename(os.path.abspath(save_directory))
-        is_published = re.fullmatch(r"checkpoint-\d+", folder) is None
+        is_published = not is_checkpoint_folder(save_directory)
         if strip_auxiliary_heads is None:
             strip_auxiliary_heads = is_published
         strip = strip_auxiliary_heads and self.config.use_auxiliary_heads
@@ -248,6 +248,11 @@ class StrippableModel(PreTrainedModel):
                 commit_message=commit_message,
                 commit_description=commit_description,
             )
+
+
+def is_checkpoint_folder(path: str | os.PathLike) -> bool:
+    """Whether a folder has the name, `checkpoint-<step>`, of those that the Trainer resumes from."""
+    return re.fullmatch(r"checkpoint-\d+", os.path.basename(os.path.abspath(path))) is not None
 
 
 def _stored_config(path: str | os.PathLike, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from cropr_hf.visualization import plot_tradeoff
 
 @dataclass
 class AnySpeedArguments:
-    """Settings; the defaults take about six minutes on two CPU cores."""
+    """Settings; the defaults take about five minutes on two CPU cores."""
 
     pretrained: str = argument(DemoArguments.pretrained, "A plain ViT for cluttered digits.")
     output_dir: str = argument("outputs/any_speed", "Where checkpoints, record and picture go.")

@@ -1,6 +1,7 @@
 """What a Trainer knows about a run, for the record beside the weights (see `cropr_hf.model_card`)."""
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -118,6 +119,7 @@ def licence_of(base_model: str) -> str | None:
     return card.data.get("license")
 
 
+@functools.cache  # each save asks again
 def code_commit() -> str | None:
     """The commit of this package in a checkout, with `-dirty` for changes since; `None` where it is installed."""
     git = ["git", "-C", str(Path(__file__).parent)]

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..model_card import class_name, merge_evaluation, model_facts, read_record, write_record
-from ..saving import StrippableModel
+from ..saving import StrippableModel, is_checkpoint_folder
 from .checkpoints import last_whole_checkpoint
 from .ema import WeightAverage
 from .record import dataset_facts, evaluation_metrics, licence_of, training_facts
@@ -193,8 +192,8 @@ class CroprTrainer(Trainer):
         """See `Trainer.save_model`."""
         if not self.is_in_train:  # folders to resume from have no card
             self._update_record()
-        folder = os.path.abspath(output_dir or str(self.args.output_dir))
-        if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", os.path.basename(folder)) is None:
+        folder = output_dir or str(self.args.output_dir)
+        if not is_checkpoint_folder(folder):
             with self._averaged_weights():
                 super().save_model(output_dir, _internal_call)
             plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
