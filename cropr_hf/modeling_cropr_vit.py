@@ -38,6 +38,7 @@ from .saving import StrippableModel
 from .token_reduction import (
     AuxiliaryClassifier,
     FoldedScorer,
+    Rotation,
     Scorer,
     TokenState,
     build_token_reducers,
@@ -47,9 +48,6 @@ from .token_reduction import (
 
 
 logger = logging.get_logger(__name__)
-
-Rotation = tuple[torch.Tensor, torch.Tensor]
-
 
 @dataclass
 class CroprViTModelOutput(ModelOutput):
@@ -572,7 +570,7 @@ class CroprViTModel(CroprViTPreTrainedModel):
                 pruned_after_block = state.pruning_map(num_blocks) if output_pruning else None
                 state = state.fuse() if self.config.last_layer_fusion else state
             window_grid = self.config.window_grid(block, state.num_patches, grid_size)
-            positions = state.position_embeddings
+            positions = state.rotations.get("image")
             if window_grid is not None and window_table is not None:
                 positions = self.window_positions(state, window_grid, window_table)
             state = replace(state, hidden_states=layer(state.hidden_states, positions, window_grid, **kwargs))
@@ -596,15 +594,15 @@ class CroprViTModel(CroprViTPreTrainedModel):
         """
         hidden_states, grid_size = self.embeddings(pixel_values)
         size, prefix = self.config.window_size, self.config.num_prefix_tokens
-        rotation = window_rotation = window_table = padding = None
+        rotary_tables, window_table, padding = {}, None, None
         if self.rotary_embedding is not None:
-            rotation = self.rotary_embedding(grid_size, hidden_states.dtype, hidden_states.device)
+            rotary_tables["image"] = self.rotary_embedding(grid_size, hidden_states.dtype, hidden_states.device)
             if size:
                 window_table = self.rotary_embedding((size, size), hidden_states.dtype, hidden_states.device)
             if window_table is not None and self.config.window_rope_mode == "origin":
                 rows, columns = (torch.arange(length, device=hidden_states.device) % size for length in grid_size)
                 places = (rows[:, None] * size + columns).flatten()  # of each patch within its window
-                window_rotation = (window_table[0][:, places], window_table[1][:, places])
+                rotary_tables["window"] = (window_table[0][:, places], window_table[1][:, places])
         if self.config.prune_padding_first and pixel_mask is not None:
             if pixel_mask.shape != (len(pixel_values), *pixel_values.shape[2:]):
                 raise ValueError(
@@ -616,11 +614,12 @@ class CroprViTModel(CroprViTPreTrainedModel):
         state = TokenState(
             hidden_states,
             token_indices=torch.arange(hidden_states.shape[1], device=hidden_states.device)[None],
-            position_embeddings=rotation,
-            window_embeddings=window_rotation,
+            rotary_tables=rotary_tables,
+            rotations=rotary_tables,
             padding=padding,
             num_prefix_tokens=prefix,
             grid_size=grid_size,
+            keeps_pruned_states=self.config.last_layer_fusion,
         )
         return state, grid_size, window_table
 
@@ -629,7 +628,7 @@ class CroprViTModel(CroprViTPreTrainedModel):
         size, mode = self.config.window_size, self.config.window_rope_mode
         if mode == "slot" or not state.pruned:  # the same in every window
             return window_table
-        cos, sin = state.position_embeddings if mode == "global" else state.window_embeddings  # type: ignore[misc]
+        cos, sin = state.rotations["image" if mode == "global" else "window"]
         images = len(state.hidden_states)
         return (
             partition_windows(cos.expand(images, -1, -1), window_grid, size),

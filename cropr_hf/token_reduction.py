@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -61,7 +61,7 @@ def gather_tokens(tokens: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         (B, K, ...)
     """
     batch_size, length = indices.shape
-    if tokens.shape[0] != batch_size:
+    if tokens.shape[0] == 1:
         rows = indices.flatten()
     else:
         first_rows = torch.arange(batch_size, device=indices.device) * tokens.shape[1]
@@ -125,12 +125,12 @@ def select_tokens(
     """
     if padding is not None:
         scores = scores.masked_fill(padding, -torch.inf)
-    order = scores[:, num_prefix_tokens:].sort(dim=1, descending=True, stable=True).indices + num_prefix_tokens
-    kept = order[:, :num_keep].sort(dim=1).values
-    if num_prefix_tokens:
-        prefix = torch.arange(num_prefix_tokens, device=scores.device).expand(len(scores), -1)
-        kept = torch.cat([prefix, kept], dim=1)
-    return kept, order[:, num_keep:]
+    # Prefix tokens win, and as a stable sort leaves them in front, they need no treatment of their own.
+    scores = F.pad(scores[:, num_prefix_tokens:], (num_prefix_tokens, 0), value=torch.inf)
+    # A full sort costs less than 0.5 % of a block (see docs/speed.md), and unlike top-k it is the same everywhere.
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    num_keep += num_prefix_tokens
+    return order[:, :num_keep].sort(dim=1).values, order[:, num_keep:]
 
 
 def aggregate_tokens(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -156,78 +156,117 @@ def aggregate_tokens(queries: torch.Tensor, keys: torch.Tensor, values: torch.Te
 # --------------------------------------------------------------------------------------------------------------------
 
 
+Rotation = tuple[torch.Tensor, torch.Tensor]  # cosine and sine
+
+
 @dataclass
 class TokenState:
-    """Token sequences and all that belongs to a token; `gather` moves everything at once.
+    """Token sequences and what belongs to their tokens.
+
+    Only hidden states and indices move when tokens are pruned. Whatever a token has by its place in the image is
+    looked up by its index, in tables that stay as they are.
 
     Attributes:
         hidden_states: (B, T, D), prefix tokens first, patches in raster order.
         token_indices: (B or 1, T), place of each token in the unpruned sequence.
-        position_embeddings: rotary (cos, sin), each (B or 1, T, head size / 2), or `None`.
-        window_embeddings: the same for places inside the windows of windowed attention, or `None`.
-        padding: (B, T), true for tokens that are pruned before all others, or `None`.
+        rotary_tables: rotary positions of the unpruned sequence, each (1, T there, head size / 2), by the name of what
+            they are positions in: "image", and "window" for places inside the windows of windowed attention.
+        rotations: the same of the tokens in `hidden_states`, (B or 1, T, head size / 2).
+        padding: (B, T of the unpruned sequence), true for tokens that are pruned before all others, or `None`.
         num_prefix_tokens: CLS and register tokens in `hidden_states`.
-        pruned: states of the pruned patch tokens, with the block (1 to L) after which each was pruned.
+        pruned: the patch tokens that were pruned, in the order in which they were.
         grid_size: rows and columns of the patches before pruning; what has one query per patch needs it.
+        keeps_pruned_states: whether `pruned` has the hidden states, which fusion needs.
     """
 
     hidden_states: torch.Tensor
     token_indices: torch.Tensor
-    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None
-    window_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None
+    rotary_tables: dict[str, Rotation] = field(default_factory=dict)
+    rotations: dict[str, Rotation] = field(default_factory=dict)
     padding: torch.Tensor | None = None
     num_prefix_tokens: int = 0
-    pruned: tuple[tuple[int, TokenState], ...] = ()
+    pruned: tuple[PrunedTokens, ...] = ()
     grid_size: tuple[int, int] | None = None
+    keeps_pruned_states: bool = True
 
     @property
     def num_patches(self) -> int:
         """Patch tokens in the sequence now."""
         return self.hidden_states.shape[1] - self.num_prefix_tokens
 
-    def gather(self, indices: torch.Tensor) -> TokenState:
-        """The state of the tokens at `indices` (B, K); it remembers no pruned tokens and no prefix."""
-        return _map_tokens(lambda tokens: gather_tokens(tokens, indices), self)
-
     def prune(self, kept: torch.Tensor, pruned: torch.Tensor, block: int) -> TokenState:
         """Keeps the tokens at `kept` (B, K), prefix included, and sets those at `pruned` aside."""
+        states, indices = self.hidden_states, self.token_indices
+        set_aside = PrunedTokens(
+            block,
+            gather_tokens(indices, pruned),
+            gather_tokens(states, pruned) if self.keeps_pruned_states else None,
+        )
+        indices = gather_tokens(indices, kept)
+        rotations = {
+            name: (gather_tokens(cos, indices), gather_tokens(sin, indices))
+            for name, (cos, sin) in self.rotary_tables.items()
+        }
         return replace(
-            self.gather(kept),
-            num_prefix_tokens=self.num_prefix_tokens,
-            pruned=(*self.pruned, (block, self.gather(pruned))),
+            self,
+            hidden_states=gather_tokens(states, kept),
+            token_indices=indices,
+            rotations=rotations,
+            pruned=(*self.pruned, set_aside),
         )
 
     def fuse(self) -> TokenState:
-        """Last Layer Fusion: every pruned token, as it was when pruned, back at its place."""
+        """Last Layer Fusion: every pruned token, as it was when pruned, back at its place.
+
+        Raises:
+            `ValueError`: when the hidden states of pruned tokens were not kept.
+        """
         if not self.pruned:
             return self
-        joined = _map_tokens(lambda *parts: torch.cat(parts, dim=1), self, *(state for _, state in self.pruned))
-        fused = joined.gather(joined.token_indices.argsort(dim=1))
-        return replace(fused, num_prefix_tokens=self.num_prefix_tokens)
+        states, indices = [self.hidden_states], [self.token_indices]
+        for tokens in self.pruned:
+            if tokens.hidden_states is None:
+                raise ValueError("The states of pruned tokens were dropped; set `keeps_pruned_states` to fuse them.")
+            states.append(tokens.hidden_states)
+            indices.append(tokens.token_indices)
+        restored, order = torch.cat(indices, dim=1).sort(dim=1)
+        return replace(
+            self,
+            hidden_states=gather_tokens(torch.cat(states, dim=1), order),
+            token_indices=restored,
+            rotations=self.rotary_tables,
+            pruned=(),
+        )
 
     def pruning_map(self, num_blocks: int) -> torch.Tensor:
         """Block after which each patch was pruned, `num_blocks` if it never was: (B, patches in raster order)."""
         batch_size, length = self.hidden_states.shape[:2]
-        length += sum(state.num_patches for _, state in self.pruned)
+        length += sum(tokens.token_indices.shape[1] for tokens in self.pruned)
         blocks = self.token_indices.new_full((batch_size, length), num_blocks)
-        for block, state in self.pruned:
-            blocks = blocks.scatter(1, state.token_indices, block)
+        for tokens in self.pruned:
+            blocks = blocks.scatter(1, tokens.token_indices, tokens.block)
         return blocks[:, self.num_prefix_tokens :]
 
+    def padding_of_tokens(self) -> torch.Tensor | None:
+        """`padding` of the tokens in the sequence: (B, T)."""
+        if self.padding is None or not self.pruned:
+            return self.padding
+        return self.padding.gather(1, self.token_indices)
 
-def _map_tokens(function: Callable[..., torch.Tensor], *states: TokenState) -> TokenState:
-    """A state from a function of the tensors of one or more states; what belongs to no token is that of the first."""
 
-    def apply(*values: Any) -> Any:
-        if values[0] is None:
-            return None
-        if isinstance(values[0], tuple):  # cosine and sine
-            return tuple(function(*parts) for parts in zip(*values))
-        return function(*values)
+@dataclass
+class PrunedTokens:
+    """Patch tokens that one module pruned.
 
-    names = ("hidden_states", "token_indices", "position_embeddings", "window_embeddings", "padding")
-    tensors = {name: apply(*(getattr(state, name) for state in states)) for name in names}
-    return TokenState(**tensors, grid_size=states[0].grid_size)
+    Attributes:
+        block: the block (1 to L) that the module follows.
+        token_indices: (B, P), their places in the unpruned sequence, from the highest score to the lowest.
+        hidden_states: (B, P, D), as they were when pruned, or `None`.
+    """
+
+    block: int
+    token_indices: torch.Tensor
+    hidden_states: torch.Tensor | None
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -321,7 +360,7 @@ class RandomReducer(TokenReducer):
     def select(self, state: TokenState, num_keep: int) -> tuple[torch.Tensor, torch.Tensor]:
         """See `TokenReducer.select`."""
         scores = torch.rand(state.hidden_states.shape[:2], device=state.hidden_states.device)
-        return select_tokens(scores, num_keep, state.num_prefix_tokens, state.padding)
+        return select_tokens(scores, num_keep, state.num_prefix_tokens, state.padding_of_tokens())
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -419,7 +458,7 @@ class Router(nn.Module):
     def forward(self, state: TokenState, num_keep: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Indices of the kept and the pruned tokens; see `select_tokens`."""
         scores = score_tokens(state.hidden_states, self.scorer.query(), self.pre_norm)
-        return select_tokens(scores, num_keep, state.num_prefix_tokens, state.padding)
+        return select_tokens(scores, num_keep, state.num_prefix_tokens, state.padding_of_tokens())
 
 
 class Aggregator(GradientCheckpointingLayer):

@@ -1,6 +1,7 @@
 import copy
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -129,10 +130,13 @@ def labelled_state(batch_size, num_patches, num_prefix, rotary):
     places = torch.arange(length, dtype=torch.float64)
     images = torch.arange(batch_size, dtype=torch.float64)[:, None] * 1000
     hidden_states = torch.stack([images + places, -(images + places)], dim=-1)
-    positions = None
+    tables = {}
     if rotary:
-        positions = (places[None, :, None].expand(1, length, 3), -places[None, :, None].expand(1, length, 3))
-    return TokenState(hidden_states, torch.arange(length)[None], positions, num_prefix_tokens=num_prefix)
+        table = places[None, :, None].expand(1, length, 3)
+        tables = {"image": (table, -table), "window": (table + 0.5, table - 0.5)}
+    indices = torch.arange(length)[None]
+    padding = torch.stack([torch.arange(length) % (image + 2) == 0 for image in range(batch_size)])
+    return TokenState(hidden_states, indices, tables, tables, padding, num_prefix)
 
 
 def check_tokens_agree(state):
@@ -142,10 +146,15 @@ def check_tokens_agree(state):
     places = state.token_indices.expand(batch_size, -1).double()
     assert torch.equal(state.hidden_states[..., 0], images + places)
     assert torch.equal(state.hidden_states[..., 1], -(images + places))
-    if state.position_embeddings is not None:
-        cos, sin = state.position_embeddings
+    for image, padding in enumerate(state.padding_of_tokens()):
+        assert torch.equal(padding, places[image] % (image + 2) == 0)
+    assert state.rotations.keys() == state.rotary_tables.keys()
+    if state.rotations:
+        (cos, sin), (window_cos, window_sin) = state.rotations["image"], state.rotations["window"]
         assert torch.equal(cos, places[:, :, None].expand(batch_size, -1, 3)[: cos.shape[0]])
         assert torch.equal(sin, -cos)
+        assert torch.equal(window_cos, cos + 0.5)
+        assert torch.equal(window_sin, cos - 0.5)
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -171,7 +180,10 @@ def test_pruning_and_fusing_returns_every_token_to_its_place(seed):
         assert torch.equal(indices[:, :num_prefix], torch.arange(num_prefix).expand(batch_size, -1))
         assert (indices.diff(dim=1) > 0).all()  # raster order
         check_tokens_agree(state)
-        check_tokens_agree(state.pruned[-1][1])
+        set_aside = state.pruned[-1]
+        assert set_aside.block == block
+        images = torch.arange(batch_size)[:, None] * 1000
+        assert torch.equal(set_aside.hidden_states[..., 0], (images + set_aside.token_indices).double())
 
     assert torch.equal(state.pruning_map(num_blocks), expected_map)
     fused = state.fuse()
@@ -180,9 +192,6 @@ def test_pruning_and_fusing_returns_every_token_to_its_place(seed):
     assert fused.num_prefix_tokens == num_prefix
     assert torch.equal(fused.hidden_states, original.hidden_states)
     assert torch.equal(fused.token_indices, original.token_indices.expand_as(fused.token_indices))
-    if original.position_embeddings is not None:
-        for restored, first in zip(fused.position_embeddings, original.position_embeddings):
-            assert torch.equal(restored, first.expand_as(restored))
 
 
 def test_fusing_puts_a_pruned_token_back_as_it_was_when_pruned():
@@ -191,6 +200,15 @@ def test_fusing_puts_a_pruned_token_back_as_it_was_when_pruned():
     pruned.hidden_states = pruned.hidden_states + 100
     fused = pruned.fuse()
     assert fused.hidden_states[0, :, 0].tolist() == [100, 1, 102, 103, 4]
+
+
+def test_states_of_pruned_tokens_are_kept_for_fusion_alone():
+    state = replace(labelled_state(1, 4, 1, rotary=False), keeps_pruned_states=False)
+    pruned = state.prune(torch.tensor([[0, 2, 3]]), torch.tensor([[4, 1]]), block=1)
+    assert pruned.pruned[0].hidden_states is None
+    assert pruned.pruning_map(2).tolist() == [[1, 2, 2, 1]]
+    with pytest.raises(ValueError, match="set `keeps_pruned_states`"):
+        pruned.fuse()
 
 
 def test_fusing_without_pruned_tokens_changes_nothing():
@@ -364,7 +382,7 @@ def test_golden_numbers_of_a_module_worked_out_by_hand():
     np.testing.assert_allclose(logits[0].detach(), auxiliary_logits, atol=1e-12)
     assert reduced.token_indices.tolist() == [[0, 1, 4]]
     assert reduced.hidden_states.tolist() == [[[5.0, 5.0], [1.0, 2.0], [-1.0, 3.0]]]
-    assert [(block, pruned.token_indices.tolist()) for block, pruned in reduced.pruned] == [(1, [[3, 2]])]
+    assert [(pruned.block, pruned.token_indices.tolist()) for pruned in reduced.pruned] == [(1, [[3, 2]])]
 
 
 def reference_scores(scorer, tokens, num_heads, pre_norm):
