@@ -2,25 +2,29 @@
 
     cropr-hf benchmark --size large --pruning_rate 8 --batch_size 8
 
-compares the stripped Cropr model with the same model unpruned, with a random pruner of the same schedule, and with
-Transformers' own ViT, on random weights (speed does not depend on them; detectors are made to find something).
+compares the stripped Cropr model with the same model unpruned and with a random pruner of the same schedule, on random
+weights (speed does not depend on them; detectors are made to find something). `docs/speed.md` explains the figures.
 """
 
+import itertools
 import json
 import math
 import os
 import platform
+import random
 import re
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 import transformers
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 from transformers.utils import logging
 
 from .configuration_cropr_vit import CroprViTConfig
@@ -47,6 +51,8 @@ TASKS: dict[str, tuple[type[CroprViTPreTrainedModel], dict[str, Any]]] = {
 }
 DEFAULT_TASK = "image_classification"
 DETECTION = ("object_detection", "instance_segmentation")
+TIMM_TWINS = {size: f"vit_{size}_patch16_224" for size in ("tiny", "small", "base", "large")}
+TIMM_TWINS |= {f"eva02_{size}": f"eva02_{size}_patch14_224" for size in ("tiny", "small", "base", "large")}
 
 
 def multiply_adds(
@@ -113,6 +119,28 @@ class Timing:
         """Median seconds per call."""
         return statistics.median(self.seconds)
 
+    def percentile(self, percent: int) -> float | None:
+        """Seconds that `percent` of the calls (1 to 99) do not exceed; `None` for fewer than 100 / (100 - percent)."""
+        if len(self.seconds) * (100 - percent) < 100:
+            return None
+        return statistics.quantiles(self.seconds, n=100, method="inclusive")[percent - 1]
+
+
+def time_call(call: Callable[[], Any], device: torch.device | str = "cpu") -> float:
+    """Seconds of one call: by the clock, on a CUDA device by its events."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
 
 def compare(
     candidates: dict[str, Callable[[], Any]],
@@ -120,7 +148,7 @@ def compare(
     min_rounds: int = 5,
     max_rounds: int = 30,
     tolerance: float = 0.01,
-    synchronize: Callable[[], Any] = lambda: None,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Timing]:
     """Times candidates in turn, each once per round, until their ratios to the reference are settled.
 
@@ -132,7 +160,7 @@ def compare(
         min_rounds, max_rounds: it stops between them, when the standard error of every median ratio (1.25 times the
             standard deviation, estimated from the interquartile range, by the root of rounds) is below `tolerance`,
             as a share of the ratio.
-        synchronize: called before the clock is read (`torch.cuda.synchronize` on a GPU).
+        device: where the calls run; see `time_call`.
 
     Raises:
         `ValueError`: when the reference is not a candidate, or there are fewer than 3 rounds.
@@ -146,14 +174,9 @@ def compare(
     for call in candidates.values():  # warm-up: allocations, kernel choices, compilation
         call()
     for round_index in logging.tqdm(range(max_rounds), desc="Benchmark rounds"):
-        # Each candidate comes first in its turn, so that none always runs after the same one.
-        shift = round_index % len(names)
-        for name in names[shift:] + names[:shift]:
-            synchronize()
-            start = time.perf_counter()
-            candidates[name]()
-            synchronize()
-            timings[name].seconds.append(time.perf_counter() - start)
+        # Another order in each round: what ran before leaves caches and freed memory behind, which some can use.
+        for name in random.Random(round_index).sample(names, len(names)):
+            timings[name].seconds.append(time_call(candidates[name], device))
         if round_index + 1 >= min_rounds and _summarize(timings, reference) < tolerance:
             break
     return timings
@@ -196,6 +219,27 @@ def unpruned_config(config: CroprViTConfig) -> CroprViTConfig:
     """The same model without pruning."""
     unpruned = {"token_reducer": None, "pruning_rate": None, "pruning_schedule": None, "use_auxiliary_heads": False}
     return CroprViTConfig(**config.to_dict() | unpruned)
+
+
+def library_twins(config: CroprViTConfig, size: str | None = None) -> dict[str, torch.nn.Module]:
+    """The unpruned model as other libraries have it: Transformers' ViT, and timm's ViT or EVA where it is installed.
+
+    Args:
+        config: of the model.
+        size: its name, see `CroprViTConfig.from_size`; timm's models are built by it.
+    """
+    twins: dict[str, torch.nn.Module] = {}
+    if (vit := transformers_twin(config)) is not None:
+        twins["transformers ViT"] = vit
+    name = TIMM_TWINS.get(size or "")
+    if name is not None and find_spec("timm") is not None:
+        from timm import create_model
+
+        shape: dict[str, Any] = {"img_size": config.input_size, "patch_size": config.patch_size}
+        twin: Any = create_model(name, **shape, num_classes=config.num_labels or 0)
+        if (twin.embed_dim, len(twin.blocks)) == (config.hidden_size, config.num_hidden_layers):
+            twins["timm"] = twin
+    return twins
 
 
 def transformers_twin(config: CroprViTConfig) -> ViTForImageClassification | None:
@@ -252,7 +296,11 @@ class BenchmarkArguments:
     gradient_checkpointing: bool = _argument(False, "In training, compute blocks again in the backward pass.")
     device: str = _argument("cpu", "Where to run, such as cuda.")
     dtype: str = _argument("float32", "Type of weights and inputs, such as bfloat16.")
+    attn_implementation: str | None = _argument(None, "Of Transformers: sdpa (default), eager, flash_attention_2, ...")
     compile: bool = _argument(False, "Run torch.compile.")
+    cuda_graph: bool = _argument(False, "On a CUDA device, capture each model in a graph and time its replay.")
+    twins: bool = _argument(False, "Also time the unpruned model as Transformers and timm have it (classification).")
+    profile: bool = _argument(False, "Record the time of each operation of one more call.")
     min_rounds: int = _argument(7, "Rounds at least; see `compare`.")
     max_rounds: int = _argument(40, "Rounds at most.")
     tolerance: float = _argument(0.01, "Standard error of the ratios at which it stops.")
@@ -268,6 +316,52 @@ def parse_config(text: str) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise ValueError(f"--config is {text!r}; give an object, such as '{{\"pruning_rate\": 8}}'.")
     return fields
+
+
+def peak_memory(call: Callable[[], Any], device: torch.device | str = "cpu") -> int:
+    """Bytes that a call allocates at its peak, beyond what was allocated before (weights, inputs)."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    events: Any = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    return max(itertools.accumulate((size for _, size in changes), initial=0))
+
+
+def operation_times(call: Callable[[], Any], device: torch.device | str = "cpu") -> dict[str, dict[str, float]]:
+    """What one call spends its time on, by torch's profiler: milliseconds and calls by operation, longest first."""
+    activities = [ProfilerActivity.CPU]
+    on_gpu = torch.device(device).type == "cuda"
+    if on_gpu:
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities) as profiler:
+        call()
+    times: dict[str, dict[str, float]] = {}
+    for event in profiler.key_averages():
+        spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total  # microseconds
+        if spent > 0:
+            times[event.key.removeprefix("aten::")] = {"ms": spent / 1000, "calls": event.count}
+    return dict(sorted(times.items(), key=lambda item: -item[1]["ms"]))
+
+
+def _graphed(call: Callable[[], Any]) -> Callable[[], Any]:
+    """A call as a CUDA graph: its kernels without the time that the host needs to launch them."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # capture needs a warm-up on another stream
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
 
 
 def _config_from(args: BenchmarkArguments) -> CroprViTConfig:
@@ -289,6 +383,10 @@ def _check(args: BenchmarkArguments) -> None:
         raise ValueError(f"`dtype` is {args.dtype!r}; give a type of torch, such as float32 or bfloat16.")
     if args.gradient_checkpointing and not args.training:
         raise ValueError("`gradient_checkpointing` is a matter of training steps; pass `training` as well.")
+    if args.twins and args.training:
+        raise ValueError("`twins` are compared in inference; leave out `twins` or `training`.")
+    if args.cuda_graph and (args.training or torch.device(args.device).type != "cuda"):
+        raise ValueError(f"`cuda_graph` is for inference on a CUDA device, not for {args.device!r} or training steps.")
 
 
 def _task_of(args: BenchmarkArguments, config: CroprViTConfig) -> str:
@@ -311,37 +409,17 @@ def run(args: BenchmarkArguments) -> dict[str, Any]:
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     task = _task_of(args, config)
     models: dict[str, torch.nn.Module] = dict(pruning_candidates(config, task, args.training))
-    if task == "image_classification" and (twin := transformers_twin(config)) is not None:
-        models["transformers ViT"] = twin
+    if args.twins and task == "image_classification":
+        models |= library_twins(models[UNPRUNED].config, args.size if args.model_name_or_path is None else None)  # type: ignore[arg-type]
     inputs = _random_inputs(args, config, task, device, dtype)
+    calls = {name: _call(args, task, model, inputs) for name, model in models.items()}
     activations = {}
-    for name, model in models.items():
-        model.to(device, dtype).train(args.training)
-        for head in getattr(model, "box_heads", ()):
-            # Random weights find nothing. So every proposal is an object of the first class, as in a crowded image.
-            torch.nn.init.constant_(head.class_predictor.bias[:1], 5.0)
-        if args.training and args.gradient_checkpointing:
-            # Older releases of Transformers have the second name only.
-            enable: Any = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-            enable()
-        if args.training:
-            activations[name] = saved_bytes(model, inputs)
-
-    def call(model: torch.nn.Module) -> Callable[[], Any]:
-        # The number of detections depends on the image, so that detectors break into several graphs.
-        run_model = torch.compile(model, fullgraph=task not in DETECTION) if args.compile else model
-        return lambda: _training_step(run_model, inputs) if args.training else run_model(**inputs)
-
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    if args.training:
+        activations = {name: saved_bytes(model, inputs) for name, model in models.items()}
     with torch.inference_mode(not args.training):
-        timings = compare(
-            {name: call(model) for name, model in models.items()},
-            UNPRUNED,
-            args.min_rounds,
-            args.max_rounds,
-            args.tolerance,
-            synchronize,
-        )
+        timings = compare(calls, UNPRUNED, args.min_rounds, args.max_rounds, args.tolerance, device)
+        memory = {name: peak_memory(call, device) for name, call in calls.items()}
+        operations = {name: operation_times(call, device) for name, call in calls.items()} if args.profile else {}
     config = models["cropr"].config  # type: ignore[assignment]
     costs = {name: _costs(models[name], inputs) for name in (UNPRUNED, "cropr", "random")}
     bound = sum(costs[UNPRUNED].values()) / sum(costs["cropr"].values())
@@ -349,9 +427,11 @@ def run(args: BenchmarkArguments) -> dict[str, Any]:
         "arguments": asdict(args),
         "machine": machine_name(device),
         "versions": library_versions(),
+        "patches": config.num_patches,
         "patches_kept": config.kept_patches(),
         "multiply_adds": costs,
         "multiply_add_bound": bound,
+        "linear_bound": costs[UNPRUNED]["linear"] / costs["cropr"]["linear"],
         "share_of_bound": timings["cropr"].speedup / bound,
         "share_of_random": speed_ratio(timings["cropr"], timings["random"]),
         "rounds": len(timings[UNPRUNED].seconds),
@@ -360,12 +440,71 @@ def run(args: BenchmarkArguments) -> dict[str, Any]:
                 "images_per_second": args.batch_size / timing.median,
                 "speedup": timing.speedup,
                 "spread": timing.spread,
+                "p50_ms": 1000 * timing.median,
+                "p99_ms": None if (p99 := timing.percentile(99)) is None else 1000 * p99,
+                "peak_memory": memory[name],
                 "parameters": sum(parameter.numel() for parameter in models[name].parameters()),
                 "saved_activations": activations.get(name),
             }
             for name, timing in timings.items()
         },
+        **({"operations": operations} if operations else {}),
     }
+
+
+def _call(args: BenchmarkArguments, task: str, model: torch.nn.Module, inputs: dict[str, Any]) -> Callable[[], Any]:
+    """What is timed of a model, which is made ready for it."""
+    model.to(args.device, getattr(torch, args.dtype)).train(args.training)
+    if args.attn_implementation is not None and hasattr(model, "set_attn_implementation"):
+        model.set_attn_implementation(args.attn_implementation)  # type: ignore[operator]
+    for head in getattr(model, "box_heads", ()):
+        # Random weights find nothing. So every proposal is an object of the first class, as in a crowded image.
+        torch.nn.init.constant_(head.class_predictor.bias[:1], 5.0)
+    if args.training and args.gradient_checkpointing:
+        # Older releases of Transformers have the second name only.
+        enable: Any = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable()
+    # The number of detections depends on the image, so that detectors break into several graphs.
+    run_model = torch.compile(model, fullgraph=task not in DETECTION) if args.compile else model
+    if args.training:
+        return lambda: _training_step(run_model, inputs)
+    if not isinstance(model, PreTrainedModel):  # of timm
+        return lambda: run_model(inputs["pixel_values"])
+    if args.cuda_graph:
+        return _graphed(torch.inference_mode()(lambda: run_model(**inputs)))
+    return lambda: run_model(**inputs)
+
+
+def sweep(
+    args: BenchmarkArguments,
+    settings: Mapping[str, Sequence[Any]],
+    on_record: Callable[[list[dict[str, Any]]], Any] = lambda records: None,
+) -> list[dict[str, Any]]:
+    """`run` for every combination of the values of some arguments.
+
+    Args:
+        args: what all runs have in common.
+        settings: names of arguments, and the values that each takes in turn.
+        on_record: called with all records so far after each run, for instance to save them.
+
+    Raises:
+        `ValueError`: for a name that is no argument, and as `run`.
+    """
+    names = {item.name for item in fields(BenchmarkArguments)}
+    for name, values in settings.items():
+        if name not in names:
+            raise ValueError(f"{name!r} is no argument of the benchmark; choose among {', '.join(sorted(names))}.")
+        if not values:
+            raise ValueError(f"{name!r} has no values; give one or more.")
+    combinations = [dict(zip(settings, values)) for values in itertools.product(*settings.values())]
+    for combination in combinations:
+        _check(replace(args, **combination))  # all before the first is measured
+    records: list[dict[str, Any]] = []
+    for index, combination in enumerate(combinations, start=1):
+        logger.info(f"Benchmark {index} of {len(combinations)}: {combination}")
+        records.append(run(replace(args, **combination)))
+        on_record(records)
+    return records
 
 
 def library_versions() -> dict[str, str]:
@@ -427,23 +566,85 @@ def _training_step(model: Any, inputs: dict[str, torch.Tensor]) -> None:
 
 
 def format_table(record: dict[str, Any]) -> str:
-    """The results of `run` as a Markdown table."""
+    """The results of `run` as a Markdown table, and what bounds them."""
     training = record["arguments"]["training"]
-    lines = [
-        "| model | images/s | speed-up | ± half IQR |" + (" parameters | saved for backward |" if training else "")
-    ]
-    lines.append("| --- |" + " ---: |" * (5 if training else 3))
+    columns = ["model", "images/s", "speed-up", "± half IQR", "p50 ms", "p99 ms", "peak memory"]
+    columns += ["parameters", "saved for backward"] if training else []
+    lines = [_row(columns), _row(["---", *["---:"] * (len(columns) - 1)])]
     for name, row in record["results"].items():
-        line = f"| {name} | {row['images_per_second']:.2f} | {row['speedup']:.2f} | {row['spread']:.3f} |"
+        cells = [name, f"{row['images_per_second']:.2f}", f"{row['speedup']:.2f}", f"{row['spread']:.3f}"]
+        cells += [f"{row['p50_ms']:.1f}", "" if row["p99_ms"] is None else f"{row['p99_ms']:.1f}"]
+        cells += [f"{row['peak_memory'] / 2**20:.0f} MiB"]
         if training:
-            line += f" {row['parameters'] / 1e6:.0f} M | {row['saved_activations'] / 2**30:.2f} GiB |"
-        lines.append(line)
+            cells += [f"{row['parameters'] / 1e6:.0f} M", f"{row['saved_activations'] / 2**30:.2f} GiB"]
+        lines.append(_row(cells))
     share, spread = record["share_of_random"]
     lines += [
         "",
-        f"multiply-add bound {record['multiply_add_bound']:.2f}; Cropr reaches {record['share_of_bound']:.2f} of it, "
-        f"and {share:.3f} ± {spread:.3f} of the random pruner's throughput",
+        f"multiply-add bound {record['multiply_add_bound']:.2f} (linear layers alone {record['linear_bound']:.2f}); "
+        f"Cropr reaches {record['share_of_bound']:.2f} of it, and {share:.3f} ± {spread:.3f} of the random pruner's "
+        "throughput",
         f"{record['rounds']} rounds; {record['machine']}; torch {record['versions']['torch']}, transformers "
         f"{record['versions']['transformers']}",
     ]
+    if "operations" in record:
+        lines += ["", *_operation_rows(record["operations"])]
     return "\n".join(lines)
+
+
+def format_sweep(records: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
+    """The results of `sweep` as a Markdown table, a row per run; `names` are the arguments that differ."""
+    columns = ["unpruned images/s", "Cropr images/s", "speed-up", "± half IQR", "random", "bound", "share of bound"]
+    columns += ["share of random", "p50 ms", "p99 ms", "peak memory"]
+    lines = [_row([*names, *columns]), _row(["---"] * len(names) + ["---:"] * len(columns))]
+    for record in records:
+        unpruned, cropr, chance = (record["results"][name] for name in (UNPRUNED, "cropr", "random"))
+        both = (unpruned, cropr)
+        p99 = " → ".join("–" if row["p99_ms"] is None else f"{row['p99_ms']:.1f}" for row in both)
+        lines.append(
+            _row(
+                [
+                    *(str(record["arguments"][name]) for name in names),
+                    *(f"{row['images_per_second']:.2f}" for row in both),
+                    f"{cropr['speedup']:.2f}",
+                    f"{cropr['spread']:.3f}",
+                    f"{chance['speedup']:.2f}",
+                    f"{record['multiply_add_bound']:.2f}",
+                    f"{record['share_of_bound']:.2f}",
+                    f"{record['share_of_random'][0]:.3f} ± {record['share_of_random'][1]:.3f}",
+                    " → ".join(f"{row['p50_ms']:.1f}" for row in both),
+                    p99,
+                    " → ".join(f"{row['peak_memory'] / 2**20:.0f}" for row in both) + " MiB",
+                ]
+            )
+        )
+    return "\n".join(lines)
+
+
+def _operation_rows(operations: dict[str, dict[str, dict[str, float]]], count: int = 12) -> list[str]:
+    """The longest operations of the unpruned model and of Cropr, and the rest in one row."""
+    unpruned, cropr = operations[UNPRUNED], operations["cropr"]
+    nothing = {"ms": 0.0, "calls": 0.0}
+
+    def longest_time(name: str) -> float:
+        return max(times.get(name, nothing)["ms"] for times in (unpruned, cropr))
+
+    longest = sorted(unpruned | cropr, key=longest_time, reverse=True)
+    lines = [_row(["operation", "unpruned ms", "calls", "Cropr ms", "calls"]), _row(["---", *["---:"] * 4])]
+    for name in longest[:count]:
+        cells = [name]
+        for times in (unpruned, cropr):
+            row = times.get(name, nothing)
+            cells += [f"{row['ms']:.2f}", f"{row['calls']:.0f}"]
+        lines.append(_row(cells))
+    rest = [
+        (sum(times[name]["ms"] for name in names), sum(times[name]["calls"] for name in names))
+        for times in (unpruned, cropr)
+        for names in [times.keys() - set(longest[:count])]
+    ]
+    lines.append(_row(["others", *(cell for ms, calls in rest for cell in (f"{ms:.2f}", f"{calls:.0f}"))]))
+    return lines
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -180,6 +180,8 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
         last_layer_fusion (`bool`): put the pruned tokens back before the last block (Last Layer Fusion in the paper).
         align_first_module (`bool`): with a CLS token, the first module of `pruning_rate` removes one token more, so
             that the sequence length, CLS included, stays a multiple of 4 or 8 (197 -> 188 -> 180 ...).
+        token_multiple (`int`): the sequence lengths that `pruning_rate` leaves, prefix included, are rounded up to
+            multiples of this number, such as 8 or 16, which some kernels like (188 -> 192 ...).
         prune_padding_first (`bool`): patches of padding (`pixel_mask` of a detector) go before all others.
         num_queries (`int`, *optional*): queries per module, N in the paper. `None` is one per patch of `image_size`,
             as semantic segmentation trains them.
@@ -275,6 +277,7 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
     pruning_schedule: list[int] | tuple[int, ...] | None = None
     last_layer_fusion: bool = True
     align_first_module: bool = True
+    token_multiple: int = 1
     prune_padding_first: bool = False
     num_queries: int | None = 1
     scorer_num_heads: int = 1
@@ -445,7 +448,8 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"A pruning rate of {rate} at {len(modules)} modules leaves {remaining} of {num_patches} patch "
                 f"tokens; at least 1 must stay: use a rate of at most {limit} or a larger image."
             )
-        return kept
+        multiple, prefix = self.token_multiple, self.num_prefix_tokens
+        return [min(-(-(entry + prefix) // multiple) * multiple - prefix, num_patches) for entry in kept]
 
     def _kept_by_schedule(self, num_patches: int, schedule: list[int]) -> list[int]:
         if len(schedule) != self.num_hidden_layers:
@@ -609,6 +613,10 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
             return
         if self.pruning_rate is not None and self.pruning_schedule is not None:
             raise ValueError("Give `pruning_rate` or `pruning_schedule`, not both.")
+        if self.token_multiple < 1:
+            raise ValueError(
+                f"`token_multiple` is {self.token_multiple}; it must be 1 (any length) or more, such as 8."
+            )
         if self._last_prunable_block < 1:
             raise ValueError(
                 f"{self.num_hidden_layers} blocks leave no block to prune after"

@@ -49,6 +49,7 @@ from .token_reduction import (
 
 logger = logging.get_logger(__name__)
 
+
 @dataclass
 class CroprViTModelOutput(ModelOutput):
     """Output of `CroprViTModel`.
@@ -391,15 +392,17 @@ class CroprViTLayer(GradientCheckpointingLayer):
             position_embeddings: rotary positions of the tokens, or of the tokens in windows.
             window_grid: rows and columns of the T tokens if attention is to stay within windows.
         """
-        attended = self.layernorm_before(hidden_states)
+        residual = hidden_states
+        hidden_states = self.layernorm_before(hidden_states)
         if window_grid is not None:
-            attended = partition_windows(attended, window_grid, self.window_size)
-        attended, _ = self.attention(attended, position_embeddings, **kwargs)
+            hidden_states = partition_windows(hidden_states, window_grid, self.window_size)
+        hidden_states, _ = self.attention(hidden_states, position_embeddings, **kwargs)
         if window_grid is not None:
-            attended = merge_windows(attended, window_grid, self.window_size)
-        hidden_states = hidden_states + self.drop_path(self.layer_scale1(self.dropout(attended)))
-        transformed = self.mlp(self.layernorm_after(hidden_states))
-        return hidden_states + self.drop_path(self.layer_scale2(self.dropout(transformed)))
+            hidden_states = merge_windows(hidden_states, window_grid, self.window_size)
+        hidden_states = residual + self.drop_path(self.layer_scale1(self.dropout(hidden_states)))
+        residual = hidden_states
+        hidden_states = self.mlp(self.layernorm_after(hidden_states))
+        return residual + self.drop_path(self.layer_scale2(self.dropout(hidden_states)))
 
 
 # What Transformers cannot initialise by itself. Each holds parameters directly: a module that has none is passed over.

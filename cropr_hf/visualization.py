@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from .benchmark import UNPRUNED
+
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -194,6 +196,88 @@ def plot_tradeoff(
     axis.set_ylabel(str(metric))
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
+    return figure
+
+
+def plot_benchmark(records: Sequence[dict[str, Any]], names: Sequence[str] = ()) -> "Figure":
+    """Speed-ups of Cropr and of a random pruner, with the multiply-add bound of each setting.
+
+    Args:
+        records: what `cropr_hf.benchmark.run` or `sweep` returns, one group of bars each.
+        names: arguments whose values name the groups.
+
+    Returns:
+        A matplotlib figure.
+
+    Raises:
+        `ValueError`: without records.
+        `ImportError`: without matplotlib (`pip install cropr_hf[viz]`).
+    """
+    figure_class = _figure_class()
+    if not records:
+        raise ValueError("There are no records to draw; give at least one.")
+    figure = figure_class(figsize=(max(4.0, 1.1 * len(records) + 2), 3.6), layout="constrained")
+    axis = figure.subplots()
+    places = np.arange(len(records))
+    for offset, (candidate, label, colour) in zip(
+        (-0.2, 0.2), (("cropr", "Cropr", "tab:blue"), ("random", "random pruner", "tab:grey"))
+    ):
+        rows = [record["results"][candidate] for record in records]
+        heights, errors = ([row[key] for row in rows] for key in ("speedup", "spread"))
+        axis.bar(places + offset, heights, 0.4, yerr=errors, label=label, color=colour)
+    bounds = [record["multiply_add_bound"] for record in records]
+    axis.hlines(bounds, places - 0.42, places + 0.42, colors="black", label="multiply-add bound")
+    texts = ["\n".join(str(record["arguments"][name]) for name in names) for record in records]
+    axis.set_xticks(places, texts)
+    if names:
+        axis.set_xlabel(", ".join(names))
+    axis.set_ylabel("speed-up over the unpruned model")
+    axis.set_ylim(bottom=0)
+    axis.legend(loc="lower right")
+    return figure
+
+
+def plot_cost(records: Sequence[dict[str, Any]]) -> "Figure":
+    """Measured time against tokens, with the time that the multiply-adds predict beside it, on two logarithmic axes.
+
+    The prediction has one free number: multiply-adds per second, the median over the points of the unpruned model.
+
+    Args:
+        records: of `cropr_hf.benchmark.run` at several image sizes, of one model and machine.
+
+    Returns:
+        A matplotlib figure.
+
+    Raises:
+        `ValueError`: for fewer than two records.
+        `ImportError`: without matplotlib (`pip install cropr_hf[viz]`).
+    """
+    figure_class = _figure_class()
+    if len(records) < 2:
+        raise ValueError(f"There are {len(records)} records; a curve needs two image sizes or more.")
+    figure = figure_class(figsize=(5.6, 4.0), layout="constrained")
+    axis = figure.subplots()
+    records = sorted(records, key=lambda record: record["multiply_adds"][UNPRUNED]["linear"])
+    tokens = [record["patches"] for record in records]
+
+    def seconds(record: dict[str, Any], name: str) -> float:
+        return 1 / record["results"][name]["images_per_second"]
+
+    def cost(record: dict[str, Any], name: str) -> int:
+        return sum(record["multiply_adds"][name].values())
+
+    speed = np.median([cost(record, UNPRUNED) / seconds(record, UNPRUNED) for record in records])
+    for name, label, colour in ((UNPRUNED, "unpruned", "tab:grey"), ("cropr", "Cropr", "tab:blue")):
+        axis.plot(tokens, [seconds(record, name) for record in records], "o", color=colour, label=f"{label}, measured")
+        predicted = [cost(record, name) / speed for record in records]
+        axis.plot(tokens, predicted, "-", color=colour, label=f"{label}, multiply-adds at {speed / 1e9:.0f} G/s")
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_xticks(tokens, [str(count) for count in tokens])
+    axis.minorticks_off()
+    axis.set_xlabel("patch tokens of the image")
+    axis.set_ylabel("seconds per image")
+    axis.legend()
     return figure
 
 

@@ -1,23 +1,33 @@
 """The benchmark's counting and statistics; nothing here asserts how long something takes."""
 
+import importlib.util
 import itertools
 import json
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from cropr_hf import CroprViTConfig, CroprViTForSemanticSegmentation, CroprViTModel
+from cropr_hf import CroprViTConfig, CroprViTForImageClassification, CroprViTForSemanticSegmentation, CroprViTModel
 from cropr_hf.benchmark import (
     BenchmarkArguments,
+    Timing,
     compare,
+    format_sweep,
     format_table,
     head_multiply_adds,
+    library_twins,
     multiply_adds,
+    operation_times,
+    peak_memory,
     pruning_candidates,
     run,
+    sweep,
+    time_call,
     transformers_twin,
 )
+from cropr_hf.visualization import plot_benchmark, plot_cost
 
 
 class TestMultiplyAdds:
@@ -116,6 +126,47 @@ class TestCompare:
             compare({"a": clock(1.0)}, "a", min_rounds=2)
 
 
+def test_percentiles_need_enough_calls():
+    timing = Timing([float(second) for second in range(1, 101)])
+    assert timing.percentile(99) == pytest.approx(99.01)
+    assert timing.percentile(50) == pytest.approx(50.5) == timing.median
+    assert Timing([1.0] * 99).percentile(99) is None
+    assert Timing([1.0, 2.0]).percentile(50) == pytest.approx(1.5)
+
+
+def test_peak_memory_is_what_is_allocated_at_once():
+    def call():
+        first = torch.ones(1000, 1000)  # 4 MB
+        second = first + 1
+        del first
+        return second * 2
+
+    assert peak_memory(call) == pytest.approx(8e6, rel=0.01)
+    assert peak_memory(lambda: None) == 0
+
+
+def test_operations_of_a_call():
+    weight = torch.randn(200, 200)
+    times = operation_times(lambda: (weight @ weight).sort())
+    assert times["mm"]["calls"] == times["sort"]["calls"] == 1
+    spent = [row["ms"] for row in times.values()]
+    assert spent == sorted(spent, reverse=True) and spent[-1] > 0
+
+
+def test_twins_are_the_same_model():
+    config = CroprViTConfig.from_size("tiny", token_reducer=None, num_labels=10)
+    twins = library_twins(config, "tiny")
+    assert set(twins) == {"transformers ViT", "timm"}
+    ours = CroprViTForImageClassification(config).num_parameters()
+    for twin in twins.values():
+        parameters = sum(parameter.numel() for parameter in twin.parameters())
+        assert parameters - ours == config.hidden_size  # a position for the CLS token
+    rotary = CroprViTConfig.from_size("eva02_tiny", token_reducer=None, num_labels=10)
+    assert set(library_twins(rotary, "eva02_tiny")) == {"timm"}
+    other = CroprViTConfig.from_size("tiny", token_reducer=None, hidden_size=96)
+    assert set(library_twins(other, "tiny")) == {"transformers ViT"}
+
+
 def test_candidates_share_schedule_and_shape():
     config = CroprViTConfig(
         hidden_size=32,
@@ -155,8 +206,8 @@ def arguments(**fields):
 
 
 def test_run_records_what_it_measured():
-    record = run(arguments())
-    assert set(record["results"]) == {"unpruned", "cropr", "random", "transformers ViT"}
+    record = run(arguments(twins=True, profile=True))
+    assert set(record["results"]) == {"unpruned", "cropr", "random", "transformers ViT"}  # timm has no such size
     assert record["patches_kept"] == [12, 9, 9, 9]
     assert record["rounds"] == 3
     assert record["results"]["unpruned"]["speedup"] == 1.0
@@ -197,6 +248,98 @@ def test_run_of_instance_segmentation(training):
     assert costs["cropr"]["head"] > (1 if training else 5 * 4 * 14 * 14 * 9 * 8 * 8)
     bound = sum(costs["unpruned"].values()) / sum(costs["cropr"].values())
     assert record["multiply_add_bound"] == pytest.approx(bound)
+
+
+@pytest.fixture(scope="module")
+def swept():
+    seen = []
+    settings = {"batch_size": [1, 2], "dtype": ["float32", "bfloat16"], "attn_implementation": ["eager"]}
+    records = sweep(arguments(profile=True), settings, lambda records: seen.append(len(records)))
+    assert seen == [1, 2, 3, 4]
+    return records
+
+
+def test_a_sweep_runs_every_combination(swept):
+    found = [tuple(record["arguments"][name] for name in ("batch_size", "dtype")) for record in swept]
+    assert found == [(1, "float32"), (1, "bfloat16"), (2, "float32"), (2, "bfloat16")]
+    lines = format_sweep(json.loads(json.dumps(swept)), ["batch_size", "dtype"]).splitlines()
+    assert len(lines) == 6 and len({line.count("|") for line in lines}) == 1
+    assert lines[2].startswith("| 1 | float32 | ")
+    table = format_table(swept[0])
+    assert "| operation | unpruned ms | calls | Cropr ms | calls |" in table
+    for record in swept:
+        assert all(row["peak_memory"] > 0 and row["p99_ms"] is None for row in record["results"].values())
+
+
+def test_attention_kernels_are_chosen(swept):
+    assert "_softmax" in swept[0]["operations"]["cropr"]
+    fused = run(arguments(profile=True))["operations"]["cropr"]
+    assert "_softmax" not in fused and any("attention" in name for name in fused)
+
+
+def test_pictures_of_records(swept, tmp_path):
+    figure = plot_benchmark(swept, ["batch_size", "dtype"])
+    (axis,) = figure.axes
+    heights = [bar.get_height() for bar in axis.patches]
+    assert heights[: len(swept)] == [record["results"]["cropr"]["speedup"] for record in swept]
+    assert next(label.get_text() for label in axis.get_xticklabels()) == "1\nfloat32"
+    figure.savefig(tmp_path / "bars.png")
+    records = sweep(arguments(), {"image_size": [48, 32]})
+    figure = plot_cost(records)
+    (axis,) = figure.axes
+    assert axis.lines[0].get_xdata().tolist() == [16, 36]
+    measured = [1 / record["results"]["unpruned"]["images_per_second"] for record in reversed(records)]
+    assert axis.lines[0].get_ydata().tolist() == measured
+    predicted = axis.lines[1].get_ydata()
+    costs = [sum(record["multiply_adds"]["unpruned"].values()) for record in reversed(records)]
+    assert predicted[1] / predicted[0] == pytest.approx(costs[1] / costs[0])
+    figure.savefig(tmp_path / "curve.png")
+
+
+def test_pictures_of_nothing_are_errors(swept):
+    with pytest.raises(ValueError, match="no records"):
+        plot_benchmark([])
+    with pytest.raises(ValueError, match="1 records; a curve needs two"):
+        plot_cost(swept[:1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"speed": [1]}, "'speed' is no argument of the benchmark; choose among attn_implementation, batch_size"),
+        ({"batch_size": []}, "'batch_size' has no values"),
+        ({"batch_size": [1, 0]}, "`batch_size` is 0"),
+        ({"cuda_graph": [True]}, "`cuda_graph` is for inference on a CUDA device, not for 'cpu'"),
+        ({"twins": [True], "training": [True]}, "leave out `twins` or `training`"),
+    ],
+)
+def test_wrong_sweeps_are_errors_before_anything_is_measured(settings, message):
+    with pytest.raises(ValueError, match=message):
+        sweep(arguments(), settings, lambda records: pytest.fail("measured"))
+
+
+def test_the_page_about_speed_says_what_the_records_say():
+    folder = Path(__file__).resolve().parents[1] / "docs" / "speed"
+    spec = importlib.util.spec_from_file_location("render_speed", folder / "render.py")
+    render = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(render)
+    text = render.PAGE.read_text(encoding="utf-8")
+    assert render.page(text) == text, "run `make speed-page`"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fields", [{}, {"cuda_graph": True}, {"compile": True}, {"dtype": "bfloat16"}])
+def test_run_on_a_gpu(fields):
+    record = run(arguments(device="cuda", profile=True, **fields))
+    assert record["results"]["cropr"]["peak_memory"] > 0
+    assert record["operations"]["cropr"]
+
+
+@pytest.mark.gpu
+def test_cuda_events_time_what_the_device_does():
+    weight = torch.randn(4096, 4096, device="cuda")
+    one = time_call(lambda: weight @ weight, "cuda")
+    assert time_call(lambda: [weight @ weight for _ in range(10)], "cuda") > 3 * one
 
 
 def save_segmenter(folder):

@@ -6,8 +6,8 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, ViTConfig
 
-from cropr_hf import CroprViTConfig, CroprViTModel
-from tests.common import CONFIGS, tiny_config
+from cropr_hf import CroprViTConfig, CroprViTForImageClassification, CroprViTModel
+from tests.common import CONFIGS, make_images, make_model, tiny_config
 
 
 def sequence_lengths(config):
@@ -53,6 +53,34 @@ def test_pruning_80_percent_after_block_3():
 )
 def test_the_first_module_prunes_one_more_only_with_a_cls_token(overrides, first_kept):
     assert tiny_config(**overrides).kept_patches()[:2] == [first_kept, first_kept - 2]
+
+
+@pytest.mark.parametrize("multiple", [1, 3, 8, 16, 500])
+def test_sequence_lengths_are_rounded_up_to_multiples(multiple):
+    fields = {"image_size": 224, "pruning_rate": 8, "num_register_tokens": 2}
+    exact = CroprViTConfig.from_size("large", **fields).kept_patches()
+    config = CroprViTConfig.from_size("large", **fields, token_multiple=multiple)
+    for plain, rounded in zip(exact, config.kept_patches()):
+        assert plain <= rounded < plain + multiple
+        assert rounded == 196 or (rounded + 3) % multiple == 0
+    assert config.kept_patches(pruning=exact) == exact  # a schedule says what it wants
+    assert config.kept_patches(pruning=0) == [196] * 24
+
+
+def test_a_model_of_rounded_lengths_prunes_as_configured(tmp_path):
+    model = make_model(CroprViTForImageClassification, tiny_config(token_multiple=4)).eval()
+    outputs = model(make_images(), output_pruning=True)
+    # 13, 11, 9 patches would stay, with CLS 14, 12, 10; so after block 1 it is all but one.
+    assert model.config.kept_patches() == [15, 11, 11, 11, 11]
+    assert (outputs.pruned_after_block == 1).sum(dim=1).tolist() == [1, 1]
+    assert (outputs.pruned_after_block == 2).sum(dim=1).tolist() == [4, 4]
+    model.save_pretrained(tmp_path)
+    assert CroprViTConfig.from_pretrained(tmp_path).token_multiple == 4
+
+
+def test_a_multiple_below_one_is_an_error():
+    with pytest.raises(ValueError, match="`token_multiple` is 0; it must be 1"):
+        tiny_config(token_multiple=0)
 
 
 def test_rate_zero_prunes_nothing():

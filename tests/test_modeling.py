@@ -4,6 +4,7 @@ import random
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cropr_hf import CroprViTBackbone, CroprViTForImageClassification, CroprViTModel
 from cropr_hf.modeling_cropr_vit import CroprViTDropPath, CroprViTModelOutput
@@ -181,6 +182,28 @@ def test_graph_has_no_break(task, name):
     expected = TASKS[task].main_output(model(images))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager" if name == "plain" else "eager")
     torch.testing.assert_close(TASKS[task].main_output(compiled(images)), expected, rtol=0, atol=1e-5)
+
+
+class NoSynchronisation(TorchDispatchMode):
+    """Fails where the host would have to wait for a value from the device."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("task", "name"),
+    [
+        *((task, "plain") for task in TASKS if TASKS[task].model_class._can_compile_fullgraph),
+        *(("classification", name) for name in CONFIGS),
+    ],
+)
+@torch.inference_mode()
+def test_inference_never_waits_for_the_device(task, name):
+    model, images = build(task, name), make_images()
+    with NoSynchronisation():
+        model(images)
 
 
 @pytest.mark.parametrize("name", ["plain", "rope_registers"])
