@@ -27,7 +27,7 @@ from .modeling_cropr_vit import (
     CroprViTPreTrainedModel,
 )
 from .modeling_cropr_vit_detection import CroprViTForInstanceSegmentation, CroprViTForObjectDetection
-from .schedules import curriculum_schedule, evaluate_schedules
+from .schedules import FoundSchedule, curriculum_schedule, evaluate_schedules, find_schedule
 from .token_reduction import (
     TOKEN_REDUCERS,
     TokenReducer,
@@ -79,11 +79,13 @@ __all__ = [
     "CroprViTImageProcessor",
     "CroprViTModel",
     "CroprViTPreTrainedModel",
+    "FoundSchedule",
     "TokenReducer",
     "TokenState",
     "__version__",
     "curriculum_schedule",
     "evaluate_schedules",
+    "find_schedule",
     "has_auxiliary_heads",
     "register_token_reducer",
     "schedule_from_sides",

@@ -49,6 +49,8 @@ class StrippableModel(PreTrainedModel):
     """
 
     config: CroprViTConfig
+    # Modules that a configuration with another schedule, or without pruning, has no place for.
+    _keys_to_ignore_on_load_unexpected = [r"(^|\.)token_reducers\.\d+\."]
     # What was done with these weights, for the model card; see `cropr_hf.model_card`. `CroprTrainer` fills it in.
     record: dict[str, Any] | None = None
 
