@@ -19,6 +19,7 @@ SHORTER = {
     "--split test": "--split test --max_eval_samples 16",
     "--max_train_samples 320 --max_eval_samples 64": "--max_train_samples 32 --max_eval_samples 8 --use_cpu True",
     "--batch_size 64": "--batch_size 2 --min_rounds 3 --max_rounds 3",
+    "--seconds 10 --rounds 5": "--seconds 1 --rounds 1",
     "--batch_size 1\n": "--batch_size 1 --min_rounds 3 --max_rounds 3\n",
 }
 
@@ -44,7 +45,7 @@ def blocks(page: str) -> list[tuple[str, str]]:
     return re.findall(r"```(bash|python)\n(.*?)```", text, flags=re.DOTALL)
 
 
-@pytest.mark.parametrize(("page", "count"), [("publish.md", 9), ("serve.md", 5)])
+@pytest.mark.parametrize(("page", "count"), [("publish.md", 9), ("serve.md", 7)])
 def test_the_page_works_as_it_stands(page, count, folder, hub_server):
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, **hub_server.environment, "PATH": path, "PYTHONPATH": str(ROOT)}

@@ -1,0 +1,336 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""Serve a classifier, segmenter or detector over HTTP, in batches that form by themselves.
+
+    python examples/serve.py --model outputs/demo/cropr --port 8000 --max_batch_size 8 --max_delay_ms 5
+    curl --data-binary @docs/digit.png localhost:8000/predict
+
+The way of a request: `read_body` and `decode_image` refuse what is no good image, `Predictor.prepare` makes the
+input of the model in one of several threads, `Batcher` gathers inputs and runs `Predictor.forward` in a thread of its
+own, and `Predictor.answer` turns the outputs for one image into the response, again in one of several threads.
+"""
+
+import asyncio
+import base64
+import logging
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from io import BytesIO
+from types import SimpleNamespace
+from typing import Annotated, Any, Literal
+
+import anyio
+import numpy as np
+import torch
+import transformers
+import uvicorn
+from fastapi import FastAPI, HTTPException, Query, Request, Response
+from fastapi.responses import JSONResponse
+from PIL import Image, ImageOps, UnidentifiedImageError
+from starlette.requests import ClientDisconnect
+from transformers import AutoConfig, AutoImageProcessor, BatchFeature, HfArgumentParser
+
+import cropr_hf  # noqa: F401 (registers the models with the Auto classes)
+
+
+logger = logging.getLogger("uvicorn.error")
+
+# No format whose decoder starts another program, such as EPS.
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+TASKS = ("ImageClassification", "SemanticSegmentation", "ObjectDetection", "InstanceSegmentation")
+MAX_MAP_VALUES = 2**27  # 0.5 GB of maps per image while labels of pixels are found
+
+
+def argument(default: Any, text: str) -> Any:
+    """A dataclass field with a line of help."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class Settings:
+    """What to serve, and how."""
+
+    model: str = field(metadata={"help": "Folder or Hub id of a model with its image processor."})
+    host: str = argument("127.0.0.1", "Address to listen at; 0.0.0.0 is all of the machine's.")
+    port: int = argument(8000, "Port to listen at.")
+    max_batch_size: int = argument(8, "Images that the model sees at once, at most.")
+    max_delay_ms: float = argument(5.0, "How long the first image of a batch waits for others.")
+    queue_size: int = argument(64, "Requests in the house, at most; further ones are answered with 503.")
+    threads: int = argument(torch.get_num_threads(), "CPU threads of the model.")
+    image_threads: int = argument(min(4, os.cpu_count() or 1), "Images prepared or answered at a time.")
+    pruning_rate: int | None = argument(None, "Patches pruned per module, if not as published; 0 prunes none.")
+    device: str = argument("cuda" if torch.cuda.is_available() else "cpu", "Where the model runs.")
+    dtype: Literal["float32", "bfloat16", "float16"] = argument("float32", "Type of the weights.")
+    compile: bool = argument(False, "Compile the encoder; the start takes a minute or more.")
+    max_megabytes: float = argument(10.0, "Size of a body, at most.")
+    max_megapixels: float = argument(40.0, "Size of an image, at most.")
+    body_seconds: float = argument(30.0, "Time that a client has to send its image.")
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch_size", "queue_size", "threads", "image_threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} is {getattr(self, name)}; give 1 or more.")
+
+
+async def read_body(request: Request, settings: Settings) -> bytearray:
+    """The body of a request, or an `HTTPException` that says what is wrong with it."""
+    body, announced = bytearray(), int(request.headers.get("content-length", 0))
+    try:
+        with anyio.fail_after(settings.body_seconds):
+            async for chunk in request.stream():
+                body += chunk
+                if max(len(body), announced) > settings.max_megabytes * 1e6:
+                    raise HTTPException(413, f"The body is larger than {settings.max_megabytes:g} MB.")
+    except TimeoutError:
+        reason = f"The body took longer than {settings.body_seconds:g} seconds."
+        raise HTTPException(408, reason, {"Connection": "close"}) from None
+    except ClientDisconnect:
+        raise HTTPException(400, "The body ended early.") from None
+    return body
+
+
+def decode_image(body: bytes | bytearray, max_megapixels: float) -> Image.Image:
+    """The first frame, upright and in RGB, or an `HTTPException` that says why there is none."""
+    if not body:
+        raise HTTPException(400, "The body is empty; send the bytes of an image.")
+    try:
+        image = Image.open(BytesIO(body), formats=IMAGE_FORMATS)  # reads the header
+        if image.width * image.height > max_megapixels * 1e6:
+            raise Image.DecompressionBombError
+        if image.mode == "F":  # of an unknown range
+            raise UnidentifiedImageError
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits, of which a plain conversion would clip all but the darkest
+            image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+        return image.convert("RGB")
+    except UnidentifiedImageError:
+        formats = ", ".join(IMAGE_FORMATS)
+        raise HTTPException(415, f"The body is no image with integer pixels; send one as {formats}.") from None
+    except Image.DecompressionBombError:
+        raise HTTPException(413, f"The image has more than {max_megapixels:g} megapixels.") from None
+    except Exception as error:  # decoders meet broken files with errors of any kind
+        raise HTTPException(400, f"The image is broken: {error}") from None
+
+
+def misfit(size: tuple[int, int], error: Exception) -> HTTPException:
+    """What a client hears whose image of (height, width) `size` is good, but not for this model."""
+    return HTTPException(422, f"The image of {size[1]} x {size[0]} pixels does not fit the model: {error}")
+
+
+class Predictor:
+    """A model with what comes before and after it. All methods run outside the event loop, and keep no state."""
+
+    def __init__(self, settings: Settings):
+        self.settings, self.dtype = settings, getattr(torch, settings.dtype)
+        architecture = (AutoConfig.from_pretrained(settings.model).architectures or ["no model class"])[0]
+        self.task = architecture.rpartition("For")[2]
+        if self.task not in TASKS:
+            raise ValueError(f"{settings.model} holds {architecture}; this serves {', '.join(TASKS)}.")
+        self.processor = AutoImageProcessor.from_pretrained(settings.model)
+        auto_class = getattr(transformers, f"AutoModelFor{self.task}")
+        self.model = auto_class.from_pretrained(settings.model, dtype=self.dtype).to(settings.device).eval()
+        self.labels = [self.model.config.id2label[label] for label in range(self.model.config.num_labels)]
+        if settings.pruning_rate is not None:
+            self.model.set_pruning(settings.pruning_rate)
+        if settings.compile:
+            self.model.base_model.compile(dynamic=True)
+        use_threads(settings.threads)
+        blank = self.processor(images=Image.new("RGB", (64, 64)), return_tensors="pt")
+        for batch_size in (1, 2, settings.max_batch_size):  # compiles; and what cannot work fails here
+            self.forward([blank] * batch_size)
+
+    def prepare(self, body: bytes | bytearray) -> tuple[BatchFeature, tuple[int, int]]:
+        """A file -> the model's input, whose tensors start with a dimension of 1, and (height, width) of the image."""
+        image = decode_image(body, self.settings.max_megapixels)
+        size = (image.height, image.width)
+        try:
+            return self.processor(images=image, return_tensors="pt"), size
+        except (ValueError, RuntimeError) as error:  # a strip that would be resized to nothing, for example
+            raise misfit(size, error) from None
+
+    @torch.inference_mode()
+    def forward(self, inputs: Sequence[BatchFeature]) -> list[SimpleNamespace]:
+        """The model's inputs for some images -> its outputs for each, in float32 on the CPU."""
+        if len({item["pixel_values"].shape for item in inputs}) > 1:  # an image processor without a fixed size
+            return [self.forward([item])[0] for item in inputs]
+        batch = BatchFeature({name: torch.cat([item[name] for item in inputs]) for name in inputs[0]})
+        outputs = self.model(**batch.to(self.settings.device, self.dtype))
+        names = [name for name in ("logits", "pred_boxes", "pred_masks") if name in outputs]
+        columns = [outputs[name].float().cpu().split(1) for name in names]
+        return [SimpleNamespace(**dict(zip(names, row))) for row in zip(*columns)]
+
+    def answer(self, outputs: SimpleNamespace, size: tuple[int, int], top_k: int, threshold: float) -> Response:
+        """Outputs for one image of (height, width) `size` -> the response."""
+        if self.task == "ImageClassification":
+            several = self.model.config.problem_type == "multi_label_classification" or len(self.labels) == 1
+            probabilities = outputs.logits[0].sigmoid() if several else outputs.logits[0].softmax(dim=-1)
+            scores, best = (column.tolist() for column in probabilities.topk(min(top_k, len(self.labels))))
+            return JSONResponse([{"label": self.labels[i], "score": score} for i, score in zip(best, scores)])
+        if self.task == "SemanticSegmentation":
+            target = affordable(size, len(self.labels))
+            (label_map,) = self.processor.post_process_semantic_segmentation(outputs, target_sizes=[target])
+            return Response(encode_map(label_map, size), media_type="image/png")
+        (found,) = self.processor.post_process_object_detection(outputs, threshold, target_sizes=[size])
+        objects = {
+            "scores": found["scores"].tolist(),
+            "labels": [self.labels[label] for label in found["labels"]],
+            "boxes": found["boxes"].tolist(),
+        }
+        if self.task == "InstanceSegmentation":
+            target = affordable(size, outputs.logits.shape[1])
+            (found,) = self.processor.post_process_instance_segmentation(outputs, threshold, target_sizes=[target])
+            found["segmentation"].clamp_(min=0)  # -1 where there is no object at all
+            objects["segment_map"] = base64.b64encode(encode_map(found["segmentation"], size)).decode()
+            objects["segments"] = found["segments_info"]
+            for segment in objects["segments"]:
+                segment["label"] = self.labels[segment.pop("label_id")]
+        return JSONResponse(objects)
+
+
+def use_threads(count: int) -> None:
+    """Makes what torch computes in the thread that calls this use `count` threads."""
+    torch.get_num_threads()  # the first use in a thread sets the number that was given last in any; so it comes before
+    torch.set_num_threads(count)
+
+
+def affordable(size: tuple[int, int], channels: int) -> tuple[int, int]:
+    """The (height, width) `size`, made smaller if so many maps of it have more than `MAX_MAP_VALUES` values."""
+    scale = min(1.0, (MAX_MAP_VALUES / (channels * size[0] * size[1])) ** 0.5)
+    return max(1, int(size[0] * scale)), max(1, int(size[1] * scale))
+
+
+def encode_map(labels: torch.Tensor, size: tuple[int, int]) -> bytes:
+    """A PNG of (height, width) `size` whose grey levels are the labels; of 16 bits for more than 256 labels."""
+    image = Image.fromarray(labels.numpy().astype(np.uint8 if labels.max() < 256 else np.uint16))
+    file = BytesIO()
+    image.resize(size[::-1], Image.Resampling.NEAREST).save(file, "PNG")
+    return file.getvalue()
+
+
+class Batcher:
+    """Gathers single items to batches, and runs a function on these in the one thread of an executor.
+
+    A batch starts when it is full or when `max_delay` seconds have passed since its first item came; what comes while
+    the function runs waits for the next one. All but `attempt` is in the event loop, so that there are no locks.
+    """
+
+    def __init__(self, function: Callable[[list], Sequence], thread: Executor, max_batch_size: int, max_delay: float):
+        self.function, self.thread, self.max_batch_size, self.max_delay = function, thread, max_batch_size, max_delay
+        self.queue: asyncio.Queue[tuple[Any, asyncio.Future, float]] = asyncio.Queue()
+        self.items = self.batches = 0
+
+    async def __call__(self, item: Any) -> Any:
+        """What the function returns for the item; raises what the function raises on the item alone."""
+        future = asyncio.get_running_loop().create_future()
+        self.queue.put_nowait((item, future, anyio.current_time()))
+        return await future
+
+    async def gather(self) -> list[tuple[Any, asyncio.Future, float]]:
+        """Waits for the next batch."""
+        batch = [await self.queue.get()]
+        with anyio.move_on_after(batch[0][-1] + self.max_delay - anyio.current_time()):
+            while len(batch) < self.max_batch_size:
+                batch.append(await self.queue.get())  # what is there is taken even if the time is over
+        return batch
+
+    def attempt(self, items: list) -> list:
+        """Results of the function; where it fails on several items, those for each alone, with errors among them."""
+        try:
+            return list(self.function(items))
+        except Exception as error:
+            logger.exception("The model failed on %d image(s).", len(items))
+            errors = [error.with_traceback(None)]  # which would keep the tensors of the failed batch
+        return errors if len(items) == 1 else [self.attempt([item])[0] for item in items]
+
+    async def run(self) -> None:
+        """Serves until it is cancelled."""
+        while True:
+            batch = await self.gather()
+            self.items, self.batches = self.items + len(batch), self.batches + 1
+            items = [item for item, _, _ in batch]
+            results = await asyncio.get_running_loop().run_in_executor(self.thread, self.attempt, items)
+            for (_, future, _), result in zip(batch, results):
+                if future.done():  # cancelled, when the server was told to hurry
+                    continue
+                if isinstance(result, Exception):
+                    future.set_exception(result)
+                else:
+                    future.set_result(result)
+
+
+def build_app(predictor: Predictor) -> FastAPI:
+    """The application: `POST /predict`, `GET /health` and `GET /labels`."""
+    settings = predictor.settings
+    in_house = 0
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> Any:
+        with (
+            ThreadPoolExecutor(1, "model", use_threads, (settings.threads,)) as model_thread,
+            ThreadPoolExecutor(settings.image_threads, "images", use_threads, (1,)) as app.state.image_threads,
+        ):
+            max_delay = settings.max_delay_ms / 1000
+            app.state.batcher = Batcher(predictor.forward, model_thread, settings.max_batch_size, max_delay)
+            app.state.runner = asyncio.create_task(app.state.batcher.run())
+            yield  # uvicorn goes on when the last request is answered
+            app.state.runner.cancel()
+
+    app = FastAPI(title=f"{predictor.task} by {settings.model}", lifespan=lifespan)
+
+    async def in_thread(function: Callable, *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(app.state.image_threads, function, *args)
+
+    @app.post("/predict")
+    async def predict(
+        request: Request,
+        top_k: Annotated[int, Query(ge=1)] = 5,
+        threshold: Annotated[float, Query(ge=0, le=1)] = 0.5,
+    ) -> Response:
+        """Answers for the image that is the body: `top_k` classes, a label map, or objects from a score on."""
+        nonlocal in_house
+        if in_house >= settings.queue_size:  # counts bodies and images too, so that memory is bounded
+            raise HTTPException(503, "The server is busy; try again later.", {"Retry-After": "1"})
+        in_house += 1
+        try:
+            inputs, size = await in_thread(predictor.prepare, await read_body(request, settings))
+            try:
+                outputs = await app.state.batcher(inputs)
+            except ValueError as error:  # too few patches for the schedule, for example
+                raise misfit(size, error) from None
+            except Exception:
+                raise HTTPException(500, "The model failed on this image; the server's log has the reason.") from None
+            return await in_thread(predictor.answer, outputs, size, top_k, threshold)
+        finally:
+            in_house -= 1
+
+    @app.get("/health")
+    async def health() -> dict[str, int]:
+        """200 if batches are being served, with counts of what the model has seen and of requests being answered."""
+        if app.state.runner.done():
+            raise HTTPException(503, "No batches are served any more; restart the server.")
+        return {"images": app.state.batcher.items, "batches": app.state.batcher.batches, "in_house": in_house}
+
+    @app.get("/labels")
+    async def labels() -> list[str]:
+        """Names of the classes, by their numbers in label maps."""
+        return predictor.labels
+
+    return app
+
+
+def main() -> None:
+    """Loads the model and serves it until a signal ends the process, which answers what has come by then."""
+    (settings,) = HfArgumentParser(Settings).parse_args_into_dataclasses()
+    app = build_app(Predictor(settings))
+    uvicorn.run(app, host=settings.host, port=settings.port, access_log=False, timeout_graceful_shutdown=30)
+
+
+if __name__ == "__main__":
+    main()
