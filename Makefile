@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help demo demo-segmentation demo-detection demo-any-speed test test-common test-slow test-official bench cards style quality clean
+.PHONY: help demo demo-segmentation demo-detection demo-any-speed test test-common test-slow test-official bench speed speed-page cards style quality clean
 
 help:
 	@echo "make demo              fine-tune, publish, load and compare pruned models on cluttered digits"
@@ -16,7 +16,9 @@ help:
 	@echo "make test-common       the model test suite of the installed Transformers release"
 	@echo "make test-slow         tests that take more than a minute each"
 	@echo "make test-official     the official example scripts, in TRANSFORMERS_EXAMPLES=.../transformers/examples/pytorch"
-	@echo "make bench             ViT-L/16: Cropr against the unpruned model, a random pruner and Transformers' ViT"
+	@echo "make bench             ViT-L/16: Cropr against the unpruned model, a random pruner, Transformers' and timm's ViT"
+	@echo "make speed             all measurements of docs/speed.md: half an hour on a machine that does nothing else"
+	@echo "make speed-page        tables and pictures of docs/speed.md from their records"
 	@echo "make cards             model_cards/ from the records of the demos and from the recipes"
 	@echo "make style             format and fix"
 	@echo "make quality           ruff and mypy"
@@ -60,7 +62,14 @@ test-official: $(VENV)/.installed-dev
 		$(BIN)/python -m pytest -m slow tests/test_official_scripts.py $(PYTEST_ARGS)
 
 bench: $(VENV)/.installed-dev
-	$(BIN)/cropr-hf benchmark --size large --pruning_rate 8 --batch_size 8
+	$(BIN)/cropr-hf benchmark --size large --pruning_rate 8 --batch_size 8 --twins
+
+speed: $(VENV)/.installed-dev
+	$(BIN)/python docs/speed/measure.py targets tokens grid
+	$(MAKE) speed-page
+
+speed-page: $(VENV)/.installed-dev
+	$(BIN)/python docs/speed/render.py
 
 cards: $(VENV)/.installed-dev
 	$(BIN)/python model_cards/render.py

@@ -6,7 +6,7 @@ Exit codes: 0 when it worked, 1 when it did not (the reason is on stderr), 2 for
 import json
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,16 @@ from transformers import AutoImageProcessor, HfArgumentParser
 from . import benchmark
 from .benchmark import BenchmarkArguments
 from .configuration_cropr_vit import CroprViTConfig
+from .export import export_model
 from .hub import save_for_hub
 from .image_processing_cropr_vit import CroprViTImageProcessor
 from .model_card import CARD_NAME, RECORD_NAME, add_to_record, read_record, write_card, write_record
 from .modeling_cropr_vit import CroprViTBackbone, CroprViTPreTrainedModel
+from .modeling_cropr_vit_detection import CroprViTDetector
 from .saving import is_checkpoint_folder
+from .schedules import SHAPES, FoundSchedule, find_schedule
 from .version import __version__
-from .visualization import plot_pruning
+from .visualization import plot_benchmark, plot_pruning
 
 
 def convert(args: Namespace) -> str:
@@ -34,13 +37,7 @@ def convert(args: Namespace) -> str:
     processor = _image_processor(args.source)
     if processor is not None:
         height, width = model.config.input_size
-        size = {"height": height, "width": width}
-        if args.task in benchmark.DETECTION:
-            edge = {"shortest_edge": min(height, width), "longest_edge": max(height, width)}
-            mean, std = processor.image_mean, processor.image_std
-            processor = CroprViTImageProcessor(size=edge, pad_size=size, image_mean=mean, image_std=std)
-        else:
-            processor.size, processor.do_center_crop = size, False
+        processor = _resized(processor, height, width, args.task in benchmark.DETECTION)
     _save(model, processor, args)
     note = "" if processor is not None else " The source has no image processor; save one beside it."
     return f"{args.output_dir} holds the model; its scorers are new, so train it.{note}"
@@ -51,11 +48,7 @@ def strip(args: Namespace) -> str:
     if Path(args.output_dir).absolute() == Path(args.source).absolute() or is_checkpoint_folder(args.output_dir):
         raise ValueError(f"{args.output_dir} is where to resume from, and must stay complete; give another folder.")
     model = _load(args.source)
-    model.config.name_or_path = ""  # nothing is trained here
-    if (Path(args.source) / RECORD_NAME).exists():
-        record = read_record(args.source)
-        model.config.name_or_path = record["model"].get("base_model") or ""
-        model.record = {name: part for name, part in record.items() if name != "model"}
+    _take_over_record(model, args.source)
     _save(model, _image_processor(args.source), args)
     return f"{args.output_dir} is ready to publish: hf upload OWNER/NAME {args.output_dir}"
 
@@ -66,6 +59,7 @@ def run_benchmark(args: Namespace) -> str:
     if args.update_record:
         others = ("size", "task", "pruning_rate", "image_size", "config", "training")
         changed = [name for name in others if getattr(args, name) != getattr(BenchmarkArguments, name)]
+        changed += ["sweep"] if args.sweep else []
         if args.model_name_or_path is None or changed:
             raise ValueError(
                 "--update_record is for the model as it lies in the folder that --model_name_or_path names"
@@ -73,12 +67,54 @@ def run_benchmark(args: Namespace) -> str:
             )
         read_record(args.model_name_or_path)  # before the measurement, not after it
     _check_folder(arguments.output)
-    record = benchmark.run(arguments)
-    if arguments.output is not None:
-        Path(arguments.output).write_text(json.dumps(record, indent=2), encoding="utf-8")
+    _check_folder(args.plot)
+    settings = _sweep_settings(args.sweep or ())
+
+    def save(records: list[dict[str, Any]]) -> None:
+        if arguments.output is not None:
+            content = records if settings else records[0]
+            Path(arguments.output).write_text(json.dumps(content, indent=2), encoding="utf-8")
+
+    records = benchmark.sweep(arguments, settings, save)
     if args.update_record:
-        add_to_record(args.model_name_or_path, throughput=record)
-    return benchmark.format_table(record)
+        add_to_record(args.model_name_or_path, throughput=records[0])
+    if args.plot is not None:
+        plot_benchmark(records, [*settings]).savefig(args.plot, dpi=110, bbox_inches="tight")
+    return benchmark.format_sweep(records, [*settings]) if settings else benchmark.format_table(records[0])
+
+
+def _sweep_settings(texts: Sequence[str]) -> dict[str, list[Any]]:
+    """Values of arguments from `name=value,value`."""
+    settings: dict[str, list[Any]] = {}
+    for text in texts:
+        name, equals, values = text.partition("=")
+        if not equals or not values:
+            raise ValueError(f"--sweep has {text!r}; write an argument and its values, such as batch_size=1,8,64.")
+        settings[name] = [_plain_value(value) for value in values.split(",")]
+    return settings
+
+
+def _plain_value(text: str) -> Any:
+    """A number, truth value or null where the text is one, as in JSON; the text itself where it is not."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def export(args: Namespace) -> str:
+    """Writes a model to a file that runs without this package: torch.export (.pt2) or ONNX (.onnx)."""
+    model = _load(args.model)
+    if args.pruning_rate is not None:
+        model.set_pruning(args.pruning_rate)
+    processor = _image_processor(args.model)
+    if processor is not None and args.image_size is not None:
+        processor = _resized(processor, args.image_size, args.image_size, isinstance(model, CroprViTDetector))
+    model.to(getattr(torch, args.dtype))
+    difference = export_model(model, args.file, args.image_size, args.batch_size)
+    if processor is not None:
+        processor.save_pretrained(Path(args.file).absolute().parent)
+    return f"{args.file} holds the model; their outputs differ by {difference:.2g} (mean, relative)."
 
 
 @torch.inference_mode()
@@ -118,8 +154,92 @@ def card(args: Namespace) -> str:
     return f"{folder / CARD_NAME} says what {folder / RECORD_NAME} knows."
 
 
-def _load(name_or_path: str) -> CroprViTPreTrainedModel:
-    """A model of the class that it was saved with, stripped."""
+def schedule(args: Namespace) -> str:
+    """Finds a pruning schedule with which a model meets a budget of time on this machine."""
+    if (args.model is None) == (args.size is None):
+        raise ValueError("Give a model (a folder or Hub id), or --size of a model with random weights, and not both.")
+    if args.model is None and (args.save or args.calibration):
+        raise ValueError("A model of --size has random weights; --save and --calibration need a folder or Hub id.")
+    if args.save is not None and Path(args.save).absolute() == Path(args.model).absolute():
+        raise ValueError(f"--save is {args.save}, the model itself, which would lose modules; give another folder.")
+    _check_folder(args.output)
+    fields = benchmark.parse_config(args.config)
+    if args.model is None:
+        model_class, defaults = benchmark.TASKS[args.task]
+        # A rate of 0: pruning is possible after every block, whatever the size of the image.
+        fields = {
+            **defaults,
+            "pruning_rate": 0,
+            **({"image_size": args.image_size} if args.image_size else {}),
+            **fields,
+        }
+        model = model_class(CroprViTConfig.from_size(args.size, **fields))
+    else:
+        model = _load(args.model, **fields)
+    config = model.config
+    height, width = (args.image_size, args.image_size) if args.image_size else config.input_size
+    if args.save is not None and (height, width) != config.input_size:
+        raise ValueError(
+            f"--image_size is {args.image_size}, but a model is saved with the schedule of its own size, "
+            f"{config.image_size}; leave --image_size or --save out."
+        )
+    model.to(args.device, getattr(torch, args.dtype))
+    found = find_schedule(
+        model,
+        args.target_speedup,
+        args.latency_ms,
+        args.shape,
+        torch.randn(args.batch_size, config.num_channels, height, width),
+        _image_batches(args.calibration, args.model, args.batch_size) if args.calibration else None,
+        args.token_multiple,
+    )
+    if args.output is not None:
+        Path(args.output).write_text(json.dumps(found.record(), indent=2), encoding="utf-8")
+    if args.save is not None:
+        stored = _load(args.model, **{**fields, "pruning_rate": None, "pruning_schedule": found.schedule})
+        _take_over_record(stored, args.model, without=("evaluations", "throughput"))  # of another schedule
+        _save(stored, _image_processor(args.model), Namespace(output_dir=args.save, with_code=False))
+    return _describe(found, type(model).__name__, args)
+
+
+def _describe(found: FoundSchedule, class_name: str, args: Namespace) -> str:
+    load = f"{class_name}.from_pretrained({args.model or 'path'!r}, pruning_schedule=schedule)"
+    lines = [
+        f"schedule = {found.schedule}",
+        f"shape {found.shape}; predicted {found.predicted_speedup:.2f} times as fast as unpruned, "
+        f"measured {found.measured_speedup:.2f} ± {found.spread:.2f}: "
+        f"{found.measured_ms:.4g} instead of {found.unpruned_ms:.4g} ms per batch of {args.batch_size}",
+        f"multiply-adds fall by {found.bound:.2f}, to {found.multiply_adds / 1e6:.4g} million per image",
+        f"To use it: model.set_pruning(schedule), or {load}",
+    ]
+    if args.save is not None:
+        lines.append(f"{args.save} holds the model with this schedule.")
+    return "\n".join([*lines, "It changes the accuracy: measure that, or fine-tune with the schedule."])
+
+
+def _image_batches(folder: str, name_or_path: str, batch_size: int) -> Iterator[torch.Tensor]:
+    """The images in a folder and its subfolders, as the model takes them."""
+    processor = _image_processor(name_or_path)
+    if processor is None:
+        raise ValueError(f"{name_or_path} has no image processor, so its input is not known; save one beside it.")
+    suffixes = Image.registered_extensions()
+    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in suffixes)
+    for start in range(0, len(paths), batch_size):
+        images = [Image.open(path).convert("RGB") for path in paths[start : start + batch_size]]
+        yield processor(images, return_tensors="pt")["pixel_values"]
+
+
+def _take_over_record(model: CroprViTPreTrainedModel, source: str, without: Sequence[str] = ()) -> None:
+    """What the record of the source says holds for the model, which is not trained here, as well."""
+    model.config.name_or_path = ""
+    if (Path(source) / RECORD_NAME).exists():
+        record = read_record(source)
+        model.config.name_or_path = record["model"].get("base_model") or ""
+        model.record = {name: part for name, part in record.items() if name not in ("model", *without)}
+
+
+def _load(name_or_path: str, **fields: Any) -> CroprViTPreTrainedModel:
+    """A model of the class that it was saved with, stripped; `fields` replace those of its configuration."""
     try:
         architectures = CroprViTConfig.from_pretrained(name_or_path).architectures or [""]
     except OSError as error:
@@ -129,13 +249,24 @@ def _load(name_or_path: str) -> CroprViTPreTrainedModel:
         raise ValueError(
             f"{name_or_path} holds a {architectures[0] or 'model without a class'}, no `CroprViT*` model."
         )
-    return classes[architectures[0]].from_pretrained(name_or_path, use_auxiliary_heads=False)
+    return classes[architectures[0]].from_pretrained(name_or_path, use_auxiliary_heads=False, **fields)
 
 
 def _check_folder(file: str | None) -> None:
     """Raises `ValueError` for a file that cannot be written, before the work is done."""
     if file is not None and not Path(file).absolute().parent.is_dir():
         raise ValueError(f"--output is {file}, but there is no folder {Path(file).parent}; make it first.")
+
+
+def _resized(processor: Any, height: int, width: int, detection: bool) -> Any:
+    """An image processor that makes images of a size, with the colours of another."""
+    size = {"height": height, "width": width}
+    if detection:
+        edge = {"shortest_edge": min(height, width), "longest_edge": max(height, width)}
+        mean, std = processor.image_mean, processor.image_std
+        return CroprViTImageProcessor(size=edge, pad_size=size, image_mean=mean, image_std=std)
+    processor.size, processor.do_center_crop = size, False
+    return processor
 
 
 def _image_processor(name_or_path: str) -> Any:
@@ -192,6 +323,47 @@ def build_parser() -> ArgumentParser:
     example = "--model_name_or_path outputs/published --batch_size 64 --update_record"
     command = add(run_benchmark, "benchmark", example, dataclass_types=BenchmarkArguments)
     command.add_argument("--update_record", action="store_true", help="add the result to the folder's record and card")
+    command.add_argument(
+        "--sweep",
+        nargs="+",
+        help="arguments that take several values in turn, such as batch_size=1,8 dtype=float32,bfloat16",
+    )
+    command.add_argument("--plot", help="picture of speed-ups and bounds to write")
+
+    command = add(
+        schedule, "schedule", "outputs/published --target_speedup 2.0 --calibration photos --save outputs/fast"
+    )
+    command.add_argument("model", nargs="?", help="folder or Hub id")
+    command.add_argument("--size", help="instead, random weights of CroprViTConfig.from_size: small, base, large, ...")
+    command.add_argument(
+        "--task", default=benchmark.DEFAULT_TASK, choices=[*benchmark.TASKS], help="class of the model of --size"
+    )
+    command.add_argument("--config", default="{}", help="fields of the configuration, as JSON")
+    command.add_argument("--target_speedup", type=float, help="times as fast as the unpruned model")
+    command.add_argument("--latency_ms", type=float, help="or milliseconds per batch")
+    command.add_argument(
+        "--shape", choices=SHAPES, help="of the schedule; see docs/schedules.md (default: it depends)"
+    )
+    command.add_argument("--batch_size", type=int, default=8, help="images per batch (default: %(default)s)")
+    command.add_argument("--image_size", type=int, help="height and width in pixels (default: that of the model)")
+    command.add_argument("--calibration", metavar="FOLDER", help="typical images: prune where they lose the least")
+    command.add_argument("--token_multiple", type=int, help="of which the numbers of tokens are multiples, such as 8")
+    command.add_argument("--device", default="cpu", help="where to run, such as cuda (default: %(default)s)")
+    command.add_argument(
+        "--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="default: %(default)s"
+    )
+    command.add_argument("--output", help="JSON file for the record")
+    command.add_argument("--save", metavar="FOLDER", help="folder for the stripped model with the schedule")
+
+    command = add(export, "export", "outputs/published outputs/onnx/model.onnx")
+    command.add_argument("model", help="folder or Hub id")
+    command.add_argument("file", help="file to write, .pt2 or .onnx; the image processor is saved beside it")
+    command.add_argument("--image_size", type=int, help="height and width in pixels (default: that of the model)")
+    command.add_argument("--batch_size", type=int, help="images per call (default: any number)")
+    command.add_argument(
+        "--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="default: %(default)s"
+    )
+    command.add_argument("--pruning_rate", type=int, help="patches pruned per module (default: that of the model)")
 
     command = add(visualize, "visualize", "outputs/published photo.jpg --output pruning.png")
     command.add_argument("model", help="folder or Hub id")

@@ -18,7 +18,7 @@ from cropr_hf.cli import build_parser, main
 from cropr_hf.model_card import read_record
 
 
-COMMANDS = ("convert", "strip", "benchmark", "visualize", "card")
+COMMANDS = ("convert", "strip", "export", "benchmark", "visualize", "card")
 PROCESSOR = {"size": {"height": 32, "width": 32}}
 
 
@@ -87,6 +87,34 @@ def test_strip_keeps_the_outputs_and_the_record(checkpoint, tmp_path):
     assert (tmp_path / "out" / "preprocessor_config.json").exists()
 
 
+def test_export_writes_what_the_model_computes_and_its_image_processor(checkpoint, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    file = tmp_path / "out" / "model.pt2"
+    assert run("export", checkpoint, file, "--image_size", 48, "--pruning_rate", 2, "--batch_size", 1) == 0
+    assert re.search(r"model\.pt2 holds the model; .* differ by \S+ \(mean, relative\)", capsys.readouterr().out)
+    model = CroprViTForImageClassification.from_pretrained(checkpoint, use_auxiliary_heads=False)
+    model.set_pruning(2)
+    processor = ViTImageProcessor.from_pretrained(tmp_path / "out")
+    pixels = processor(Image.new("RGB", (60, 50), "red"), return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, 48, 48)
+    with torch.no_grad():
+        logits = torch.export.load(file).module()(pixels)["logits"]
+        torch.testing.assert_close(logits, model(pixels).logits, rtol=0, atol=1e-5)
+
+
+def test_export_of_a_detector_in_half_precision(vit, tmp_path):
+    fields = {"pruning_rate": 4, "num_labels": 3, "pyramid_channels": 8, "box_head_size": 8}
+    command = ["convert", vit, tmp_path / "detector", "--task", "object_detection", "--config", json.dumps(fields)]
+    assert run(*command) == 0
+    (tmp_path / "out").mkdir()
+    file = tmp_path / "out" / "model.pt2"
+    assert run("export", tmp_path / "detector", file, "--dtype", "bfloat16", "--image_size", 48) == 0
+    stored = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
+    assert (stored["pad_size"]["height"], stored["size"]["longest_edge"]) == (48, 48)
+    outputs = torch.export.load(file).module()(torch.zeros(3, 3, 48, 48))
+    assert outputs["pyramid0"].shape == (3, 8, 24, 24) and outputs["pyramid0"].dtype == torch.float32
+
+
 def test_benchmark_adds_to_the_record(checkpoint, tmp_path, capsys):
     run("strip", checkpoint, tmp_path / "out")
     command = ["benchmark", "--model_name_or_path", tmp_path / "out", "--batch_size", 1, "--min_rounds", 3]
@@ -98,6 +126,21 @@ def test_benchmark_adds_to_the_record(checkpoint, tmp_path, capsys):
     assert throughput["results"] == record["results"] and str(tmp_path) not in json.dumps(throughput)
     assert set(record["results"]) >= {"unpruned", "cropr", "random"}
     assert record["machine"] in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
+def test_benchmark_sweeps_over_arguments(checkpoint, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    run("strip", checkpoint, tmp_path / "out")
+    capsys.readouterr()
+    command = ["benchmark", "--model_name_or_path", tmp_path / "out", "--min_rounds", 3, "--max_rounds", 3]
+    command += ["--sweep", "batch_size=1,2", "dtype=bfloat16", "compile=false"]
+    assert run(*command, "--output", tmp_path / "records.json", "--plot", tmp_path / "speed.png") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("| batch_size | dtype | compile | unpruned images/s |") and len(lines) == 4
+    records = json.loads((tmp_path / "records.json").read_text())
+    assert [record["arguments"]["batch_size"] for record in records] == [1, 2]
+    assert {record["arguments"]["dtype"] for record in records} == {"bfloat16"}
+    assert Image.open(tmp_path / "speed.png").width > 100
 
 
 def test_visualize_draws_images_of_any_size(checkpoint, tmp_path):
@@ -131,6 +174,11 @@ def test_card_adds_metadata_and_makes_records_for_old_folders(checkpoint, tmp_pa
         (["convert", "nowhere/at-all", "out"], "nowhere/at-all"),
         (["convert", "x", "out", "--config", "{"], "--config"),
         (["benchmark", "--config", "[1]"], "--config"),
+        (["export", "nowhere/at-all", "model.onnx"], "nowhere/at-all"),
+        (["benchmark", "--sweep", "batch_size"], "such as batch_size=1,8,64"),
+        (["benchmark", "--sweep", "poems=1"], "'poems' is no argument"),
+        (["benchmark", "--model_name_or_path", "x", "--sweep", "batch_size=1", "--update_record"], "--sweep"),
+        (["benchmark", "--plot", "nowhere/speed.png"], "nowhere"),
         (["benchmark", "--batch_size", "0"], "batch_size"),
         (["benchmark", "--output", "nowhere/record.json"], "nowhere"),
         (["benchmark", "--model_name_or_path", "x", "--pruning_rate", "3", "--update_record"], "--pruning_rate"),

@@ -1,0 +1,238 @@
+"""Models as files that run without this package: `torch.export` programs (`.pt2`) and ONNX (`.onnx`).
+
+The number of images is free; the image size, and with it the number of patches that each module keeps, is fixed.
+"""
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from .modeling_cropr_rf_detr import CroprRfDetrForObjectDetection
+from .modeling_cropr_vit import (
+    CroprViTBackbone,
+    CroprViTForImageClassification,
+    CroprViTForSemanticSegmentation,
+    CroprViTModel,
+)
+from .modeling_cropr_vit_detection import CroprViTDetector
+from .saving import StrippableModel
+from .token_reduction import RandomReducer
+
+
+logger = logging.get_logger(__name__)
+
+ONNX_OPSET = 20
+SUFFIXES = (".pt2", ".onnx")
+# What leaves the graph of each class; that of backbones and detectors has names of its own.
+OUTPUTS: dict[Any, tuple[str, ...]] = {
+    CroprViTModel: ("last_hidden_state", "pooler_output"),
+    CroprViTForImageClassification: ("logits",),
+    CroprViTForSemanticSegmentation: ("logits",),
+    CroprRfDetrForObjectDetection: ("logits", "pred_boxes"),
+    CroprViTBackbone: (),
+    CroprViTDetector: (),
+}
+
+Tensors = dict[str, torch.Tensor]
+
+
+def export_model(
+    model: Any,
+    path: str | os.PathLike,
+    image_size: int | tuple[int, int] | None = None,
+    batch_size: int | None = None,
+    tolerance: float | None = None,
+) -> float:
+    """Writes a stripped model to `path`, and checks the file against the model on random pixels.
+
+    The input is `pixel_values` (B, channels, height, width), float32 whatever the weights are. The outputs are float32
+    and have the names of the model's: `logits`, of RF-DETR `pred_boxes` as well; `last_hidden_state` and
+    `pooler_output` of the encoder; of a backbone its `out_features`. Of a Cascade Mask R-CNN the encoder with its
+    pyramid is exported, `pyramid0` (the finest) to `pyramid4`: its number of boxes depends on the image.
+
+    The weights keep their dtype, and the pruning is what the model has now (see `set_pruning`). The file appears when
+    it has passed the check, and not otherwise.
+
+    Args:
+        model: one of `OUTPUTS`, without auxiliary heads.
+        path: a file that ends with `.pt2` (for `torch.export.load`) or `.onnx` (opset `ONNX_OPSET`; weights beyond
+            2 GB go to a file `.onnx.data` beside it).
+        image_size: height and width in pixels, or one number for both; by default those of the configuration.
+        batch_size: images per call; `None` for any number.
+        tolerance: largest difference between file and model, as returned; 1e-3 by default, 0.05 in half precision.
+
+    Returns:
+        The difference: mean absolute difference of an output over its mean magnitude, of the worst output. It is a
+        mean, since a token whose score ties with that of another up to rounding may be pruned in its place.
+
+    Raises:
+        `ValueError`: another suffix, a missing folder, an image size that is no multiple of the patch size, a model
+            with auxiliary heads, or one that draws random numbers.
+        `ImportError`: when a library for ONNX is missing.
+        `RuntimeError`: when the file does not compute what the model does.
+    """
+    target = Path(path).absolute()
+    if target.suffix not in SUFFIXES:
+        raise ValueError(f"{path} ends with {target.suffix!r}; name a file that ends with {' or '.join(SUFFIXES)}.")
+    if not target.parent.is_dir():
+        raise ValueError(f"{path} is to be written, but there is no folder {target.parent}; make it first.")
+    _check_model(model)
+    dtype = next(model.parameters()).dtype
+    if target.suffix == ".onnx":
+        _check_onnx(dtype)
+    if tolerance is None:
+        tolerance = 1e-3 if dtype == torch.float32 else 0.05
+    height, width = _pixels(model, image_size)
+    channels = getattr(model.config, "backbone_config", model.config).num_channels
+
+    def pixels(count: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(count)
+        return torch.randn(count, channels, height, width, generator=generator).to(model.device)
+
+    training = model.training
+    graph = _Graph(model).eval()
+    try:
+        with torch.no_grad(), tempfile.TemporaryDirectory(dir=target.parent, prefix=".export_") as folder:
+            draft = Path(folder) / target.name
+            batches = [pixels(count) for count in ((1, 3) if batch_size is None else (batch_size,))]
+            expected = [graph(batch) for batch in batches]
+            # A size of 1 would be taken for a constant.
+            run = _write(graph, pixels(batch_size or 2), draft, free_batch=batch_size is None)
+            differences = [_difference(run(batch), outputs) for batch, outputs in zip(batches, expected)]
+            del run  # some systems move no file that is open
+            difference = max(differences)
+            if not all(each <= tolerance for each in differences):  # not a number fails as well
+                raise RuntimeError(
+                    f"{target.name} differs from the model by {difference:.2g} (mean, relative), more than "
+                    f"{tolerance:g}, so that it was not kept; raise `tolerance` if that will do."
+                )
+            for file in sorted(Path(folder).iterdir(), key=lambda file: file == draft):  # weights beside it first
+                os.replace(file, target.parent / file.name)
+    finally:
+        model.train(training)
+    logger.info(f"{target.name} differs from the model by {difference:.2g} (mean, relative).")
+    return difference
+
+
+class _Graph(nn.Module):
+    """What is exported of a model: pixels in, named float32 tensors out, and no weights besides those it needs."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model = model
+        self.pyramid = None
+        if isinstance(model, CroprViTDetector):
+            self.model, self.pyramid = model.cropr_vit, model.pyramid
+
+    def forward(self, pixel_values: torch.Tensor) -> Tensors:
+        outputs = self.model(pixel_values)
+        if self.pyramid is not None:
+            grid_size = tuple(length // self.model.config.patch_size for length in pixel_values.shape[2:])
+            # (B, rows * columns, D) -> (B, D, rows * columns) -> (B, D, rows, columns)
+            levels = self.pyramid(self.model.patches(outputs).transpose(1, 2).unflatten(2, grid_size))
+            named = {f"pyramid{level}": feature_map for level, feature_map in enumerate(levels)}
+        elif isinstance(self.model, CroprViTBackbone):
+            named = dict(zip(self.model.out_features, outputs.feature_maps))
+        else:
+            (names,) = [names for kind, names in OUTPUTS.items() if isinstance(self.model, kind)]
+            named = {name: outputs[name] for name in names}
+        return {name: tensor.float() for name, tensor in named.items()}
+
+
+def _check_model(model: Any) -> None:
+    if not any(isinstance(model, kind) for kind in OUTPUTS):
+        raise ValueError(
+            f"There is no export of {type(model).__name__}; only of {', '.join(kind.__name__ for kind in OUTPUTS)}."
+        )
+    for part in model.modules():
+        if isinstance(part, StrippableModel) and part.config.use_auxiliary_heads:
+            raise ValueError(
+                f"The {type(part).__name__} has auxiliary heads, which only training needs; save it, then call its "
+                "`remove_auxiliary_heads()`, or load the model with `use_auxiliary_heads=False`."
+            )
+        if isinstance(part, RandomReducer):
+            raise ValueError(
+                "The token reducer 'random' draws random numbers, so that no file could be checked against the model; "
+                "export a model with another one, or with `token_reducer=None`."
+            )
+
+
+def _check_onnx(dtype: torch.dtype) -> None:
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ImportError("ONNX needs more libraries: pip install 'cropr_hf[export]'") from error
+    if dtype == torch.bfloat16:
+        raise ValueError(
+            "The weights are bfloat16, for which ONNX Runtime has no kernels on CPUs, so that no file could be "
+            "checked; use float16 or float32, or a `.pt2` file."
+        )
+
+
+def _pixels(model: Any, image_size: int | tuple[int, int] | None) -> tuple[int, int]:
+    """Height and width of the input."""
+    config = getattr(model.config, "backbone_config", model.config)
+    image_size = config.input_size if image_size is None else image_size
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if min(height, width) < 1 or height % config.patch_size or width % config.patch_size:
+        raise ValueError(
+            f"`image_size` is {height} x {width}; both must be multiples of the patch size {config.patch_size}."
+        )
+    return height, width
+
+
+def _write(graph: _Graph, pixel_values: torch.Tensor, path: Path, free_batch: bool) -> Callable[..., Tensors]:
+    """Writes the file; returns what runs it."""
+    shapes = ({0: torch.export.Dim("batch", min=1)},) if free_batch else None
+    program = torch.export.export(graph, (pixel_values,), dynamic_shapes=shapes, strict=True)
+    if path.suffix == ".pt2":
+        torch.export.save(program, path)
+        return torch.export.load(path).module()
+    import onnxruntime
+
+    names = list(graph(pixel_values))
+    onnx_program: Any = torch.onnx.export(
+        program,
+        dynamo=True,
+        verbose=False,
+        input_names=["pixel_values"],
+        output_names=names,
+        opset_version=ONNX_OPSET,
+        dynamic_shapes=shapes,
+        custom_translation_table={torch.ops.aten.sort.stable: _onnx_stable_sort},
+    )
+    onnx_program.save(path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    def run(pixel_values: torch.Tensor) -> Tensors:
+        outputs = session.run(names, {"pixel_values": pixel_values.cpu().numpy()})
+        return {name: torch.from_numpy(output) for name, output in zip(names, outputs)}
+
+    return run
+
+
+def _onnx_stable_sort(values: Any, *, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:
+    """Stable sorting: in ONNX the top k of all, which takes the lower index first of equal values."""
+    from onnxscript import opset20
+
+    length = opset20.Shape(values, start=dim) if dim == -1 else opset20.Shape(values, start=dim, end=dim + 1)
+    return opset20.TopK(values, length, axis=dim, largest=descending, sorted=True)
+
+
+def _difference(actual: Tensors, expected: Tensors) -> float:
+    """See `export_model`; infinite for another shape, not a number where there is one."""
+    worst = torch.zeros(())
+    for name, wanted in expected.items():
+        wanted, got = wanted.cpu(), actual[name].cpu()
+        if got.shape != wanted.shape:
+            return float("inf")
+        worst = torch.maximum(worst, (got - wanted).abs().mean() / wanted.abs().mean().clamp(min=1e-12))
+    return worst.item()

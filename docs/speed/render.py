@@ -1,0 +1,131 @@
+"""Writes the tables and pictures of docs/speed.md from the records beside this file (`make speed-page`)."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from cropr_hf.benchmark import UNPRUNED, format_sweep
+from cropr_hf.visualization import plot_benchmark, plot_cost
+
+
+FOLDER = Path(__file__).parent
+PAGE = FOLDER.parent / "speed.md"
+LINEAR = ("addmm", "mm", "mkl_linear", "mkldnn_linear")
+PRUNING = ("sort", "index_select", "addmv_", "addmv", "gather", "constant_pad_nd", "mul", "arange")
+
+
+def targets_table(records: list[dict[str, Any]]) -> list[str]:
+    """Speed against each yardstick; above 1.00, Cropr's code is the faster one."""
+    lines = [
+        "| | batch | unpruned, images/s | Cropr, speed-up | bound (linear layers alone) | share of bound "
+        "| share of random | unpruned against Transformers' ViT | against timm |",
+        "| --- |" + " ---: |" * 8,
+    ]
+    for record in records:
+        arguments, results = record["arguments"], record["results"]
+        config = json.loads(arguments["config"])
+        name = f"{arguments['size']} {arguments['image_size'] or 224} px, R = {arguments['pruning_rate']}"
+        name += ", without fusion" if config.get("last_layer_fusion") is False else ""
+        name += ", training step" if arguments["training"] else ""
+        twins = [
+            f"{1 / results[twin]['speedup']:.3f} ± {results[twin]['spread'] / results[twin]['speedup'] ** 2:.3f}"
+            if twin in results
+            else ""
+            for twin in ("transformers ViT", "timm")
+        ]
+        cells = [
+            name,
+            arguments["batch_size"],
+            f"{results[UNPRUNED]['images_per_second']:.2f}",
+            f"{results['cropr']['speedup']:.2f} ± {results['cropr']['spread']:.2f}",
+            # In training the auxiliary heads cost time that the count does not have.
+            "" if arguments["training"] else f"{record['multiply_add_bound']:.2f} ({record['linear_bound']:.2f})",
+            "" if arguments["training"] else f"{record['share_of_bound']:.2f}",
+            f"{record['share_of_random'][0]:.3f} ± {record['share_of_random'][1]:.3f}",
+            *twins,
+        ]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
+
+
+def profile_table(records: list[dict[str, Any]]) -> list[str]:
+    """How fast the parts compute, unpruned → Cropr, in 10⁹ multiply-adds per second, and what else takes time."""
+    lines = [
+        "| size, pixels, type, batch | share of bound | linear layers, G/s | attention, G/s | other operations "
+        "| pruning itself |",
+        "| --- |" + " ---: |" * 5,
+    ]
+    for record in records:
+        arguments = record["arguments"]
+        speeds, others, pruning = {"linear": [], "attention": []}, [], 0.0
+        for name in (UNPRUNED, "cropr"):
+            times = {operation: row["ms"] for operation, row in record["operations"][name].items()}
+            total = sum(times.values())
+            spent = {
+                "linear": sum(times.get(operation, 0.0) for operation in (*LINEAR, "mkldnn_convolution")),
+                "attention": sum(ms for operation, ms in times.items() if "attention" in operation),
+            }
+            for part, ms in spent.items():
+                count = record["multiply_adds"][name][part] * arguments["batch_size"]
+                speeds[part].append(f"{count / ms / 1e6:.0f}")
+            pruning = sum(times.get(operation, 0.0) for operation in PRUNING) / total
+            others.append(f"{1 - sum(spent.values()) / total - (pruning if name == 'cropr' else 0):.1%}")
+        setting = (arguments["size"], arguments["image_size"], arguments["dtype"], arguments["batch_size"])
+        cells = [", ".join(map(str, setting)), f"{record['share_of_bound']:.2f}"]
+        cells += [" → ".join(speeds["linear"]), " → ".join(speeds["attention"]), " → ".join(others), f"{pruning:.1%}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def cost_table(records: list[dict[str, Any]]) -> list[str]:
+    """Seconds against multiply-adds."""
+    lines = [
+        "| pixels | patches | unpruned, s | G multiply-adds | G/s | Cropr, s | G multiply-adds | G/s | speed-up "
+        "| bound |",
+        "|" + " ---: |" * 10,
+    ]
+    for record in records:
+        cells = [str(record["arguments"]["image_size"]), str(record["patches"])]
+        for name in (UNPRUNED, "cropr"):
+            seconds = 1 / record["results"][name]["images_per_second"]
+            count = sum(record["multiply_adds"][name].values())
+            cells += [f"{seconds:.3f}", f"{count / 1e9:.1f}", f"{count / seconds / 1e9:.0f}"]
+        cells += [f"{record['results']['cropr']['speedup']:.2f}", f"{record['multiply_add_bound']:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def page(text: str) -> str:
+    """The page with every table made anew, between the comments that name it."""
+    records = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in FOLDER.glob("*.json")}
+    tables = {
+        "targets": ("targets", targets_table),
+        "grid": ("grid", lambda grid: format_sweep(grid, ["size", "image_size", "dtype", "batch_size"]).splitlines()),
+        "profile": ("grid", profile_table),
+        "tokens": ("tokens", cost_table),
+    }
+    for name, (group, table) in tables.items():
+        if group not in records:
+            continue  # not measured yet
+        lines = table(records[group])
+        start, end = f"<!-- table: {name} -->", "<!-- end -->"
+        pattern = re.compile(re.escape(start) + ".*?" + re.escape(end), flags=re.DOTALL)
+        if not pattern.search(text):
+            raise ValueError(f"{PAGE.name} has no place for the table {name!r}; write {start} and {end}.")
+        replacement = "\n".join([start, "", *lines, "", end])
+        text = pattern.sub(lambda match, replacement=replacement: replacement, text, count=1)
+    return text
+
+
+def main() -> None:
+    """Writes page and pictures."""
+    PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    tokens, grid = (json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8")) for name in ("tokens", "grid"))
+    plot_cost(tokens).savefig(FOLDER / "tokens.png", dpi=110)
+    shown = [record for record in grid if record["arguments"]["dtype"] == "float32"]
+    plot_benchmark(shown, ["size", "image_size", "batch_size"]).savefig(FOLDER / "grid.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()
