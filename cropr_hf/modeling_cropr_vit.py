@@ -163,7 +163,8 @@ class CroprViTEmbeddings(nn.Module):
         if self.position_embeddings is not None:
             patches = patches + self.interpolate_positions(self.position_embeddings, grid_size)
         prefix = [token for token in (self.cls_token, self.register_tokens) if token is not None]
-        tokens = torch.cat([*(token.expand(len(patches), -1, -1) for token in prefix), patches], dim=1)
+        # Not `len(patches)`, which would fix the number of images in a `torch.export` program.
+        tokens = torch.cat([*(token.expand(patches.shape[0], -1, -1) for token in prefix), patches], dim=1)
         return self.dropout(tokens), grid_size
 
 
@@ -632,7 +633,7 @@ class CroprViTModel(CroprViTPreTrainedModel):
         if mode == "slot" or not state.pruned:  # the same in every window
             return window_table
         cos, sin = state.rotations["image" if mode == "global" else "window"]
-        images = len(state.hidden_states)
+        images = state.hidden_states.shape[0]
         return (
             partition_windows(cos.expand(images, -1, -1), window_grid, size),
             partition_windows(sin.expand(images, -1, -1), window_grid, size),
@@ -732,7 +733,7 @@ class CroprViTBackbone(BackboneMixin, CroprViTPreTrainedModel):
             feature_maps=tuple(feature_maps),  # type: ignore[arg-type]
             hidden_states=hidden_states,
             attentions=outputs.attentions and outputs.attentions[::copies],
-            auxiliary_losses=self._auxiliary_losses(outputs.auxiliary_logits, labels, len(pixel_values)),
+            auxiliary_losses=self._auxiliary_losses(outputs.auxiliary_logits, labels, pixel_values.shape[0]),
         )
 
     def _auxiliary_losses(

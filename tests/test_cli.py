@@ -18,7 +18,7 @@ from cropr_hf.cli import build_parser, main
 from cropr_hf.model_card import read_record
 
 
-COMMANDS = ("convert", "strip", "export", "benchmark", "visualize", "card")
+COMMANDS = ("convert", "strip", "export", "benchmark", "visualize", "card", "schedule")
 PROCESSOR = {"size": {"height": 32, "width": 32}}
 
 
