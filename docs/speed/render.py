@@ -121,10 +121,17 @@ def page(text: str) -> str:
 def main() -> None:
     """Writes page and pictures."""
     PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    tokens, grid = (json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8")) for name in ("tokens", "grid"))
-    plot_cost(tokens).savefig(FOLDER / "tokens.png", dpi=110)
-    shown = [record for record in grid if record["arguments"]["dtype"] == "float32"]
-    plot_benchmark(shown, ["size", "image_size", "batch_size"]).savefig(FOLDER / "grid.png", dpi=110)
+    pictures = {
+        "tokens": plot_cost,
+        "grid": lambda grid: plot_benchmark(
+            [record for record in grid if record["arguments"]["dtype"] == "float32"],
+            ["size", "image_size", "batch_size"],
+        ),
+    }
+    for name, draw in pictures.items():
+        if (FOLDER / f"{name}.json").exists():
+            records = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+            draw(records).savefig(FOLDER / f"{name}.png", dpi=110)
 
 
 if __name__ == "__main__":
