@@ -570,16 +570,17 @@ def format_table(record: dict[str, Any]) -> str:
     training = record["arguments"]["training"]
     columns = ["model", "images/s", "speed-up", "± half IQR", "p50 ms", "p99 ms", "peak memory"]
     columns += ["parameters", "saved for backward"] if training else []
-    lines = [_row(columns), _row(["---", *["---:"] * (len(columns) - 1)])]
+    rows = []
     for name, row in record["results"].items():
         cells = [name, f"{row['images_per_second']:.2f}", f"{row['speedup']:.2f}", f"{row['spread']:.3f}"]
         cells += [f"{row['p50_ms']:.1f}", "" if row["p99_ms"] is None else f"{row['p99_ms']:.1f}"]
         cells += [f"{row['peak_memory'] / 2**20:.0f} MiB"]
         if training:
             cells += [f"{row['parameters'] / 1e6:.0f} M", f"{row['saved_activations'] / 2**30:.2f} GiB"]
-        lines.append(_row(cells))
+        rows.append(cells)
     share, spread = record["share_of_random"]
-    lines += [
+    lines = [
+        markdown_table(columns, rows),
         "",
         f"multiply-add bound {record['multiply_add_bound']:.2f} (linear layers alone {record['linear_bound']:.2f}); "
         f"Cropr reaches {record['share_of_bound']:.2f} of it, and {share:.3f} ± {spread:.3f} of the random pruner's "
@@ -588,7 +589,7 @@ def format_table(record: dict[str, Any]) -> str:
         f"{record['versions']['transformers']}",
     ]
     if "operations" in record:
-        lines += ["", *_operation_rows(record["operations"])]
+        lines += ["", _format_operations(record["operations"])]
     return "\n".join(lines)
 
 
@@ -596,32 +597,30 @@ def format_sweep(records: Sequence[dict[str, Any]], names: Sequence[str]) -> str
     """The results of `sweep` as a Markdown table, a row per run; `names` are the arguments that differ."""
     columns = ["unpruned images/s", "Cropr images/s", "speed-up", "± half IQR", "random", "bound", "share of bound"]
     columns += ["share of random", "p50 ms", "p99 ms", "peak memory"]
-    lines = [_row([*names, *columns]), _row(["---"] * len(names) + ["---:"] * len(columns))]
+    rows = []
     for record in records:
         unpruned, cropr, chance = (record["results"][name] for name in (UNPRUNED, "cropr", "random"))
         both = (unpruned, cropr)
         p99 = " → ".join("–" if row["p99_ms"] is None else f"{row['p99_ms']:.1f}" for row in both)
-        lines.append(
-            _row(
-                [
-                    *(str(record["arguments"][name]) for name in names),
-                    *(f"{row['images_per_second']:.2f}" for row in both),
-                    f"{cropr['speedup']:.2f}",
-                    f"{cropr['spread']:.3f}",
-                    f"{chance['speedup']:.2f}",
-                    f"{record['multiply_add_bound']:.2f}",
-                    f"{record['share_of_bound']:.2f}",
-                    f"{record['share_of_random'][0]:.3f} ± {record['share_of_random'][1]:.3f}",
-                    " → ".join(f"{row['p50_ms']:.1f}" for row in both),
-                    p99,
-                    " → ".join(f"{row['peak_memory'] / 2**20:.0f}" for row in both) + " MiB",
-                ]
-            )
+        rows.append(
+            [
+                *(str(record["arguments"][name]) for name in names),
+                *(f"{row['images_per_second']:.2f}" for row in both),
+                f"{cropr['speedup']:.2f}",
+                f"{cropr['spread']:.3f}",
+                f"{chance['speedup']:.2f}",
+                f"{record['multiply_add_bound']:.2f}",
+                f"{record['share_of_bound']:.2f}",
+                f"{record['share_of_random'][0]:.3f} ± {record['share_of_random'][1]:.3f}",
+                " → ".join(f"{row['p50_ms']:.1f}" for row in both),
+                p99,
+                " → ".join(f"{row['peak_memory'] / 2**20:.0f}" for row in both) + " MiB",
+            ]
         )
-    return "\n".join(lines)
+    return markdown_table([*names, *columns], rows, len(names))
 
 
-def _operation_rows(operations: dict[str, dict[str, dict[str, float]]], count: int = 12) -> list[str]:
+def _format_operations(operations: dict[str, dict[str, dict[str, float]]], count: int = 12) -> str:
     """The longest operations of the unpruned model and of Cropr, and the rest in one row."""
     unpruned, cropr = operations[UNPRUNED], operations["cropr"]
     nothing = {"ms": 0.0, "calls": 0.0}
@@ -630,21 +629,23 @@ def _operation_rows(operations: dict[str, dict[str, dict[str, float]]], count: i
         return max(times.get(name, nothing)["ms"] for times in (unpruned, cropr))
 
     longest = sorted(unpruned | cropr, key=longest_time, reverse=True)
-    lines = [_row(["operation", "unpruned ms", "calls", "Cropr ms", "calls"]), _row(["---", *["---:"] * 4])]
+    rows = []
     for name in longest[:count]:
         cells = [name]
         for times in (unpruned, cropr):
             row = times.get(name, nothing)
             cells += [f"{row['ms']:.2f}", f"{row['calls']:.0f}"]
-        lines.append(_row(cells))
+        rows.append(cells)
     rest = [
         (sum(times[name]["ms"] for name in names), sum(times[name]["calls"] for name in names))
         for times in (unpruned, cropr)
         for names in [times.keys() - set(longest[:count])]
     ]
-    lines.append(_row(["others", *(cell for ms, calls in rest for cell in (f"{ms:.2f}", f"{calls:.0f}"))]))
-    return lines
+    rows.append(["others", *(cell for ms, calls in rest for cell in (f"{ms:.2f}", f"{calls:.0f}"))])
+    return markdown_table(["operation", "unpruned ms", "calls", "Cropr ms", "calls"], rows)
 
 
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]], num_names: int = 1) -> str:
+    """A table whose first `num_names` columns are names, and the others numbers."""
+    alignment = ["---"] * num_names + ["---:"] * (len(columns) - num_names)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, alignment, *rows))

@@ -90,16 +90,11 @@ def _sweep_settings(texts: Sequence[str]) -> dict[str, list[Any]]:
         name, equals, values = text.partition("=")
         if not equals or not values:
             raise ValueError(f"--sweep has {text!r}; write an argument and its values, such as batch_size=1,8,64.")
-        settings[name] = [_plain_value(value) for value in values.split(",")]
+        settings[name] = values.split(",")
+        if hasattr(BenchmarkArguments, name):  # as if each stood on the command line
+            parser = HfArgumentParser(BenchmarkArguments)  # type: ignore[arg-type]
+            settings[name] = [getattr(parser.parse_args([f"--{name}", value]), name) for value in settings[name]]
     return settings
-
-
-def _plain_value(text: str) -> Any:
-    """A number, truth value or null where the text is one, as in JSON; the text itself where it is not."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
 
 
 def export(args: Namespace) -> str:

@@ -302,7 +302,7 @@ def find_schedule(
     with _left_as_found(model):
         model.set_pruning(0)  # an error for a model that cannot prune
         pixel_values, grid_size = _images_to_time(model, pixel_values)
-        multiple = getattr(model.config, "token_multiple", 1) if token_multiple is None else token_multiple
+        multiple = model.config.token_multiple if token_multiple is None else token_multiple
         counts = _possible_counts(model.config, math.prod(grid_size), multiple)
         lost = None if calibration is None else _lost_mass(model, calibration, math.prod(grid_size))
         costs = _time_blocks(model, pixel_values, counts, timing)

@@ -127,7 +127,7 @@ def select_tokens(
         scores = scores.masked_fill(padding, -torch.inf)
     # Prefix tokens win, and as a stable sort leaves them in front, they need no treatment of their own.
     scores = F.pad(scores[:, num_prefix_tokens:], (num_prefix_tokens, 0), value=torch.inf)
-    # A full sort costs less than 0.5 % of a block (see docs/speed.md), and unlike top-k it is the same everywhere.
+    # A full sort is negligible next to a block, and unlike top-k it orders equal scores alike everywhere.
     order = scores.argsort(dim=1, descending=True, stable=True)
     num_keep += num_prefix_tokens
     return order[:, :num_keep].sort(dim=1).values, order[:, num_keep:]

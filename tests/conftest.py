@@ -6,12 +6,17 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
+import importlib
 import logging
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from transformers.utils import logging as transformers_logging
 
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 transformers_logging.disable_progress_bar()
 torch.set_num_threads(1)
@@ -20,6 +25,14 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def example():
+    """Imports a script of the examples folder by name."""
+    sys.path.insert(0, str(EXAMPLES))
+    yield importlib.import_module
+    sys.path.remove(str(EXAMPLES))
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """The examples, run as a user runs them, on tiny data and a tiny random ViT."""
 
-import importlib
 import json
 import os
 import re
@@ -27,14 +26,6 @@ from cropr_hf.training import PruningCurriculum
 
 
 EXAMPLES = Path(cropr_hf.__file__).parents[1] / "examples"
-
-
-@pytest.fixture(scope="module")
-def example():
-    """Imports a script of the examples folder by name."""
-    sys.path.insert(0, str(EXAMPLES))
-    yield importlib.import_module
-    sys.path.remove(str(EXAMPLES))
 
 
 @pytest.fixture(scope="module")

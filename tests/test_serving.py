@@ -2,10 +2,8 @@
 
 import asyncio
 import base64
-import importlib
 import json
 import struct
-import sys
 import threading
 import time
 import zlib
@@ -45,14 +43,6 @@ MODELS = {
     "detector_of_all_shapes": (CroprViTForObjectDetection, DETECTOR, CroprViTImageProcessor(size=EDGES)),
 }
 FOREVER = 600_000  # a delay in ms: batches start when they are full
-
-
-@pytest.fixture(scope="module")
-def example():
-    """Imports a script of the examples folder by name."""
-    sys.path.insert(0, str(EXAMPLES))
-    yield importlib.import_module
-    sys.path.remove(str(EXAMPLES))
 
 
 @pytest.fixture(scope="module")

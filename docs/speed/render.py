@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from cropr_hf.benchmark import UNPRUNED, format_sweep
+from cropr_hf.benchmark import UNPRUNED, format_sweep, markdown_table
 from cropr_hf.visualization import plot_benchmark, plot_cost
 
 
@@ -15,13 +15,11 @@ LINEAR = ("addmm", "mm", "mkl_linear", "mkldnn_linear")
 PRUNING = ("sort", "index_select", "addmv_", "addmv", "gather", "constant_pad_nd", "mul", "arange")
 
 
-def targets_table(records: list[dict[str, Any]]) -> list[str]:
+def targets_table(records: list[dict[str, Any]]) -> str:
     """Speed against each yardstick; above 1.00, Cropr's code is the faster one."""
-    lines = [
-        "| | batch | unpruned, images/s | Cropr, speed-up | bound (linear layers alone) | share of bound "
-        "| share of random | unpruned against Transformers' ViT | against timm |",
-        "| --- |" + " ---: |" * 8,
-    ]
+    columns = ["", "batch", "unpruned, images/s", "Cropr, speed-up", "bound (linear layers alone)", "share of bound"]
+    columns += ["share of random", "unpruned against Transformers' ViT", "against timm"]
+    rows = []
     for record in records:
         arguments, results = record["arguments"], record["results"]
         config = json.loads(arguments["config"])
@@ -36,7 +34,7 @@ def targets_table(records: list[dict[str, Any]]) -> list[str]:
         ]
         cells = [
             name,
-            arguments["batch_size"],
+            str(arguments["batch_size"]),
             f"{results[UNPRUNED]['images_per_second']:.2f}",
             f"{results['cropr']['speedup']:.2f} ± {results['cropr']['spread']:.2f}",
             # In training the auxiliary heads cost time that the count does not have.
@@ -45,17 +43,15 @@ def targets_table(records: list[dict[str, Any]]) -> list[str]:
             f"{record['share_of_random'][0]:.3f} ± {record['share_of_random'][1]:.3f}",
             *twins,
         ]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return lines
+        rows.append(cells)
+    return markdown_table(columns, rows)
 
 
-def profile_table(records: list[dict[str, Any]]) -> list[str]:
+def profile_table(records: list[dict[str, Any]]) -> str:
     """How fast the parts compute, unpruned → Cropr, in 10⁹ multiply-adds per second, and what else takes time."""
-    lines = [
-        "| size, pixels, type, batch | share of bound | linear layers, G/s | attention, G/s | other operations "
-        "| pruning itself |",
-        "| --- |" + " ---: |" * 5,
-    ]
+    columns = ["size, pixels, type, batch", "share of bound", "linear layers, G/s", "attention, G/s"]
+    columns += ["other operations", "pruning itself"]
+    rows = []
     for record in records:
         arguments = record["arguments"]
         speeds, others, pruning = {"linear": [], "attention": []}, [], 0.0
@@ -74,17 +70,15 @@ def profile_table(records: list[dict[str, Any]]) -> list[str]:
         setting = (arguments["size"], arguments["image_size"], arguments["dtype"], arguments["batch_size"])
         cells = [", ".join(map(str, setting)), f"{record['share_of_bound']:.2f}"]
         cells += [" → ".join(speeds["linear"]), " → ".join(speeds["attention"]), " → ".join(others), f"{pruning:.1%}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        rows.append(cells)
+    return markdown_table(columns, rows)
 
 
-def cost_table(records: list[dict[str, Any]]) -> list[str]:
+def cost_table(records: list[dict[str, Any]]) -> str:
     """Seconds against multiply-adds."""
-    lines = [
-        "| pixels | patches | unpruned, s | G multiply-adds | G/s | Cropr, s | G multiply-adds | G/s | speed-up "
-        "| bound |",
-        "|" + " ---: |" * 10,
-    ]
+    columns = ["pixels", "patches", "unpruned, s", "G multiply-adds", "G/s", "Cropr, s", "G multiply-adds", "G/s"]
+    columns += ["speed-up", "bound"]
+    rows = []
     for record in records:
         cells = [str(record["arguments"]["image_size"]), str(record["patches"])]
         for name in (UNPRUNED, "cropr"):
@@ -92,8 +86,8 @@ def cost_table(records: list[dict[str, Any]]) -> list[str]:
             count = sum(record["multiply_adds"][name].values())
             cells += [f"{seconds:.3f}", f"{count / 1e9:.1f}", f"{count / seconds / 1e9:.0f}"]
         cells += [f"{record['results']['cropr']['speedup']:.2f}", f"{record['multiply_add_bound']:.2f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        rows.append(cells)
+    return markdown_table(columns, rows, num_names=0)
 
 
 def page(text: str) -> str:
@@ -101,19 +95,18 @@ def page(text: str) -> str:
     records = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in FOLDER.glob("*.json")}
     tables = {
         "targets": ("targets", targets_table),
-        "grid": ("grid", lambda grid: format_sweep(grid, ["size", "image_size", "dtype", "batch_size"]).splitlines()),
+        "grid": ("grid", lambda grid: format_sweep(grid, ["size", "image_size", "dtype", "batch_size"])),
         "profile": ("grid", profile_table),
         "tokens": ("tokens", cost_table),
     }
     for name, (group, table) in tables.items():
         if group not in records:
             continue  # not measured yet
-        lines = table(records[group])
         start, end = f"<!-- table: {name} -->", "<!-- end -->"
         pattern = re.compile(re.escape(start) + ".*?" + re.escape(end), flags=re.DOTALL)
         if not pattern.search(text):
             raise ValueError(f"{PAGE.name} has no place for the table {name!r}; write {start} and {end}.")
-        replacement = "\n".join([start, "", *lines, "", end])
+        replacement = "\n".join([start, "", table(records[group]), "", end])
         text = pattern.sub(lambda match, replacement=replacement: replacement, text, count=1)
     return text
 
