@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 from transformers.utils import logging as transformers_logging
 
 
@@ -33,6 +34,19 @@ def example():
     sys.path.insert(0, str(EXAMPLES))
     yield importlib.import_module
     sys.path.remove(str(EXAMPLES))
+
+
+@pytest.fixture(scope="module")
+def tiny_vit(tmp_path_factory) -> str:
+    """A folder with a random plain ViT and its image processor."""
+    torch.manual_seed(0)
+    folder = str(tmp_path_factory.mktemp("vit"))
+    config = ViTConfig(
+        hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=48, image_size=48, patch_size=8
+    )
+    ViTForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 48, "width": 48}).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import test_examples
 import torch
 from datasets import ClassLabel, Dataset, Features, List, Value
 from datasets import Image as ImageFeature
@@ -26,8 +25,6 @@ from transformers import (
 
 import cropr_hf
 
-
-example, tiny_vit = test_examples.example, test_examples.tiny_vit  # fixtures
 
 TINY_HEADS = {
     "pyramid_channels": 16,

@@ -16,8 +16,6 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForSemanticSegmentation,
     SegformerImageProcessor,
-    ViTConfig,
-    ViTForImageClassification,
     ViTImageProcessor,
 )
 
@@ -26,19 +24,6 @@ from cropr_hf.training import PruningCurriculum
 
 
 EXAMPLES = Path(cropr_hf.__file__).parents[1] / "examples"
-
-
-@pytest.fixture(scope="module")
-def tiny_vit(tmp_path_factory) -> str:
-    """A folder with a random plain ViT and its image processor."""
-    torch.manual_seed(0)
-    folder = str(tmp_path_factory.mktemp("vit"))
-    config = ViTConfig(
-        hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=48, image_size=48, patch_size=8
-    )
-    ViTForImageClassification(config).save_pretrained(folder)
-    ViTImageProcessor(size={"height": 48, "width": 48}).save_pretrained(folder)
-    return folder
 
 
 def digits_command(tiny_vit: str, output_dir: Path, **kwargs) -> list[str]:

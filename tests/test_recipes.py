@@ -6,15 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import test_examples
 import torch
 import yaml
 from test_examples import EXAMPLES, history
 
 from cropr_hf import CroprViTConfig, CroprViTForImageClassification
 
-
-example = test_examples.example  # fixture
 
 RECIPES = sorted((EXAMPLES / "recipes").glob("*.yaml"))
 DOCS = (EXAMPLES.parent / "docs" / "recipes.md").read_text(encoding="utf-8")
