@@ -27,7 +27,8 @@ from .modeling_cropr_vit import (
     CroprViTPreTrainedModel,
 )
 from .modeling_cropr_vit_detection import CroprViTForInstanceSegmentation, CroprViTForObjectDetection
-from .schedules import FoundSchedule, curriculum_schedule, evaluate_schedules, find_schedule
+from .schedule_search import FoundSchedule, find_schedule
+from .schedules import curriculum_schedule, evaluate_schedules
 from .token_reduction import (
     TOKEN_REDUCERS,
     TokenReducer,

@@ -385,8 +385,22 @@ def _check(args: BenchmarkArguments) -> None:
         raise ValueError("`gradient_checkpointing` is a matter of training steps; pass `training` as well.")
     if args.twins and args.training:
         raise ValueError("`twins` are compared in inference; leave out `twins` or `training`.")
-    if args.cuda_graph and (args.training or torch.device(args.device).type != "cuda"):
+    on_gpu = parse_device(args.device).type == "cuda"
+    if args.cuda_graph and (args.training or not on_gpu):
         raise ValueError(f"`cuda_graph` is for inference on a CUDA device, not for {args.device!r} or training steps.")
+
+
+def parse_device(name: str) -> torch.device:
+    """A device by its name; raises `ValueError` if there is none."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"`device` is {name!r}, which torch cannot use here ({reason}); give cpu, cuda, ..."
+        ) from error
+    return device
 
 
 def _task_of(args: BenchmarkArguments, config: CroprViTConfig) -> str:
@@ -395,6 +409,8 @@ def _task_of(args: BenchmarkArguments, config: CroprViTConfig) -> str:
     task = args.task or (own[0] if own else DEFAULT_TASK)
     if args.training and task == "encoder":
         raise ValueError("The task 'encoder' has no loss; choose another task for training steps.")
+    if args.twins and task != "image_classification":
+        raise ValueError(f"`twins` are classifiers, the task is {task!r}; leave out `twins`, or choose another task.")
     return task
 
 
@@ -402,14 +418,14 @@ def run(args: BenchmarkArguments) -> dict[str, Any]:
     """Runs the comparison and returns the record: settings, versions, speed-ups, multiply-add bound.
 
     Raises:
-        `ValueError`: for an unknown task or dtype, or `gradient_checkpointing` without `training`.
+        `ValueError`: for an unknown task, dtype or device, and for options that make no sense together.
     """
     _check(args)
     config = _config_from(args)
-    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    device, dtype = parse_device(args.device), getattr(torch, args.dtype)
     task = _task_of(args, config)
     models: dict[str, torch.nn.Module] = dict(pruning_candidates(config, task, args.training))
-    if args.twins and task == "image_classification":
+    if args.twins:
         models |= library_twins(models[UNPRUNED].config, args.size if args.model_name_or_path is None else None)  # type: ignore[arg-type]
     inputs = _random_inputs(args, config, task, device, dtype)
     calls = {name: _call(args, task, model, inputs) for name, model in models.items()}

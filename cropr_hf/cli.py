@@ -25,7 +25,7 @@ from .model_card import CARD_NAME, RECORD_NAME, add_to_record, read_record, writ
 from .modeling_cropr_vit import CroprViTBackbone, CroprViTPreTrainedModel
 from .modeling_cropr_vit_detection import CroprViTDetector
 from .saving import is_checkpoint_folder
-from .schedules import SHAPES, FoundSchedule, find_schedule
+from .schedule_search import SHAPES, FoundSchedule, find_schedule
 from .version import __version__
 from .visualization import plot_benchmark, plot_pruning
 
@@ -158,6 +158,7 @@ def schedule(args: Namespace) -> str:
     if args.save is not None and Path(args.save).absolute() == Path(args.model).absolute():
         raise ValueError(f"--save is {args.save}, the model itself, which would lose modules; give another folder.")
     _check_folder(args.output)
+    device = benchmark.parse_device(args.device)
     fields = benchmark.parse_config(args.config)
     if args.model is None:
         model_class, defaults = benchmark.TASKS[args.task]
@@ -178,7 +179,7 @@ def schedule(args: Namespace) -> str:
             f"--image_size is {args.image_size}, but a model is saved with the schedule of its own size, "
             f"{config.image_size}; leave --image_size or --save out."
         )
-    model.to(args.device, getattr(torch, args.dtype))
+    model.to(device, getattr(torch, args.dtype))
     found = find_schedule(
         model,
         args.target_speedup,

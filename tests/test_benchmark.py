@@ -372,6 +372,9 @@ def test_an_unknown_task_is_an_error():
         ({"dtype": "float23"}, "'float23'; give a type of torch"),
         ({"dtype": "nn"}, "'nn'; give a type of torch"),
         ({"gradient_checkpointing": True}, "pass `training` as well"),
+        ({"device": "gpu"}, "`device` is 'gpu', which torch cannot use here"),
+        ({"device": "cuda:99"}, "`device` is 'cuda:99', which torch cannot use here"),
+        ({"task": "semantic_segmentation", "size": "tiny", "twins": True}, "`twins` are classifiers, the task is"),
     ],
 )
 def test_wrong_arguments_say_what_to_do(wrong, message):

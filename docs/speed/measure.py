@@ -1,13 +1,27 @@
-"""The measurements of docs/speed.md: `python docs/speed/measure.py NAME ...` measures groups and writes their records.
+"""The measurements of docs/speed.md: `python docs/speed/measure.py [NAME ...]` writes the records of groups.
 
 Each takes minutes, on a machine that does nothing else.
 """
 
 import json
 import sys
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from cropr_hf.benchmark import BenchmarkArguments, run
+import torch
+
+from cropr_hf import CroprViTConfig, CroprViTForImageClassification, evaluate_schedules, find_schedule
+from cropr_hf.benchmark import (
+    UNPRUNED,
+    BenchmarkArguments,
+    compare,
+    library_versions,
+    multiply_adds,
+    pruning_candidates,
+    run,
+)
 
 
 FOLDER = Path(__file__).parent
@@ -72,6 +86,20 @@ GROUPS: dict[str, list[BenchmarkArguments]] = {
         for dtype, batch_sizes in by_dtype.items()
         for batch_size in batch_sizes
     ],
+    "limits": [
+        BenchmarkArguments(
+            size=size,
+            image_size=pixels,
+            pruning_rate=rate,
+            batch_size=batch_size,
+            config=config,
+            min_rounds=50,
+            max_rounds=200,
+        )
+        for size, pixels, rate in (("tiny", 96, 3), ("tiny", 224, 16), ("small", 96, 3), ("small", 224, 16))
+        for config in ("{}", '{"last_layer_fusion": false}')
+        for batch_size in (1, 8)
+    ],
     "tokens": [
         BenchmarkArguments(
             size="small",
@@ -86,24 +114,80 @@ GROUPS: dict[str, list[BenchmarkArguments]] = {
 }
 
 
-def measure(name: str) -> None:
-    """Runs a group; its records are there after each of them."""
-    records = []
-    for arguments in GROUPS[name]:
+def benchmarks(group: list[BenchmarkArguments]) -> Iterator[dict[str, Any]]:
+    """Records of the benchmark, with the operations that matter."""
+    for arguments in group:
         record = run(arguments)
-        if "operations" in record:  # those that matter
-            record["operations"] = {
-                candidate: {
-                    operation: row
-                    for operation, row in record["operations"][candidate].items()
-                    if row["ms"] > 0.002 * sum(other["ms"] for other in record["operations"][candidate].values())
-                }
-                for candidate in ("unpruned", "cropr")
+        for candidate, operations in record.pop("operations", {}).items():
+            total = sum(row["ms"] for row in operations.values())
+            longest = {name: row for name, row in operations.items() if row["ms"] > 0.002 * total}
+            if candidate in (UNPRUNED, "cropr"):
+                record.setdefault("operations", {})[candidate] = longest
+        yield record
+
+
+def blocks() -> Iterator[dict[str, Any]]:
+    """Milliseconds of a block by its tokens, from two tokens to all."""
+    for size in ("small", "base", "large"):
+        for batch_size in (1, 8):
+            config = CroprViTConfig.from_size(size, pruning_rate=RATES[size, 224], num_labels=1000)
+            found = find_schedule(
+                CroprViTForImageClassification(config),
+                target_speedup=1.5,
+                pixel_values=torch.randn(batch_size, 3, 224, 224),
+            )
+            bound = multiply_adds(config, pruning=0) / multiply_adds(config)
+            yield {"size": size, "bound_of_grid": bound, **found.record()}
+
+
+def aligned() -> Iterator[dict[str, Any]]:
+    """A schedule whose token counts are odd, and the same rounded up to multiples of 8 and 16."""
+    for dtype in (torch.float32, torch.bfloat16):
+        config = CroprViTConfig.from_size("base", pruning_rate=15, num_labels=1000, align_first_module=False)
+        model = CroprViTForImageClassification(config).to(dtype).eval()
+        rounded = [config.kept_patches()]
+        for multiple in (8, 16):
+            config.token_multiple = multiple
+            rounded.append(config.kept_patches())
+        yield evaluate_schedules(model, rounded, lambda model: 0.0, min_rounds=10, max_rounds=15, tolerance=0.005)
+
+
+@torch.inference_mode()
+def compiled() -> Iterator[dict[str, Any]]:
+    """Seconds as they are and by torch.compile, unpruned and Cropr."""
+    for size in ("small", "base"):
+        for batch_size in (1, 8):
+            config = CroprViTConfig.from_size(size, pruning_rate=16, num_labels=1000)
+            pixels, calls = torch.randn(batch_size, 3, 224, 224), {}
+            for name, model in pruning_candidates(config).items():
+                if name in (UNPRUNED, "cropr"):
+                    model.eval()
+                    calls[name] = partial(model, pixels)
+                    calls[f"{name} compiled"] = partial(torch.compile(model, fullgraph=True), pixels)
+            timings = compare(calls, UNPRUNED, min_rounds=15, max_rounds=60)
+            yield {
+                "size": size,
+                "batch_size": batch_size,
+                "versions": library_versions(),
+                "rounds": len(timings[UNPRUNED].seconds),
+                "results": {
+                    name: {"p50_ms": 1000 * own.median, "speedup": own.speedup, "spread": own.spread}
+                    for name, own in timings.items()
+                },
             }
+
+
+OTHERS = {"blocks": blocks, "aligned": aligned, "compiled": compiled}
+
+
+def measure(name: str) -> None:
+    """Measures a group; its records are there after each of them."""
+    records = []
+    for record in benchmarks(GROUPS[name]) if name in GROUPS else OTHERS[name]():
         records.append(record)
         (FOLDER / f"{name}.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    for group in sys.argv[1:]:
+    for group in sys.argv[1:] or [*GROUPS, *OTHERS]:
         measure(group)

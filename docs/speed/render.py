@@ -90,6 +90,68 @@ def cost_table(records: list[dict[str, Any]]) -> str:
     return markdown_table(columns, rows, num_names=0)
 
 
+def blocks_table(records: list[dict[str, Any]]) -> str:
+    """What a block costs however few its tokens are, and what share of the bound that leaves."""
+    columns = [
+        "size, batch",
+        "block with 2 tokens, ms",
+        "with all 197, ms",
+        "ratio",
+        "bound at R",
+        "share that is left",
+    ]
+    rows = []
+    for record in records:
+        times = record["block_ms"]["global"]
+        few, every = times["1"], times["196"]
+        bound = record["bound_of_grid"]
+        cells = [f"{record['size']}, {record['batch_size']}", f"{few:.2f}", f"{every:.2f}", f"{few / every:.1%}"]
+        # Time = fixed + per multiply-add; the fixed part does not shrink.
+        rows.append([*cells, f"{bound:.2f}", f"{1 / (1 + few / every * (bound - 1)):.2f}"])
+    return markdown_table(columns, rows)
+
+
+def limits_table(records: list[dict[str, Any]]) -> str:
+    """Small work, with and without fusion."""
+    columns = ["size, pixels, batch", "unpruned, ms", "speed-up", "bound", "speed-up without fusion", "bound"]
+    rows: dict[str, list[str]] = {}
+    for record in records:
+        arguments, results = record["arguments"], record["results"]
+        name = f"{arguments['size']}, {arguments['image_size']}, {arguments['batch_size']}"
+        cells = rows.setdefault(name, [name, f"{results[UNPRUNED]['p50_ms']:.1f}"])  # with fusion first
+        cells += [f"{results['cropr']['speedup']:.2f} ± {results['cropr']['spread']:.2f}"]
+        cells += [f"{record['multiply_add_bound']:.2f}"]
+    return markdown_table(columns, list(rows.values()))
+
+
+def aligned_table(records: list[dict[str, Any]]) -> str:
+    """Schedules with token counts of any kind, and rounded up."""
+    columns = ["type, tokens", "after block 1, 2, 3, ...", "multiply-adds, G", "speed-up", "G/s against any"]
+    rows = []
+    for record in records:
+        first, *_ = points = record["points"]
+        for multiple, point in zip(("any", "× 8", "× 16"), points):
+            speeds = [each["images_per_second"] * each["multiply_adds"] for each in (point, first)]
+            kept = ", ".join(str(count + 1) for count in point["kept_patches"][:3]) + ", ..."
+            cells = [f"{record['dtype']}, {multiple}", kept, f"{point['multiply_adds'] / 1e9:.1f}"]
+            rows.append([*cells, f"{point['speedup']:.2f} ± {point['spread']:.2f}", f"{speeds[0] / speeds[1]:.2f}"])
+    return markdown_table(columns, rows)
+
+
+def compiled_table(records: list[dict[str, Any]]) -> str:
+    """Milliseconds per batch, and speed-ups over the unpruned model as it is."""
+    columns = ["size, batch", "unpruned", "compiled", "Cropr", "compiled"]
+    rows = [
+        [f"{record['size']}, {record['batch_size']}"]
+        + [
+            f"{own['p50_ms']:.0f} ms ({own['speedup']:.2f} ± {own['spread']:.2f})"
+            for own in record["results"].values()
+        ]
+        for record in records
+    ]
+    return markdown_table(columns, rows)
+
+
 def page(text: str) -> str:
     """The page with every table made anew, between the comments that name it."""
     records = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in FOLDER.glob("*.json")}
@@ -97,6 +159,10 @@ def page(text: str) -> str:
         "targets": ("targets", targets_table),
         "grid": ("grid", lambda grid: format_sweep(grid, ["size", "image_size", "dtype", "batch_size"])),
         "profile": ("grid", profile_table),
+        "limits": ("limits", limits_table),
+        "blocks": ("blocks", blocks_table),
+        "aligned": ("aligned", aligned_table),
+        "compiled": ("compiled", compiled_table),
         "tokens": ("tokens", cost_table),
     }
     for name, (group, table) in tables.items():
