@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
@@ -130,12 +131,13 @@ def time_call(call: Callable[[], Any], device: torch.device | str = "cpu") -> fl
     """Seconds of one call: by the clock, on a CUDA device by its events."""
     device = torch.device(device)
     if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize(device)
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
+        with torch.cuda.device(device):  # events are of the current one
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
         return start.elapsed_time(end) / 1000
     begin = time.perf_counter()
     call()
@@ -344,23 +346,26 @@ def operation_times(call: Callable[[], Any], device: torch.device | str = "cpu")
         call()
     times: dict[str, dict[str, float]] = {}
     for event in profiler.key_averages():
+        if event.device_type != DeviceType.CPU:
+            continue  # a kernel, whose time the operation that launched it has as well
         spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total  # microseconds
         if spent > 0:
             times[event.key.removeprefix("aten::")] = {"ms": spent / 1000, "calls": event.count}
     return dict(sorted(times.items(), key=lambda item: -item[1]["ms"]))
 
 
-def _graphed(call: Callable[[], Any]) -> Callable[[], Any]:
+def _graphed(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
     """A call as a CUDA graph: its kernels without the time that the host needs to launch them."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # capture needs a warm-up on another stream
-        for _ in range(3):
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # capture needs a warm-up on another stream
+            for _ in range(3):
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
             call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
     return graph.replay
 
 
@@ -379,7 +384,8 @@ def _check(args: BenchmarkArguments) -> None:
         raise ValueError(f"The task is {args.task!r}; choose one of {', '.join(TASKS)}.")
     if args.batch_size < 1:
         raise ValueError(f"`batch_size` is {args.batch_size}; it must be 1 or more.")
-    if not isinstance(getattr(torch, args.dtype, None), torch.dtype):
+    dtype = getattr(torch, args.dtype, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"`dtype` is {args.dtype!r}; give a type of torch, such as float32 or bfloat16.")
     if args.gradient_checkpointing and not args.training:
         raise ValueError("`gradient_checkpointing` is a matter of training steps; pass `training` as well.")
@@ -391,15 +397,15 @@ def _check(args: BenchmarkArguments) -> None:
 
 
 def parse_device(name: str) -> torch.device:
-    """A device by its name; raises `ValueError` if there is none."""
+    """A device by its name; raises `ValueError` if there is none, or none that `time_call` can time."""
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"`device` is {name!r}, which torch cannot use here ({reason}); give cpu, cuda, ..."
-        ) from error
+        raise ValueError(f"`device` is {name!r}, which torch cannot use here ({reason}); try cpu.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"`device` is {name!r}; times are taken on cpu and cuda devices.")
     return device
 
 
@@ -411,6 +417,10 @@ def _task_of(args: BenchmarkArguments, config: CroprViTConfig) -> str:
         raise ValueError("The task 'encoder' has no loss; choose another task for training steps.")
     if args.twins and task != "image_classification":
         raise ValueError(f"`twins` are classifiers, the task is {task!r}; leave out `twins`, or choose another task.")
+    if args.cuda_graph and task in DETECTION:
+        raise ValueError(
+            f"What a detector computes depends on the image; leave out `cuda_graph` for the task {task!r}."
+        )
     return task
 
 
@@ -422,6 +432,8 @@ def run(args: BenchmarkArguments) -> dict[str, Any]:
     """
     _check(args)
     config = _config_from(args)
+    if args.compile:
+        torch.compiler.reset()  # what was compiled before must not make sizes dynamic, nor use up recompilations
     device, dtype = parse_device(args.device), getattr(torch, args.dtype)
     task = _task_of(args, config)
     models: dict[str, torch.nn.Module] = dict(pruning_candidates(config, task, args.training))
@@ -433,7 +445,8 @@ def run(args: BenchmarkArguments) -> dict[str, Any]:
     if args.training:
         activations = {name: saved_bytes(model, inputs) for name, model in models.items()}
     with torch.inference_mode(not args.training):
-        timings = compare(calls, UNPRUNED, args.min_rounds, args.max_rounds, args.tolerance, device)
+        timed = {name: _graphed(call, device) for name, call in calls.items()} if args.cuda_graph else calls
+        timings = compare(timed, UNPRUNED, args.min_rounds, args.max_rounds, args.tolerance, device)
         memory = {name: peak_memory(call, device) for name, call in calls.items()}
         operations = {name: operation_times(call, device) for name, call in calls.items()} if args.profile else {}
     config = models["cropr"].config  # type: ignore[assignment]
@@ -448,7 +461,8 @@ def run(args: BenchmarkArguments) -> dict[str, Any]:
         "multiply_adds": costs,
         "multiply_add_bound": bound,
         "linear_bound": costs[UNPRUNED]["linear"] / costs["cropr"]["linear"],
-        "share_of_bound": timings["cropr"].speedup / bound,
+        # A training step has auxiliary heads and a backward pass, which the count has not.
+        "share_of_bound": None if args.training else timings["cropr"].speedup / bound,
         "share_of_random": speed_ratio(timings["cropr"], timings["random"]),
         "rounds": len(timings[UNPRUNED].seconds),
         "results": {
@@ -486,8 +500,6 @@ def _call(args: BenchmarkArguments, task: str, model: torch.nn.Module, inputs: d
         return lambda: _training_step(run_model, inputs)
     if not isinstance(model, PreTrainedModel):  # of timm
         return lambda: run_model(inputs["pixel_values"])
-    if args.cuda_graph:
-        return _graphed(torch.inference_mode()(lambda: run_model(**inputs)))
     return lambda: run_model(**inputs)
 
 
@@ -598,9 +610,10 @@ def format_table(record: dict[str, Any]) -> str:
     lines = [
         markdown_table(columns, rows),
         "",
-        f"multiply-add bound {record['multiply_add_bound']:.2f} (linear layers alone {record['linear_bound']:.2f}); "
-        f"Cropr reaches {record['share_of_bound']:.2f} of it, and {share:.3f} ± {spread:.3f} of the random pruner's "
-        "throughput",
+        f"multiply-add bound of inference {record['multiply_add_bound']:.2f} (linear layers alone "
+        f"{record['linear_bound']:.2f})"
+        + ("" if training else f", of which Cropr reaches {record['share_of_bound']:.2f}"),
+        f"{share:.3f} ± {spread:.3f} of the random pruner's throughput",
         f"{record['rounds']} rounds; {record['machine']}; torch {record['versions']['torch']}, transformers "
         f"{record['versions']['transformers']}",
     ]
@@ -626,7 +639,7 @@ def format_sweep(records: Sequence[dict[str, Any]], names: Sequence[str]) -> str
                 f"{cropr['spread']:.3f}",
                 f"{chance['speedup']:.2f}",
                 f"{record['multiply_add_bound']:.2f}",
-                f"{record['share_of_bound']:.2f}",
+                "–" if record["share_of_bound"] is None else f"{record['share_of_bound']:.2f}",
                 f"{record['share_of_random'][0]:.3f} ± {record['share_of_random'][1]:.3f}",
                 " → ".join(f"{row['p50_ms']:.1f}" for row in both),
                 p99,

@@ -27,7 +27,7 @@ from .modeling_cropr_vit_detection import CroprViTDetector
 from .saving import is_checkpoint_folder
 from .schedule_search import SHAPES, FoundSchedule, find_schedule
 from .version import __version__
-from .visualization import plot_benchmark, plot_pruning
+from .visualization import check_picture, plot_benchmark, plot_pruning
 
 
 def convert(args: Namespace) -> str:
@@ -67,7 +67,9 @@ def run_benchmark(args: Namespace) -> str:
             )
         read_record(args.model_name_or_path)  # before the measurement, not after it
     _check_folder(arguments.output)
-    _check_folder(args.plot)
+    _check_folder(args.plot, "--plot")
+    if args.plot is not None:
+        check_picture(args.plot)
     settings = _sweep_settings(args.sweep or ())
 
     def save(records: list[dict[str, Any]]) -> None:
@@ -116,6 +118,7 @@ def export(args: Namespace) -> str:
 def visualize(args: Namespace) -> str:
     """Draws which patches a model prunes, and after which block."""
     _check_folder(args.output)
+    check_picture(args.output)
     model = _load(args.model).eval()
     processor = _image_processor(args.model)
     if processor is None:
@@ -218,7 +221,8 @@ def _image_batches(folder: str, name_or_path: str, batch_size: int) -> Iterator[
     processor = _image_processor(name_or_path)
     if processor is None:
         raise ValueError(f"{name_or_path} has no image processor, so its input is not known; save one beside it.")
-    suffixes = Image.registered_extensions()
+    # Of formats that can be read: Pillow writes PDF, for example, but does not open it.
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in suffixes)
     for start in range(0, len(paths), batch_size):
         images = [Image.open(path).convert("RGB") for path in paths[start : start + batch_size]]
@@ -248,10 +252,10 @@ def _load(name_or_path: str, **fields: Any) -> CroprViTPreTrainedModel:
     return classes[architectures[0]].from_pretrained(name_or_path, use_auxiliary_heads=False, **fields)
 
 
-def _check_folder(file: str | None) -> None:
+def _check_folder(file: str | None, option: str = "--output") -> None:
     """Raises `ValueError` for a file that cannot be written, before the work is done."""
     if file is not None and not Path(file).absolute().parent.is_dir():
-        raise ValueError(f"--output is {file}, but there is no folder {Path(file).parent}; make it first.")
+        raise ValueError(f"{option} is {file}, but there is no folder {Path(file).parent}; make it first.")
 
 
 def _resized(processor: Any, height: int, width: int, detection: bool) -> Any:

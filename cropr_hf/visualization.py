@@ -1,6 +1,8 @@
 """Pictures of what was pruned where, of label maps and objects beside it, and of what pruning costs and gains."""
 
+import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -225,7 +227,8 @@ def plot_benchmark(records: Sequence[dict[str, Any]], names: Sequence[str] = ())
         rows = [record["results"][candidate] for record in records]
         heights, errors = ([row[key] for row in rows] for key in ("speedup", "spread"))
         axis.bar(places + offset, heights, 0.4, yerr=errors, label=label, color=colour)
-    bounds = [record["multiply_add_bound"] for record in records]
+    # Training steps have no bound here.
+    bounds = [math.nan if record["arguments"]["training"] else record["multiply_add_bound"] for record in records]
     axis.hlines(bounds, places - 0.42, places + 0.42, colors="black", label="multiply-add bound")
     texts = ["\n".join(str(record["arguments"][name]) for name in names) for record in records]
     axis.set_xticks(places, texts)
@@ -350,6 +353,16 @@ def _panels(
         if titles is not None:
             image_panels[0].set_title(titles[index], fontsize=8)
     return figure, panels
+
+
+def check_picture(path: str) -> None:
+    """Raises before the work is done: `ImportError` without matplotlib, `ValueError` for a file it cannot write."""
+    _figure_class()
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    suffixes = FigureCanvasBase.get_supported_filetypes()
+    if Path(path).suffix.lower().removeprefix(".") not in suffixes:
+        raise ValueError(f"{path} is to be a picture; name a file that ends with .{', .'.join(sorted(suffixes))}.")
 
 
 def _figure_class() -> "type[Figure]":

@@ -19,6 +19,7 @@ one: the clients send bytes that are encoded before the test, and do not decode 
 
 import asyncio
 import json
+import shlex
 import signal
 import socket
 import subprocess
@@ -91,7 +92,7 @@ def draw_image(width: int, seed: int) -> bytes:
 
 
 async def load_round(url: str, images: list[bytes], clients: int, seconds: float) -> dict[str, Any]:
-    """Loads a server for some seconds; returns requests per second, latencies in ms and numbers of errors."""
+    """Loads a server for some seconds; returns requests per second, all latencies in ms and numbers of errors."""
     latencies: list[float] = []
     errors: Counter[str] = Counter()
     files = cycle(images)
@@ -118,7 +119,7 @@ async def load_round(url: str, images: list[bytes], clients: int, seconds: float
     batches = after["batches"] - before["batches"]
     return {
         "requests_per_second": len(latencies) / duration,
-        "latency_ms": {f"p{p}": float(np.percentile(latencies, p)) if latencies else None for p in (50, 95, 99)},
+        "latencies_ms": latencies,
         "mean_batch_size": (after["images"] - before["images"]) / max(batches, 1),
         "requests": len(latencies),
         "errors": dict(errors),
@@ -155,14 +156,15 @@ def running_server(*arguments: str) -> Any:
 
 
 def summarise(rounds: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians over rounds, and all errors."""
-    latency = {
-        name: median(values) if (values := [r["latency_ms"][name] for r in rounds if r["requests"]]) else None
-        for name in ("p50", "p95", "p99")
+    """Medians over rounds, percentiles of all latencies that are enough for it, and all errors."""
+    latencies = [latency for each in rounds for latency in each["latencies_ms"]]
+    percentiles = {
+        f"p{percent}": float(np.percentile(latencies, percent)) if len(latencies) * (100 - percent) >= 100 else None
+        for percent in (50, 95, 99)
     }
-    medians = {name: median(r[name] for r in rounds) for name in ("requests_per_second", "mean_batch_size")}
-    errors = sum((Counter(r["errors"]) for r in rounds), Counter())
-    return {**medians, "latency_ms": latency, "requests": sum(r["requests"] for r in rounds), "errors": dict(errors)}
+    medians = {name: median(each[name] for each in rounds) for name in ("requests_per_second", "mean_batch_size")}
+    errors = sum((Counter(each["errors"]) for each in rounds), Counter())
+    return {**medians, "latency_ms": percentiles, "requests": len(latencies), "errors": dict(errors)}
 
 
 def compare(args: Arguments, urls: dict[str, str]) -> dict[str, Any]:
@@ -179,7 +181,7 @@ def compare(args: Arguments, urls: dict[str, str]) -> dict[str, Any]:
     record: dict[str, Any] = {"arguments": asdict(args), **machine, "results": results}
     if len(urls) > 1:
         pairs = zip(*([r["requests_per_second"] for r in rounds[name]] for name in urls))
-        ratios = [pruned / max(unpruned, 1e-9) for unpruned, pruned in pairs]
+        ratios = [pruned / unpruned if unpruned else float("nan") for unpruned, pruned in pairs]
         record["speedup"] = {"median": median(ratios), "min": min(ratios), "max": max(ratios)}
     return record
 
@@ -205,12 +207,21 @@ def table(record: dict[str, Any]) -> str:
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Runs the test, prints the table and returns the record."""
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(arguments)
+    for name in ("clients", "rounds"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} is {getattr(args, name)}; give 1 or more.")
     if (args.url is None) == (args.compare is None):
         raise ValueError("Give --url of a server that runs, or --compare with the folder or Hub id of a model.")
     if args.url is not None:
         record = compare(args, {args.url: args.url})
     else:
-        common = ["--model", args.compare, "--queue_size", str(max(64, args.clients)), *args.server_arguments.split()]
+        common = [
+            "--model",
+            args.compare,
+            "--queue_size",
+            str(max(64, args.clients)),
+            *shlex.split(args.server_arguments),
+        ]
         with running_server(*common, "--pruning_rate", "0") as unpruned, running_server(*common) as pruned:
             record = compare(args, {"unpruned": unpruned, "Cropr": pruned})
     if args.output is not None:

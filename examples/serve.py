@@ -20,7 +20,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from io import BytesIO
 from types import SimpleNamespace
@@ -45,6 +45,8 @@ logger = logging.getLogger("uvicorn.error")
 # No format whose decoder starts another program, such as EPS.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 TASKS = ("ImageClassification", "SemanticSegmentation", "ObjectDetection", "InstanceSegmentation")
+MAX_SCANS = 100  # of a progressive JPEG, which has about ten; each costs the time of a whole image
+MAX_FAILURES = 3  # batches in a row, after which the server calls itself ill
 MAX_MAP_VALUES = 2**27  # 0.5 GB of maps per image while labels of pixels are found
 
 
@@ -71,7 +73,7 @@ class Settings:
     compile: bool = argument(False, "Compile the encoder; the start takes a minute or more.")
     max_megabytes: float = argument(10.0, "Size of a body, at most.")
     max_megapixels: float = argument(40.0, "Size of an image, at most.")
-    body_seconds: float = argument(30.0, "Time that a client has to send its image.")
+    body_seconds: float = argument(10.0, "Time that a client has to send its image.")
 
     def __post_init__(self) -> None:
         for name in ("max_batch_size", "queue_size", "threads", "image_threads"):
@@ -106,7 +108,11 @@ def decode_image(body: bytes | bytearray, max_megapixels: float) -> Image.Image:
             raise Image.DecompressionBombError
         if image.mode == "F":  # of an unknown range
             raise UnidentifiedImageError
-        image = ImageOps.exif_transpose(image)
+        if image.format == "JPEG" and body.count(b"\xff\xda") > MAX_SCANS:
+            raise ValueError(f"it has more than {MAX_SCANS} scans")
+        image.load()
+        with suppress(Exception):  # an image whose metadata is broken stays as it lies
+            image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits, of which a plain conversion would clip all but the darkest
             image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
         return image.convert("RGB")
@@ -138,7 +144,12 @@ class Predictor:
         self.model = auto_class.from_pretrained(settings.model, dtype=self.dtype).to(settings.device).eval()
         self.labels = [self.model.config.id2label[label] for label in range(self.model.config.num_labels)]
         if settings.pruning_rate is not None:
-            self.model.set_pruning(settings.pruning_rate)
+            prunable = [part for part in self.model.modules() if hasattr(part, "set_pruning")]
+            if not prunable:
+                raise ValueError(
+                    f"--pruning_rate is given, but {settings.model} holds {architecture}, without pruning."
+                )
+            prunable[0].set_pruning(settings.pruning_rate)  # the model, or its backbone
         if settings.compile:
             self.model.base_model.compile(dynamic=True)
         use_threads(settings.threads)
@@ -158,8 +169,13 @@ class Predictor:
     @torch.inference_mode()
     def forward(self, inputs: Sequence[BatchFeature]) -> list[SimpleNamespace]:
         """The model's inputs for some images -> its outputs for each, in float32 on the CPU."""
-        if len({item["pixel_values"].shape for item in inputs}) > 1:  # an image processor without a fixed size
-            return [self.forward([item])[0] for item in inputs]
+        shapes = [item["pixel_values"].shape for item in inputs]
+        if len(set(shapes)) > 1:  # an image processor without a fixed size
+            results = dict.fromkeys(range(len(inputs)))
+            for shape in set(shapes):
+                places = [place for place, own in enumerate(shapes) if own == shape]
+                results.update(zip(places, self.forward([inputs[place] for place in places])))
+            return list(results.values())
         batch = BatchFeature({name: torch.cat([item[name] for item in inputs]) for name in inputs[0]})
         outputs = self.model(**batch.to(self.settings.device, self.dtype))
         names = [name for name in ("logits", "pred_boxes", "pred_masks") if name in outputs]
@@ -224,7 +240,7 @@ class Batcher:
     def __init__(self, function: Callable[[list], Sequence], thread: Executor, max_batch_size: int, max_delay: float):
         self.function, self.thread, self.max_batch_size, self.max_delay = function, thread, max_batch_size, max_delay
         self.queue: asyncio.Queue[tuple[Any, asyncio.Future, float]] = asyncio.Queue()
-        self.items = self.batches = 0
+        self.items = self.batches = self.failures = 0  # failures: batches in a row of which nothing came out
 
     async def __call__(self, item: Any) -> Any:
         """What the function returns for the item; raises what the function raises on the item alone."""
@@ -245,7 +261,8 @@ class Batcher:
         try:
             return list(self.function(items))
         except Exception as error:
-            logger.exception("The model failed on %d image(s).", len(items))
+            trace = not isinstance(error, ValueError)  # which is the model's word for a wrong input
+            logger.error("The model failed on %d image(s): %s", len(items), error, exc_info=trace)
             errors = [error.with_traceback(None)]  # which would keep the tensors of the failed batch
         return errors if len(items) == 1 else [self.attempt([item])[0] for item in items]
 
@@ -256,6 +273,8 @@ class Batcher:
             self.items, self.batches = self.items + len(batch), self.batches + 1
             items = [item for item, _, _ in batch]
             results = await asyncio.get_running_loop().run_in_executor(self.thread, self.attempt, items)
+            failed = all(isinstance(result, Exception) and not isinstance(result, ValueError) for result in results)
+            self.failures = self.failures + 1 if failed else 0
             for (_, future, _), result in zip(batch, results):
                 if future.done():  # cancelled, when the server was told to hurry
                     continue
@@ -306,15 +325,21 @@ def build_app(predictor: Predictor) -> FastAPI:
                 raise misfit(size, error) from None
             except Exception:
                 raise HTTPException(500, "The model failed on this image; the server's log has the reason.") from None
-            return await in_thread(predictor.answer, outputs, size, top_k, threshold)
+            try:
+                return await in_thread(predictor.answer, outputs, size, top_k, threshold)
+            except Exception:  # outputs that are no numbers, for example
+                logger.exception("There is no answer for an image.")
+                raise HTTPException(
+                    500, "There is no answer for this image; the server's log has the reason."
+                ) from None
         finally:
             in_house -= 1
 
     @app.get("/health")
     async def health() -> dict[str, int]:
         """200 if batches are being served, with counts of what the model has seen and of requests being answered."""
-        if app.state.runner.done():
-            raise HTTPException(503, "No batches are served any more; restart the server.")
+        if app.state.runner.done() or app.state.batcher.failures >= MAX_FAILURES:
+            raise HTTPException(503, "No images are served any more; the server's log has the reason. Restart it.")
         return {"images": app.state.batcher.items, "batches": app.state.batcher.batches, "in_house": in_house}
 
     @app.get("/labels")

@@ -91,6 +91,17 @@ def check(found, model, pixels=PIXELS) -> None:
     assert found.bound > 1 and found.multiply_adds > 0
 
 
+def test_with_a_real_clock():
+    """What comes out depends on the machine; that it fits together does not."""
+    model = tiny_model(image_size=192, hidden_size=64, intermediate_size=128, num_hidden_layers=6).eval()
+    found = find_schedule(
+        model, target_speedup=1.3, pixel_values=torch.randn(4, 3, 192, 192), min_rounds=3, max_rounds=5
+    )
+    assert found.schedule[-1] < 24**2 and found.bound > 1 and found.measured_ms > 0
+    assert found.details["machine"] and len(found.details["block_ms"]["global"]) == len(schedule_search.TIMED_SHARES)
+    assert found.measured_speedup in [attempt["measured_speedup"] for attempt in found.details["attempts"]]
+
+
 class TestFindSchedule:
     @pytest.mark.parametrize("fusion", [True, False])
     @pytest.mark.parametrize("shape", schedule_search.SHAPES)

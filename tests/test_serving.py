@@ -11,14 +11,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
 import pytest
 import torch
 import uvicorn
-from PIL import Image
-from transformers import SegformerImageProcessor, ViTImageProcessor, pipeline
+from PIL import Image, ImageOps
+from transformers import SegformerImageProcessor, ViTConfig, ViTForImageClassification, ViTImageProcessor, pipeline
 
 from cropr_hf import (
     CroprViTConfig,
@@ -223,6 +224,23 @@ class TestAnswers:
         for response in others:
             check_classes(response, first.json())
 
+    def test_metadata_that_is_broken_does_not_matter(self, build):
+        files = [encode(picture(3), "JPEG"), encode(picture(3), "JPEG", exif=b"Exif\0\0no header of a TIFF file")]
+        with pytest.raises(Exception, match="TIFF"):
+            ImageOps.exif_transpose(opened(files[1]))
+        plain, broken = post(build()[0], *files)
+        check_classes(broken, plain.json())
+
+    def test_images_of_one_shape_are_a_batch_among_others(self, build):
+        app, sizes = build("detector_of_all_shapes", max_batch_size=5, max_delay_ms=FOREVER)
+        wide = encode(picture(1, (64, 32)))
+        bodies = [PNG, wide, PNG, wide, PNG]
+        together = [response.json() for response in post(app, *bodies, threshold=0.05)]
+        alone = [response.json() for response in post(build("detector_of_all_shapes")[0], PNG, wide, threshold=0.05)]
+        for answer, expected in zip(together, [alone[0], alone[1], alone[0], alone[1], alone[0]]):
+            assert answer["scores"] == pytest.approx(expected["scores"], abs=1e-5) and len(answer["scores"]) >= 1
+        assert sizes == [5]
+
     def test_label_maps_are_those_of_the_pipeline(self, build, folders):
         app, sizes = build("segmenter", max_batch_size=len(GOOD), max_delay_ms=FOREVER)
         segment = pipeline("image-segmentation", model=folders["segmenter"], device="cpu")
@@ -320,6 +338,13 @@ class TestBadRequests:
         check_refusal(refused, 422, "96 x 12 pixels does not fit")
         assert [response.status_code for response in (first, *others)] == [200] * 3
         assert sizes[0] == 4
+
+    def test_endless_scans(self, build):
+        """A progressive JPEG may have as many as it likes, each of the price of an image."""
+        scans = b"\xff\xda" * 101
+        body = encode(picture(0), "JPEG")
+        body = body[:2] + b"\xff\xfe" + struct.pack(">H", len(scans) + 2) + scans + body[2:]
+        check_refusal(post(build()[0], body)[0], 400, "more than 100 scans")
 
     def test_large_bodies_without_an_announced_length(self, build):
         async def chunks():
@@ -474,6 +499,34 @@ class TestTrouble:
             else:
                 check_refusal(response, 500, "The model failed")
 
+    def test_no_numbers_are_no_answer(self, build):
+        def change(forward):
+            return lambda inputs: [SimpleNamespace(logits=0 * row.logits + torch.nan) for row in forward(inputs)]
+
+        for response in post(build(change=change)[0], PNG, PNG):
+            check_refusal(response, 500, "no answer for this image")
+
+    def test_health_fails_when_the_model_fails_again_and_again(self, build, serve):
+        works = iter([False] * serve.MAX_FAILURES + [True])
+
+        def change(forward):
+            def failing(inputs):
+                if not next(works):
+                    raise RuntimeError("CUDA error")
+                return forward(inputs)
+
+            return failing
+
+        async def scenario():
+            states = []
+            async with client(build(change=change)[0]) as user:
+                for _ in range(serve.MAX_FAILURES + 1):
+                    await user.post("/predict", content=PNG)
+                    states.append((await user.get("/health")).status_code)
+            return states
+
+        assert asyncio.run(scenario()) == [200] * (serve.MAX_FAILURES - 1) + [503, 200]
+
     def test_cancelled_requests_leave_no_trace(self, build, expected):
         release = threading.Event()
         app, _ = build(change=lambda forward: lambda inputs: release.wait(60) and forward(inputs))
@@ -508,6 +561,18 @@ class TestTrouble:
         CroprViTModel(CroprViTConfig(**TINY)).save_pretrained(tmp_path)
         with pytest.raises(ValueError, match="holds CroprViTModel; this serves ImageClassification"):
             serve.Predictor(serve.Settings(str(tmp_path)))
+
+    def test_a_model_that_cannot_prune_has_no_rate(self, serve, tmp_path):
+        ViTForImageClassification(
+            ViTConfig(
+                hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8, num_labels=3
+            )
+        ).save_pretrained(tmp_path)
+        ViTImageProcessor(size=SQUARE).save_pretrained(tmp_path)
+        app = serve.build_app(serve.Predictor(serve.Settings(str(tmp_path))))
+        assert len(post(app, PNG)[0].json()) == 3
+        with pytest.raises(ValueError, match="holds ViTForImageClassification, without pruning"):
+            serve.Predictor(serve.Settings(str(tmp_path), pruning_rate=0))
 
     @pytest.mark.parametrize("name", ["max_batch_size", "queue_size", "threads", "image_threads"])
     def test_numbers_must_be_positive(self, serve, name):
@@ -576,9 +641,32 @@ class TestLoadTest:
         record = json.loads(output.read_text())
         (result,) = record["results"].values()
         assert result["requests"] > 4 and result["errors"] == {} and 1 <= result["mean_batch_size"] <= 4
-        assert 0 < result["latency_ms"]["p50"] <= result["latency_ms"]["p95"] <= result["latency_ms"]["p99"]
+        assert 0 < result["latency_ms"]["p50"]
         assert result["requests_per_second"] > 0 and len(result["rounds"]) == 2 and "speedup" not in record
         assert f"| {url} | 4 | " in capsys.readouterr().out
+
+    def test_turns_ratios_and_percentiles(self, example, monkeypatch):
+        """100 requests in two rounds, whose latencies are known; the server of the pruned model is twice as fast."""
+        load_test, order = example("load_test"), []
+
+        async def load_round(url, images, clients, seconds):
+            order.append(url)
+            speed = 2 if url == "pruned" else 1
+            return {
+                "requests_per_second": 10.0 * speed,
+                "latencies_ms": [number / speed for number in range(50)],
+                "mean_batch_size": 4.0,
+                "errors": {"503": 1},
+            }
+
+        monkeypatch.setattr(load_test, "load_round", load_round)
+        record = load_test.compare(load_test.Arguments(rounds=2), {"unpruned": "unpruned", "Cropr": "pruned"})
+        assert order == ["unpruned", "pruned", "unpruned", "pruned", "pruned", "unpruned"]  # the first two warm up
+        assert record["speedup"] == {"median": 2.0, "min": 2.0, "max": 2.0}
+        result = record["results"]["Cropr"]
+        assert result["latency_ms"] == pytest.approx({"p50": 12.25, "p95": 23.5, "p99": 24.5}, abs=0.3)
+        assert result["requests"] == 100 and result["errors"] == {"503": 2}
+        assert load_test.summarise(record["results"]["Cropr"]["rounds"][:1])["latency_ms"]["p99"] is None
 
     def test_two_servers(self, example, build, monkeypatch, capsys):
         load_test, started = example("load_test"), []
@@ -609,6 +697,9 @@ class TestLoadTest:
 
     def test_wrong_arguments(self, example, tmp_path):
         load_test = example("load_test")
+        for wrong in ("--clients", "--rounds"):
+            with pytest.raises(ValueError, match=f"{wrong} is 0; give 1 or more"):
+                load_test.main(["--url", "http://localhost", wrong, "0"])
         for arguments in ([], ["--url", "http://localhost", "--compare", "folder"]):
             with pytest.raises(ValueError, match="--url of a server that runs, or --compare"):
                 load_test.main(arguments)
