@@ -449,7 +449,13 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"tokens; at least 1 must stay: use a rate of at most {limit} or a larger image."
             )
         multiple, prefix = self.token_multiple, self.num_prefix_tokens
-        return [min(-(-(entry + prefix) // multiple) * multiple - prefix, num_patches) for entry in kept]
+        rounded = [min(-(-(entry + prefix) // multiple) * multiple - prefix, num_patches) for entry in kept]
+        if remaining < num_patches == rounded[-1]:
+            raise ValueError(
+                f"A pruning rate of {rate} leaves {remaining} of {num_patches} patch tokens, and `token_multiple` "
+                f"{multiple} rounds that up to all of them; use a higher rate or a smaller multiple."
+            )
+        return rounded
 
     def _kept_by_schedule(self, num_patches: int, schedule: list[int]) -> list[int]:
         if len(schedule) != self.num_hidden_layers:
@@ -601,6 +607,10 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def validate_token_reduction(self):
         """Checks of the pruning fields and of the schedule at `image_size`."""
+        if self.token_multiple < 1:
+            raise ValueError(
+                f"`token_multiple` is {self.token_multiple}; it must be 1 (any length) or more, such as 8."
+            )
         if self.token_reducer is None:
             for name in ("pruning_rate", "pruning_schedule"):
                 if getattr(self, name) is not None:
@@ -613,10 +623,6 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
             return
         if self.pruning_rate is not None and self.pruning_schedule is not None:
             raise ValueError("Give `pruning_rate` or `pruning_schedule`, not both.")
-        if self.token_multiple < 1:
-            raise ValueError(
-                f"`token_multiple` is {self.token_multiple}; it must be 1 (any length) or more, such as 8."
-            )
         if self._last_prunable_block < 1:
             raise ValueError(
                 f"{self.num_hidden_layers} blocks leave no block to prune after"

@@ -207,7 +207,8 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     """Turns channel pairs (i, i + d / 2) of queries or keys (B, heads, T, d) by angles (B or 1, T, d / 2)."""
     first, second = states.chunk(2, dim=-1)
     cos, sin = cos[:, None], sin[:, None]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    # Under autocast angles are float32 and states are not, and attention wants all of one type.
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(states.dtype)
 
 
 def partition_windows(tokens: torch.Tensor, grid_size: tuple[int, int], window_size: int) -> torch.Tensor:
@@ -619,7 +620,6 @@ class CroprViTModel(CroprViTPreTrainedModel):
             hidden_states,
             token_indices=torch.arange(hidden_states.shape[1], device=hidden_states.device)[None],
             rotary_tables=rotary_tables,
-            rotations=rotary_tables,
             padding=padding,
             num_prefix_tokens=prefix,
             grid_size=grid_size,

@@ -48,26 +48,27 @@ NORM_EPS = 1e-6  # of the norms inside a Cropr module, as in the reference code
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def gather_tokens(tokens: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """Rows of a batch of token sequences.
+def gather_tokens(indices: torch.Tensor, *sequences: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The same tokens of one or more batches of sequences.
 
     Copying whole rows is several times faster on a CPU than `torch.gather` with an index expanded over the channels.
 
     Args:
-        tokens: (B, T, ...), or (1, T, ...) when the batch shares one sequence.
         indices: (B, K), in [0, T).
+        sequences: all (B, T, ...), or all (1, T, ...), which the batch shares.
 
     Returns:
-        (B, K, ...)
+        (B, K, ...) of each.
     """
-    batch_size, length = indices.shape
-    if tokens.shape[0] == 1:
-        rows = indices.flatten()
-    else:
-        first_rows = torch.arange(batch_size, device=indices.device) * tokens.shape[1]
+    rows = indices.flatten()
+    if sequences[0].shape[0] != 1:
+        first_rows = torch.arange(indices.shape[0], device=indices.device) * sequences[0].shape[1]
         rows = (indices + first_rows[:, None]).flatten()
     # (B, T, ...) -> (B * T, ...) -> (B * K, ...) -> (B, K, ...)
-    return tokens.flatten(0, 1).index_select(0, rows).unflatten(0, (batch_size, length))
+    return tuple(
+        tokens.flatten(0, 1).index_select(0, rows).unflatten(0, (indices.shape[0], indices.shape[1]))
+        for tokens in sequences
+    )
 
 
 def resample_grid(
@@ -114,7 +115,7 @@ def select_tokens(
     """Selector: the top patch tokens, and all prefix tokens, in the order in which they stand in the sequence.
 
     Args:
-        scores: (B, T), those of prefix tokens are ignored.
+        scores: (B, T), those of prefix tokens are ignored; what is not a number is the lowest.
         num_keep: patch tokens to keep, in [1, T - num_prefix_tokens]. Equal scores: the earlier token is kept.
         num_prefix_tokens: tokens at the start that always stay.
         padding: (B, T), true for tokens that are pruned before all others.
@@ -123,6 +124,7 @@ def select_tokens(
         Indices into the T tokens: kept (B, num_prefix_tokens + num_keep), ascending, and pruned (B, the others),
         from the highest score to the lowest.
     """
+    scores = scores.nan_to_num(nan=torch.finfo(scores.dtype).min)  # infinite ones become finite
     if padding is not None:
         scores = scores.masked_fill(padding, -torch.inf)
     # Prefix tokens win, and as a stable sort leaves them in front, they need no treatment of their own.
@@ -171,7 +173,7 @@ class TokenState:
         token_indices: (B or 1, T), place of each token in the unpruned sequence.
         rotary_tables: rotary positions of the unpruned sequence, each (1, T there, head size / 2), by the name of what
             they are positions in: "image", and "window" for places inside the windows of windowed attention.
-        rotations: the same of the tokens in `hidden_states`, (B or 1, T, head size / 2).
+        rotations: the same of the tokens in `hidden_states`, (B or 1, T, head size / 2); the tables by default.
         padding: (B, T of the unpruned sequence), true for tokens that are pruned before all others, or `None`.
         num_prefix_tokens: CLS and register tokens in `hidden_states`.
         pruned: the patch tokens that were pruned, in the order in which they were.
@@ -189,6 +191,9 @@ class TokenState:
     grid_size: tuple[int, int] | None = None
     keeps_pruned_states: bool = True
 
+    def __post_init__(self) -> None:
+        self.rotations = self.rotations or self.rotary_tables
+
     @property
     def num_patches(self) -> int:
         """Patch tokens in the sequence now."""
@@ -196,23 +201,18 @@ class TokenState:
 
     def prune(self, kept: torch.Tensor, pruned: torch.Tensor, block: int) -> TokenState:
         """Keeps the tokens at `kept` (B, K), prefix included, and sets those at `pruned` aside."""
-        states, indices = self.hidden_states, self.token_indices
-        set_aside = PrunedTokens(
-            block,
-            gather_tokens(indices, pruned),
-            gather_tokens(states, pruned) if self.keeps_pruned_states else None,
-        )
-        indices = gather_tokens(indices, kept)
-        rotations = {
-            name: (gather_tokens(cos, indices), gather_tokens(sin, indices))
-            for name, (cos, sin) in self.rotary_tables.items()
+        places = self.token_indices.expand(kept.shape[0], -1)
+        indices, states = gather_tokens(kept, places, self.hidden_states)
+        set_aside = gather_tokens(pruned, *([places, self.hidden_states] if self.keeps_pruned_states else [places]))
+        rotations: dict[str, Any] = {
+            name: gather_tokens(indices, *table) for name, table in self.rotary_tables.items()
         }
         return replace(
             self,
-            hidden_states=gather_tokens(states, kept),
+            hidden_states=states,
             token_indices=indices,
             rotations=rotations,
-            pruned=(*self.pruned, set_aside),
+            pruned=(*self.pruned, PrunedTokens(block, *set_aside)),
         )
 
     def fuse(self) -> TokenState:
@@ -230,9 +230,10 @@ class TokenState:
             states.append(tokens.hidden_states)
             indices.append(tokens.token_indices)
         restored, order = torch.cat(indices, dim=1).sort(dim=1)
+        (fused,) = gather_tokens(order, torch.cat(states, dim=1))
         return replace(
             self,
-            hidden_states=gather_tokens(torch.cat(states, dim=1), order),
+            hidden_states=fused,
             token_indices=restored,
             rotations=self.rotary_tables,
             pruned=(),
@@ -266,7 +267,7 @@ class PrunedTokens:
 
     block: int
     token_indices: torch.Tensor
-    hidden_states: torch.Tensor | None
+    hidden_states: torch.Tensor | None = None
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -547,7 +548,7 @@ class CroprModule(TokenReducer):
 
     def remove_auxiliary_heads(self) -> None:
         """See `TokenReducer.remove_auxiliary_heads`."""
-        self.router.scorer = FoldedScorer(self.router.scorer.query().detach().clone())
+        self.router.scorer = FoldedScorer(self.router.scorer.query().detach().clone()).train(self.training)
         self.aggregator = self.auxiliary_head = None
 
     def add_auxiliary_heads(self, config: CroprViTConfig, initialize: Callable[[nn.Module], Any]) -> None:

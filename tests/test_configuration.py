@@ -55,7 +55,7 @@ def test_the_first_module_prunes_one_more_only_with_a_cls_token(overrides, first
     assert tiny_config(**overrides).kept_patches()[:2] == [first_kept, first_kept - 2]
 
 
-@pytest.mark.parametrize("multiple", [1, 3, 8, 16, 500])
+@pytest.mark.parametrize("multiple", [1, 3, 8, 16, 50])
 def test_sequence_lengths_are_rounded_up_to_multiples(multiple):
     fields = {"image_size": 224, "pruning_rate": 8, "num_register_tokens": 2}
     exact = CroprViTConfig.from_size("large", **fields).kept_patches()
@@ -81,6 +81,15 @@ def test_a_model_of_rounded_lengths_prunes_as_configured(tmp_path):
 def test_a_multiple_below_one_is_an_error():
     with pytest.raises(ValueError, match="`token_multiple` is 0; it must be 1"):
         tiny_config(token_multiple=0)
+    with pytest.raises(ValueError, match="`token_multiple` is -1; it must be 1"):
+        CroprViTConfig(token_reducer=None, token_multiple=-1)
+
+
+def test_a_multiple_that_would_keep_every_token_is_an_error():
+    with pytest.raises(
+        ValueError, match="leaves 20 of 196 patch tokens, and `token_multiple` 500 rounds that up to all"
+    ):
+        CroprViTConfig.from_size("base", pruning_rate=16, align_first_module=False, token_multiple=500)
 
 
 def test_rate_zero_prunes_nothing():

@@ -5,6 +5,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from cropr_hf import CroprViTBackbone, CroprViTForImageClassification, CroprViTModel
 from cropr_hf.modeling_cropr_vit import CroprViTDropPath, CroprViTModelOutput
@@ -132,6 +134,23 @@ def test_bfloat16_model_and_autocast_run_forward_and_backward(task, name):
         value = TASKS[task].main_output(model.eval()(inputs["pixel_values"]))
     assert value.dtype == (torch.float32 if TASKS[task].float32 else torch.bfloat16)
     assert value.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["eva02", "rope_registers"])
+@torch.no_grad()
+def test_attention_gets_one_type_under_autocast(name, monkeypatch):
+    """Rotary angles are float32 there; flash and flex attention take no mixture."""
+    seen = []
+
+    def attention(module, query, key, value, mask, **kwargs):
+        seen.append((query.dtype, key.dtype, value.dtype))
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", attention)
+    model = build("classification", name).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(make_images(2))
+    assert seen == [(torch.bfloat16,) * 3] * model.config.num_hidden_layers
 
 
 @pytest.mark.parametrize(("task", "name"), combinations(CONFIGS))

@@ -39,18 +39,20 @@ def test_gather_tokens_equals_torch_gather(shape):
     tokens = torch.randn(shape)
     indices = torch.randint(0, 7, (shape[0], 4))
     index = indices.reshape(*indices.shape, *(1 for _ in shape[2:])).expand(*indices.shape, *shape[2:])
-    assert torch.equal(gather_tokens(tokens, indices), torch.gather(tokens, 1, index))
+    gathered, doubled = gather_tokens(indices, tokens, 2 * tokens)
+    assert torch.equal(gathered, torch.gather(tokens, 1, index)) and torch.equal(doubled, 2 * gathered)
 
 
 def test_gather_tokens_of_a_table_that_the_batch_shares():
     table = torch.randn(1, 7, 5)
     indices = torch.randint(0, 7, (3, 4))
-    assert torch.equal(gather_tokens(table, indices), table[0][indices])
+    (gathered,) = gather_tokens(indices, table)
+    assert torch.equal(gathered, table[0][indices])
 
 
 def test_gather_tokens_passes_gradients():
     tokens = torch.randn(2, 5, 3, requires_grad=True)
-    gather_tokens(tokens, torch.tensor([[0, 4], [2, 2]])).sum().backward()
+    gather_tokens(torch.tensor([[0, 4], [2, 2]]), tokens)[0].sum().backward()
     expected = torch.tensor([[1.0, 0, 0, 0, 1], [0, 0, 2, 0, 0]])
     assert torch.equal(tokens.grad, expected[..., None].expand(2, 5, 3))
 
@@ -67,6 +69,15 @@ def test_select_tokens_keeps_the_prefix_whatever_its_score():
     kept, pruned = select_tokens(scores, num_keep=1, num_prefix_tokens=2)
     assert kept.tolist() == [[0, 1, 3]]
     assert pruned.tolist() == [[4, 2]]
+
+
+def test_select_tokens_takes_no_number_for_the_lowest_and_keeps_the_prefix_before_infinity():
+    scores = torch.tensor([[0.0, math.nan, 1.0, math.inf, -math.inf, 0.5], [math.nan] * 6])
+    kept, pruned = select_tokens(scores, num_keep=2, num_prefix_tokens=1)
+    assert kept.tolist() == [[0, 2, 3], [0, 1, 2]]
+    assert pruned.tolist() == [[5, 1, 4], [3, 4, 5]]
+    padding = torch.tensor([[False, False, False, False, False, True]])
+    assert select_tokens(scores, 4, 1, padding)[1][:, -1].tolist() == [5, 5]
 
 
 def test_select_tokens_ties_go_to_the_lower_index():
