@@ -225,8 +225,8 @@ class TestAnswers:
             check_classes(response, first.json())
 
     def test_metadata_that_is_broken_does_not_matter(self, build):
-        files = [encode(picture(3), "JPEG"), encode(picture(3), "JPEG", exif=b"Exif\0\0no header of a TIFF file")]
-        with pytest.raises(Exception, match="TIFF"):
+        files = [encode(picture(3)), encode(picture(3), exif=b"Exif\0\0no header of a TIFF file")]
+        with pytest.raises(SyntaxError, match="TIFF"):
             ImageOps.exif_transpose(opened(files[1]))
         plain, broken = post(build()[0], *files)
         check_classes(broken, plain.json())
@@ -239,7 +239,7 @@ class TestAnswers:
         alone = [response.json() for response in post(build("detector_of_all_shapes")[0], PNG, wide, threshold=0.05)]
         for answer, expected in zip(together, [alone[0], alone[1], alone[0], alone[1], alone[0]]):
             assert answer["scores"] == pytest.approx(expected["scores"], abs=1e-5) and len(answer["scores"]) >= 1
-        assert sizes == [5]
+        assert sorted(sizes) == [2, 3, 5]
 
     def test_label_maps_are_those_of_the_pipeline(self, build, folders):
         app, sizes = build("segmenter", max_batch_size=len(GOOD), max_delay_ms=FOREVER)
@@ -555,7 +555,7 @@ class TestTrouble:
                 await asyncio.wait([app.state.runner])
                 return await user.get("/health")
 
-        check_refusal(asyncio.run(scenario()), 503, "restart")
+        check_refusal(asyncio.run(scenario()), 503, "Restart")
 
     def test_other_models_are_refused(self, serve, tmp_path):
         CroprViTModel(CroprViTConfig(**TINY)).save_pretrained(tmp_path)
