@@ -161,7 +161,7 @@ def schedule(args: Namespace) -> str:
     if args.save is not None and Path(args.save).absolute() == Path(args.model).absolute():
         raise ValueError(f"--save is {args.save}, the model itself, which would lose modules; give another folder.")
     _check_folder(args.output)
-    device = benchmark.parse_device(args.device)
+    benchmark.parse_device(args.device)
     fields = benchmark.parse_config(args.config)
     if args.model is None:
         model_class, defaults = benchmark.TASKS[args.task]
@@ -182,7 +182,7 @@ def schedule(args: Namespace) -> str:
             f"--image_size is {args.image_size}, but a model is saved with the schedule of its own size, "
             f"{config.image_size}; leave --image_size or --save out."
         )
-    model.to(device, getattr(torch, args.dtype))
+    model.to(args.device, getattr(torch, args.dtype))
     found = find_schedule(
         model,
         args.target_speedup,
