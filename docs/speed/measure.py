@@ -56,8 +56,8 @@ GROUPS: dict[str, list[BenchmarkArguments]] = {
             size="large",
             pruning_rate=8,
             config='{"last_layer_fusion": false}',
-            min_rounds=8,
-            max_rounds=9,
+            min_rounds=15,
+            max_rounds=20,
         ),
         BenchmarkArguments(
             size="eva02_large",
