@@ -135,6 +135,7 @@ def blocks() -> Iterator[dict[str, Any]]:
                 CroprViTForImageClassification(config),
                 target_speedup=1.5,
                 pixel_values=torch.randn(batch_size, 3, 224, 224),
+                max_rounds=10,
             )
             bound = multiply_adds(config, pruning=0) / multiply_adds(config)
             yield {"size": size, "bound_of_grid": bound, **found.record()}
