@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, HfArgumentParser
+from transformers import AutoImageProcessor, HfArgumentParser, PreTrainedConfig
 
 from . import benchmark
 from .benchmark import BenchmarkArguments
@@ -22,6 +22,7 @@ from .export import export_model
 from .hub import save_for_hub
 from .image_processing_cropr_vit import CroprViTImageProcessor
 from .model_card import CARD_NAME, RECORD_NAME, add_to_record, read_record, write_card, write_record
+from .modeling_cropr_rf_detr import CroprRfDetrForObjectDetection
 from .modeling_cropr_vit import CroprViTBackbone, CroprViTPreTrainedModel
 from .modeling_cropr_vit_detection import CroprViTDetector
 from .saving import is_checkpoint_folder
@@ -101,7 +102,8 @@ def _sweep_settings(texts: Sequence[str]) -> dict[str, list[Any]]:
 
 def export(args: Namespace) -> str:
     """Writes a model to a file that runs without this package: torch.export (.pt2) or ONNX (.onnx)."""
-    model = _load(args.model)
+    is_rf_detr = _architecture(args.model) == CroprRfDetrForObjectDetection.__name__
+    model: Any = CroprRfDetrForObjectDetection.from_pretrained(args.model) if is_rf_detr else _load(args.model)
     if args.pruning_rate is not None:
         model.set_pruning(args.pruning_rate)
     processor = _image_processor(args.model)
@@ -240,16 +242,20 @@ def _take_over_record(model: CroprViTPreTrainedModel, source: str, without: Sequ
 
 def _load(name_or_path: str, **fields: Any) -> CroprViTPreTrainedModel:
     """A model of the class that it was saved with, stripped; `fields` replace those of its configuration."""
+    architecture = _architecture(name_or_path)
+    classes = {cls.__name__: cls for cls, _ in benchmark.TASKS.values()} | {"CroprViTBackbone": CroprViTBackbone}
+    if architecture not in classes:
+        raise ValueError(f"{name_or_path} holds a {architecture or 'model without a class'}, no `CroprViT*` model.")
+    return classes[architecture].from_pretrained(name_or_path, use_auxiliary_heads=False, **fields)
+
+
+def _architecture(name_or_path: str) -> str:
+    """The class that a model was saved with; empty if that is not known."""
     try:
-        architectures = CroprViTConfig.from_pretrained(name_or_path).architectures or [""]
+        fields, _ = PreTrainedConfig.get_config_dict(name_or_path)
     except OSError as error:
         raise ValueError(f"{name_or_path} is no folder of a model, nor a repository in reach ({error}).") from error
-    classes = {cls.__name__: cls for cls, _ in benchmark.TASKS.values()} | {"CroprViTBackbone": CroprViTBackbone}
-    if architectures[0] not in classes:
-        raise ValueError(
-            f"{name_or_path} holds a {architectures[0] or 'model without a class'}, no `CroprViT*` model."
-        )
-    return classes[architectures[0]].from_pretrained(name_or_path, use_auxiliary_heads=False, **fields)
+    return (fields.get("architectures") or [""])[0]
 
 
 def _check_folder(file: str | None, option: str = "--output") -> None:

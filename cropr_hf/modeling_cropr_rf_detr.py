@@ -15,6 +15,7 @@
 
 # No `from __future__ import annotations` here: it would switch the type checks of `@strict` off.
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -116,6 +117,11 @@ class CroprRfDetrPreTrainedModel(RfDetrPreTrainedModel):
         offsets of the decoder and the biases that focal losses need.
         """
         return False
+
+    def set_pruning(self, pruning: int | Sequence[int] | None) -> None:
+        """Changes how much the backbone prunes; see `CroprViTBackbone.set_pruning`."""
+        (backbone,) = [part for part in self.modules() if isinstance(part, CroprViTBackbone)]
+        backbone.set_pruning(pruning)
 
 
 class CroprRfDetrModel(CroprRfDetrPreTrainedModel, RfDetrModel):

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from common import make_images
 from PIL import Image
+from test_composites import build_rf_detr
 from test_training import tiny_model
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
@@ -113,6 +115,21 @@ def test_export_of_a_detector_in_half_precision(vit, tmp_path):
     assert (stored["pad_size"]["height"], stored["size"]["longest_edge"]) == (48, 48)
     outputs = torch.export.load(file).module()(torch.zeros(3, 3, 48, 48))
     assert outputs["pyramid0"].shape == (3, 8, 24, 24) and outputs["pyramid0"].dtype == torch.float32
+
+
+def test_export_of_rf_detr_at_another_rate(tmp_path, capsys):
+    model = build_rf_detr(num_hidden_layers=3, out_features=["stage1", "stage2", "stage3"])
+    model.save_pretrained(tmp_path / "detector")
+    assert run("export", tmp_path / "detector", tmp_path / "model.pt2", "--pruning_rate", 20) == 0
+    images = make_images(2, 64, 64)
+    with torch.no_grad():
+        boxes = torch.export.load(tmp_path / "model.pt2").module()(images)["pred_boxes"]
+        model.set_pruning(20)
+        torch.testing.assert_close(boxes, model(images).pred_boxes, rtol=0, atol=1e-5)
+        model.set_pruning(None)
+        assert (boxes - model(images).pred_boxes).abs().max() > 1e-4
+    assert run("strip", tmp_path / "detector", tmp_path / "out") == 1
+    assert "holds a CroprRfDetrForObjectDetection, no `CroprViT*` model" in capsys.readouterr().err
 
 
 def test_benchmark_adds_to_the_record(checkpoint, tmp_path, capsys):
