@@ -3,9 +3,10 @@
 Each takes minutes, on a machine that does nothing else.
 """
 
+import copy
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -166,20 +167,38 @@ def compiled() -> Iterator[dict[str, Any]]:
                     model.eval()
                     calls[name] = partial(model, pixels)
                     calls[f"{name} compiled"] = partial(torch.compile(model, fullgraph=True), pixels)
-            timings = compare(calls, UNPRUNED, min_rounds=15, max_rounds=60)
-            yield {
-                "size": size,
-                "batch_size": batch_size,
-                "versions": library_versions(),
-                "rounds": len(timings[UNPRUNED].seconds),
-                "results": {
-                    name: {"p50_ms": 1000 * own.median, "speedup": own.speedup, "spread": own.spread}
-                    for name, own in timings.items()
-                },
-            }
+            yield {"setting": f"{size}, {batch_size}", **turns(calls)}
 
 
-OTHERS = {"blocks": blocks, "aligned": aligned, "compiled": compiled}
+@torch.inference_mode()
+def attention() -> Iterator[dict[str, Any]]:
+    """Seconds with the fused attention and with plain products, in half precision."""
+    for size, pixels, batch_size in (("small", 224, 1), ("small", 224, 8), ("base", 224, 8), ("small", 512, 1)):
+        config = CroprViTConfig.from_size(size, image_size=pixels, pruning_rate=RATES[size, pixels], num_labels=1000)
+        images, calls = torch.randn(batch_size, 3, pixels, pixels, dtype=torch.bfloat16), {}
+        for name, model in pruning_candidates(config).items():
+            if name in (UNPRUNED, "cropr"):
+                model.eval().bfloat16()
+                plain = copy.deepcopy(model)
+                plain.set_attn_implementation("eager")
+                calls |= {name: partial(model, images), f"{name} eager": partial(plain, images)}
+        yield {"setting": f"{size}, {pixels}, {batch_size}", **turns(calls)}
+
+
+def turns(calls: dict[str, Callable[[], Any]]) -> dict[str, Any]:
+    """Times calls in turns; those of the unpruned model are the reference."""
+    timings = compare(calls, UNPRUNED, min_rounds=15, max_rounds=60)
+    return {
+        "versions": library_versions(),
+        "rounds": len(timings[UNPRUNED].seconds),
+        "results": {
+            name: {"p50_ms": 1000 * own.median, "speedup": own.speedup, "spread": own.spread}
+            for name, own in timings.items()
+        },
+    }
+
+
+OTHERS = {"blocks": blocks, "aligned": aligned, "compiled": compiled, "attention": attention}
 
 
 def measure(name: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,17 +139,13 @@ def aligned_table(records: list[dict[str, Any]]) -> str:
     return markdown_table(columns, rows)
 
 
-def compiled_table(records: list[dict[str, Any]]) -> str:
+def turns_table(records: list[dict[str, Any]], columns: list[str]) -> str:
     """Milliseconds per batch, and speed-ups over the unpruned model as it is."""
-    columns = ["size, batch", "unpruned", "compiled", "Cropr", "compiled"]
-    rows = [
-        [f"{record['size']}, {record['batch_size']}"]
-        + [
-            f"{own['p50_ms']:.0f} ms ({own['speedup']:.2f} ± {own['spread']:.2f})"
-            for own in record["results"].values()
-        ]
-        for record in records
-    ]
+    rows = []
+    for record in records:
+        times = record["results"].values()
+        cells = [f"{own['p50_ms']:.0f} ms ({own['speedup']:.2f} ± {own['spread']:.2f})" for own in times]
+        rows.append([record["setting"], *cells])
     return markdown_table(columns, rows)
 
 
@@ -162,7 +159,14 @@ def page(text: str) -> str:
         "limits": ("limits", limits_table),
         "blocks": ("blocks", blocks_table),
         "aligned": ("aligned", aligned_table),
-        "compiled": ("compiled", compiled_table),
+        "compiled": (
+            "compiled",
+            partial(turns_table, columns=["size, batch", "unpruned", "compiled", "Cropr", "compiled"]),
+        ),
+        "attention": (
+            "attention",
+            partial(turns_table, columns=["size, pixels, batch", "unpruned", "eager", "Cropr", "eager"]),
+        ),
         "tokens": ("tokens", cost_table),
     }
     for name, (group, table) in tables.items():
