@@ -5,6 +5,7 @@ Each takes minutes, on a machine that does nothing else.
 
 import copy
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -202,9 +203,16 @@ OTHERS = {"blocks": blocks, "aligned": aligned, "compiled": compiled, "attention
 
 
 def measure(name: str) -> None:
-    """Measures a group; its records are there after each of them."""
-    records = []
-    for record in benchmarks(GROUPS[name]) if name in GROUPS else OTHERS[name]():
+    """Measures a group; its records are there after each of them.
+
+    `NAME_kept` is the group NAME in a process whose environment makes glibc keep memory (see the Makefile).
+    """
+    if name.endswith("_kept") and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        raise ValueError(
+            f"{name} is for a process that keeps memory; set MALLOC_MMAP_THRESHOLD_, as `make speed` does."
+        )
+    group, records = name.removesuffix("_kept"), []
+    for record in benchmarks(GROUPS[group]) if group in GROUPS else OTHERS[group]():
         records.append(record)
         (FOLDER / f"{name}.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
 

@@ -163,10 +163,13 @@ def page(text: str) -> str:
             "compiled",
             partial(turns_table, columns=["size, batch", "unpruned", "compiled", "Cropr", "compiled"]),
         ),
-        "attention": (
-            "attention",
-            partial(turns_table, columns=["size, pixels, batch", "unpruned", "eager", "Cropr", "eager"]),
-        ),
+        **{
+            name: (
+                name,
+                partial(turns_table, columns=["size, pixels, batch", "unpruned", "eager", "Cropr", "eager"]),
+            )
+            for name in ("attention", "attention_kept")
+        },
         "tokens": ("tokens", cost_table),
     }
     for name, (group, table) in tables.items():
