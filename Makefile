@@ -17,7 +17,7 @@ help:
 	@echo "make test-slow         tests that take more than a minute each"
 	@echo "make test-official     the official example scripts, in TRANSFORMERS_EXAMPLES=.../transformers/examples/pytorch"
 	@echo "make bench             ViT-L/16: Cropr against the unpruned model, a random pruner, Transformers' and timm's ViT"
-	@echo "make speed             all measurements of docs/speed.md: about an hour on a machine that does nothing else"
+	@echo "make speed             all measurements of docs/speed.md: more than an hour on a machine that does nothing else"
 	@echo "make speed-page        tables and pictures of docs/speed.md from their records"
 	@echo "make cards             model_cards/ from the records of the demos and from the recipes"
 	@echo "make style             format and fix"
