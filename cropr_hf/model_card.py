@@ -23,8 +23,8 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.utils import logging
 
-from .benchmark import multiply_adds, unpruned_config
 from .configuration_cropr_vit import CroprViTConfig
+from .cost import multiply_adds, unpruned_config
 from .saving import CARD_MARK, CARD_NAME
 
 

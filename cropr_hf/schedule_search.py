@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from .benchmark import UNPRUNED, compare, head_multiply_adds, multiply_adds
+from .benchmark import UNPRUNED, compare
 from .configuration_cropr_vit import CroprViTConfig
+from .cost import head_multiply_adds, multiply_adds
 from .modeling_cropr_vit import CroprViTPreTrainedModel
 from .schedules import circumstances, images_to_time, left_as_found, run_pruned
 from .token_reduction import score_tokens

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from .benchmark import UNPRUNED, compare, head_multiply_adds, library_versions, machine_name, multiply_adds
+from .benchmark import UNPRUNED, compare, library_versions, machine_name
 from .configuration_cropr_vit import CroprViTConfig
+from .cost import head_multiply_adds, multiply_adds
 from .model_card import source_name
 from .modeling_cropr_vit import CroprViTPreTrainedModel
 

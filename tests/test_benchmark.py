@@ -16,9 +16,7 @@ from cropr_hf.benchmark import (
     compare,
     format_sweep,
     format_table,
-    head_multiply_adds,
     library_twins,
-    multiply_adds,
     operation_times,
     peak_memory,
     pruning_candidates,
@@ -27,6 +25,7 @@ from cropr_hf.benchmark import (
     time_call,
     transformers_twin,
 )
+from cropr_hf.cost import head_multiply_adds, multiply_adds
 from cropr_hf.visualization import plot_benchmark, plot_cost
 
 

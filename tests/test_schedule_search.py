@@ -23,7 +23,7 @@ from cropr_hf import (
     find_schedule,
     schedule_search,
 )
-from cropr_hf.benchmark import multiply_adds
+from cropr_hf.cost import multiply_adds
 from cropr_hf.model_card import add_to_record, read_record
 from cropr_hf.modeling_cropr_vit import CroprViTEmbeddings, CroprViTLayer
 from cropr_hf.token_reduction import TokenReducer

@@ -15,7 +15,7 @@ from cropr_hf import (
     evaluate_schedules,
     schedules,
 )
-from cropr_hf.benchmark import multiply_adds
+from cropr_hf.cost import multiply_adds
 from cropr_hf.visualization import plot_tradeoff
 
 

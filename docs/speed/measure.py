@@ -20,10 +20,10 @@ from cropr_hf.benchmark import (
     BenchmarkArguments,
     compare,
     library_versions,
-    multiply_adds,
     pruning_candidates,
     run,
 )
+from cropr_hf.cost import multiply_adds
 
 
 FOLDER = Path(__file__).parent

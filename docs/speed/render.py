@@ -13,7 +13,7 @@ from cropr_hf.visualization import plot_benchmark, plot_cost
 FOLDER = Path(__file__).parent
 PAGE = FOLDER.parent / "speed.md"
 LINEAR = ("addmm", "mm", "mkl_linear", "mkldnn_linear")
-PRUNING = ("sort", "index_select", "addmv_", "addmv", "gather", "constant_pad_nd", "mul", "arange")
+PRUNING = ("sort", "nan_to_num", "index_select", "addmv_", "addmv", "gather", "constant_pad_nd", "mul", "arange")
 
 
 def targets_table(records: list[dict[str, Any]]) -> str:
