@@ -104,6 +104,8 @@ def export(args: Namespace) -> str:
     """Writes a model to a file that runs without this package: torch.export (.pt2) or ONNX (.onnx)."""
     is_rf_detr = _architecture(args.model) == CroprRfDetrForObjectDetection.__name__
     model: Any = CroprRfDetrForObjectDetection.from_pretrained(args.model) if is_rf_detr else _load(args.model)
+    if is_rf_detr and (backbone := model.model.backbone.backbone).config.use_auxiliary_heads:
+        backbone.remove_auxiliary_heads()
     if args.pruning_rate is not None:
         model.set_pruning(args.pruning_rate)
     processor = _image_processor(args.model)
@@ -162,6 +164,10 @@ def schedule(args: Namespace) -> str:
         raise ValueError("A model of --size has random weights; --save and --calibration need a folder or Hub id.")
     if args.save is not None and Path(args.save).absolute() == Path(args.model).absolute():
         raise ValueError(f"--save is {args.save}, the model itself, which would lose modules; give another folder.")
+    if args.batch_size < 1:
+        raise ValueError(f"--batch_size is {args.batch_size}; give 1 or more.")
+    if args.calibration is not None and not Path(args.calibration).is_dir():
+        raise ValueError(f"--calibration is {args.calibration}, which is no folder; name one with images.")
     _check_folder(args.output)
     benchmark.parse_device(args.device)
     fields = benchmark.parse_config(args.config)

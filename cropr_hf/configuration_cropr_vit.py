@@ -449,13 +449,7 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"tokens; at least 1 must stay: use a rate of at most {limit} or a larger image."
             )
         multiple, prefix = self.token_multiple, self.num_prefix_tokens
-        rounded = [min(-(-(entry + prefix) // multiple) * multiple - prefix, num_patches) for entry in kept]
-        if remaining < num_patches == rounded[-1]:
-            raise ValueError(
-                f"A pruning rate of {rate} leaves {remaining} of {num_patches} patch tokens, and `token_multiple` "
-                f"{multiple} rounds that up to all of them; use a higher rate or a smaller multiple."
-            )
-        return rounded
+        return [min(-(-(entry + prefix) // multiple) * multiple - prefix, num_patches) for entry in kept]
 
     def _kept_by_schedule(self, num_patches: int, schedule: list[int]) -> list[int]:
         if len(schedule) != self.num_hidden_layers:
@@ -635,7 +629,12 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
             )
         if self.aggregator_mlp_ratio is not None and self.aggregator_mlp_ratio <= 0:
             raise ValueError("`aggregator_mlp_ratio` must be positive; `None` is no MLP.")
-        self.kept_patches()
+        kept = self.kept_patches()
+        if self.pruning_rate and kept[-1] == self.num_patches:
+            raise ValueError(
+                f"`token_multiple` {self.token_multiple} rounds what a pruning rate of {self.pruning_rate} leaves up "
+                f"to all {self.num_patches} patch tokens; use a higher rate or a smaller multiple."
+            )
         if self.pruning_schedule is not None:
             blocks = self.pruning_blocks
             last = self._last_prunable_block

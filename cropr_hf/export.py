@@ -118,7 +118,8 @@ def export_model(
             for file in sorted(Path(folder).iterdir(), key=lambda file: file == draft):  # weights beside it first
                 os.replace(file, target.parent / file.name)
                 written.append(file.name)
-            if (weights := target.with_name(target.name + ".data")).name not in written:
+            weights = target.with_name(target.name + ".data")
+            if target.suffix == ".onnx" and weights.name not in written:
                 weights.unlink(missing_ok=True)  # of an older and larger file of this name
     finally:
         for module in in_training:

@@ -91,6 +91,18 @@ def draw_image(width: int, seed: int) -> bytes:
     return file.getvalue()
 
 
+async def health(client: httpx.AsyncClient) -> dict[str, int]:
+    """The counts of the server.
+
+    Raises:
+        `RuntimeError`: when it is ill.
+    """
+    response = await client.get("/health")
+    if response.status_code != 200:
+        raise RuntimeError(f"The server at {client.base_url} is ill: {response.text}")
+    return response.json()
+
+
 async def load_round(url: str, images: list[bytes], clients: int, seconds: float) -> dict[str, Any]:
     """Loads a server for some seconds; returns requests per second, all latencies in ms and numbers of errors."""
     latencies: list[float] = []
@@ -98,7 +110,7 @@ async def load_round(url: str, images: list[bytes], clients: int, seconds: float
     files = cycle(images)
     limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
     async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
-        before = (await client.get("/health")).json()
+        before = await health(client)
         start = time.perf_counter()
 
         async def send_images() -> None:
@@ -115,7 +127,7 @@ async def load_round(url: str, images: list[bytes], clients: int, seconds: float
 
         await asyncio.gather(*(send_images() for _ in range(clients)))
         duration = time.perf_counter() - start
-        after = (await client.get("/health")).json()
+        after = await health(client)
     batches = after["batches"] - before["batches"]
     return {
         "requests_per_second": len(latencies) / duration,

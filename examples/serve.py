@@ -108,7 +108,7 @@ def decode_image(body: bytes | bytearray, max_megapixels: float) -> Image.Image:
             raise Image.DecompressionBombError
         if image.mode == "F":  # of an unknown range
             raise UnidentifiedImageError
-        if image.format == "JPEG" and body.count(b"\xff\xda") > MAX_SCANS:
+        if image.format in ("JPEG", "MPO") and body.count(b"\xff\xda") > MAX_SCANS:
             raise ValueError(f"it has more than {MAX_SCANS} scans")
         image.load()
         with suppress(Exception):  # an image whose metadata is broken stays as it lies
@@ -179,7 +179,12 @@ class Predictor:
         batch = BatchFeature({name: torch.cat([item[name] for item in inputs]) for name in inputs[0]})
         outputs = self.model(**batch.to(self.settings.device, self.dtype))
         names = [name for name in ("logits", "pred_boxes", "pred_masks") if name in outputs]
-        columns = [outputs[name].float().cpu().split(1) for name in names]
+        tensors = [outputs[name].float().cpu() for name in names]
+        if any(tensor.isnan().any() for tensor in tensors):
+            raise FloatingPointError(
+                "The model returns what is not a number; half precision may be too little for it."
+            )
+        columns = [tensor.split(1) for tensor in tensors]
         return [SimpleNamespace(**dict(zip(names, row))) for row in zip(*columns)]
 
     def answer(self, outputs: SimpleNamespace, size: tuple[int, int], top_k: int, threshold: float) -> Response:
@@ -327,7 +332,7 @@ def build_app(predictor: Predictor) -> FastAPI:
                 raise HTTPException(500, "The model failed on this image; the server's log has the reason.") from None
             try:
                 return await in_thread(predictor.answer, outputs, size, top_k, threshold)
-            except Exception:  # outputs that are no numbers, for example
+            except Exception:
                 logger.exception("There is no answer for an image.")
                 raise HTTPException(
                     500, "There is no answer for this image; the server's log has the reason."
@@ -339,7 +344,7 @@ def build_app(predictor: Predictor) -> FastAPI:
     async def health() -> dict[str, int]:
         """200 if batches are being served, with counts of what the model has seen and of requests being answered."""
         if app.state.runner.done() or app.state.batcher.failures >= MAX_FAILURES:
-            raise HTTPException(503, "No images are served any more; the server's log has the reason. Restart it.")
+            raise HTTPException(503, "The last batches failed; the server's log has the reason. Restart it.")
         return {"images": app.state.batcher.items, "batches": app.state.batcher.batches, "in_house": in_house}
 
     @app.get("/labels")

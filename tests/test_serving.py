@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from io import BytesIO
 from pathlib import Path
-from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -343,8 +342,11 @@ class TestBadRequests:
         """A progressive JPEG may have as many as it likes, each of the price of an image."""
         scans = b"\xff\xda" * 101
         body = encode(picture(0), "JPEG")
-        body = body[:2] + b"\xff\xfe" + struct.pack(">H", len(scans) + 2) + scans + body[2:]
-        check_refusal(post(build()[0], body)[0], 400, "more than 100 scans")
+        several = encode(picture(0), "MPO", save_all=True, append_images=[picture(1)])  # as some cameras write them
+        assert opened(several).format == "MPO" and post(build()[0], several)[0].status_code == 200
+        for image in (body, several):
+            image = image[:2] + b"\xff\xfe" + struct.pack(">H", len(scans) + 2) + scans + image[2:]
+            check_refusal(post(build()[0], image)[0], 400, "more than 100 scans")
 
     def test_large_bodies_without_an_announced_length(self, build):
         async def chunks():
@@ -499,12 +501,29 @@ class TestTrouble:
             else:
                 check_refusal(response, 500, "The model failed")
 
-    def test_no_numbers_are_no_answer(self, build):
-        def change(forward):
-            return lambda inputs: [SimpleNamespace(logits=0 * row.logits + torch.nan) for row in forward(inputs)]
+    @pytest.mark.parametrize("name", ["classifier", "segmenter", "detector"])
+    def test_no_numbers_are_no_answer(self, serve, folders, name):
+        predictor = serve.Predictor(
+            serve.Settings(folders[name], device="cpu", max_batch_size=3, max_delay_ms=FOREVER)
+        )
+        forward = predictor.model.forward
 
-        for response in post(build(change=change)[0], PNG, PNG):
-            check_refusal(response, 500, "no answer for this image")
+        def overflowing(pixel_values, **kwargs):
+            """Of a white image nothing comes out."""
+            outputs = forward(pixel_values, **kwargs)
+            outputs.logits[pixel_values.std(dim=(2, 3)).amax(dim=1) < 1e-6] = torch.nan
+            return outputs
+
+        predictor.model.forward = overflowing
+        white = encode(Image.new("RGB", (40, 40), "white"))
+        first, refused, last = post(serve.build_app(predictor), PNG, white, PNG)
+        check_refusal(refused, 500, "The model failed on this image")
+        assert first.status_code == last.status_code == 200
+
+    def test_answers_that_fail_are_the_servers_fault(self, serve, folders):
+        predictor = serve.Predictor(serve.Settings(folders["classifier"], device="cpu"))
+        predictor.task = "SemanticSegmentation"  # which this image processor knows nothing of
+        check_refusal(post(serve.build_app(predictor), PNG)[0], 500, "no answer for this image")
 
     def test_health_fails_when_the_model_fails_again_and_again(self, build, serve):
         works = iter([False] * serve.MAX_FAILURES + [True])

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoImageProcessor
 
 from cropr_hf import CroprViTConfig, CroprViTForImageClassification, evaluate_schedules, find_schedule
 from cropr_hf.benchmark import (
@@ -130,17 +131,12 @@ def benchmarks(group: list[BenchmarkArguments]) -> Iterator[dict[str, Any]]:
 
 def blocks() -> Iterator[dict[str, Any]]:
     """Milliseconds of a block by its tokens, from two tokens to all."""
-    for size in ("small", "base", "large"):
-        for batch_size in (1, 8):
-            config = CroprViTConfig.from_size(size, pruning_rate=RATES[size, 224], num_labels=1000)
-            found = find_schedule(
-                CroprViTForImageClassification(config),
-                target_speedup=1.5,
-                pixel_values=torch.randn(batch_size, 3, 224, 224),
-                max_rounds=10,
-            )
-            bound = multiply_adds(config, pruning=0) / multiply_adds(config)
-            yield {"size": size, "bound_of_grid": bound, **found.record()}
+    for size, batch_size in (("small", 1), ("small", 8), ("base", 1), ("base", 8), ("large", 1)):
+        config = CroprViTConfig.from_size(size, pruning_rate=RATES[size, 224], num_labels=1000)
+        model, pixels = CroprViTForImageClassification(config), torch.randn(batch_size, 3, 224, 224)
+        found = find_schedule(model, target_speedup=1.5, pixel_values=pixels, max_rounds=10)
+        bound = multiply_adds(config, pruning=0) / multiply_adds(config)
+        yield {"size": size, "bound_of_grid": bound, **found.record()}
 
 
 def aligned() -> Iterator[dict[str, Any]]:
@@ -186,6 +182,26 @@ def attention() -> Iterator[dict[str, Any]]:
         yield {"setting": f"{size}, {pixels}, {batch_size}", **turns(calls)}
 
 
+def shapes() -> Iterator[dict[str, Any]]:
+    """Test accuracy under the shapes of schedules at equal speed, of the checkpoint of `make demo-any-speed`."""
+    sys.path.insert(0, str(FOLDER.parents[1] / "examples"))
+    from any_speed import AnySpeedArguments, test_metric
+    from evaluate_image_classification import Arguments, load_images
+
+    folder = "outputs/any_speed/any_speed/cropr"
+    model = CroprViTForImageClassification.from_pretrained(folder).eval()
+    metric, pixels = test_metric(AnySpeedArguments(), folder)
+    typical = load_images(Arguments(split="train", max_eval_samples=256, seed=7))["image"]
+    processor = AutoImageProcessor.from_pretrained(folder)
+    images = processor([image.convert("RGB") for image in typical], return_tensors="pt")["pixel_values"].split(64)
+    for target in (1.3, 1.5, 1.7, 1.8):
+        for shape, calibration in (("constant", None), ("one_shot", None), ("one_shot", images), ("free", images)):
+            found = find_schedule(model, target, shape=shape, pixel_values=pixels, calibration=calibration)
+            model.set_pruning(found.schedule)
+            yield {"calibrated": calibration is not None, **metric(model), **found.record()}
+            model.set_pruning(None)
+
+
 def turns(calls: dict[str, Callable[[], Any]]) -> dict[str, Any]:
     """Times calls in turns; those of the unpruned model are the reference."""
     timings = compare(calls, UNPRUNED, min_rounds=15, max_rounds=60)
@@ -199,7 +215,8 @@ def turns(calls: dict[str, Callable[[], Any]]) -> dict[str, Any]:
     }
 
 
-OTHERS = {"blocks": blocks, "aligned": aligned, "compiled": compiled, "attention": attention}
+# `shapes` needs the checkpoint of `make demo-any-speed`.
+OTHERS = {"blocks": blocks, "aligned": aligned, "compiled": compiled, "attention": attention, "shapes": shapes}
 
 
 def measure(name: str) -> None:
@@ -218,5 +235,5 @@ def measure(name: str) -> None:
 
 
 if __name__ == "__main__":
-    for group in sys.argv[1:] or [*GROUPS, *OTHERS]:
+    for group in sys.argv[1:] or [name for name in (*GROUPS, *OTHERS) if name != "shapes"]:
         measure(group)
