@@ -526,10 +526,11 @@ class TestCommand:
             (["--size", "tiny", "--calibration", "photos"], "need a folder"),
             (["folder", "--save", "folder"], "the model itself"),
             (["folder", "--save", "out", "--image_size", 64], "leave --image_size or --save out"),
-            (["folder", "--calibration", "photos", "--target_speedup", 1.5], "no image processor"),
+            (["folder", "--calibration", "folder", "--target_speedup", 1.5], "no image processor"),
+            (["folder", "--calibration", "photos", "--target_speedup", 1.5], "photos, which is no folder"),
             (["folder", "--output", "nowhere/record.json"], "no folder nowhere"),
             (["folder"], "exactly one"),
-            (["folder", "--target_speedup", 2.0, "--batch_size", 0], "one image or more"),
+            (["folder", "--target_speedup", 2.0, "--batch_size", 0], "--batch_size is 0; give 1 or more"),
         ],
     )
     def test_wrong_requests_are_errors(self, arguments, message, clock, tmp_path, capsys, monkeypatch):
