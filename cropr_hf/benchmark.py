@@ -268,6 +268,11 @@ def parse_config(text: str) -> dict[str, Any]:
     return fields
 
 
+def _profiler(*activities: ProfilerActivity, **kwargs: Any) -> Any:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # otherwise every profile writes lines of its own to stderr
+    return profile(activities=activities, **kwargs)
+
+
 def peak_memory(call: Callable[[], Any], device: torch.device | str = "cpu") -> int:
     """Bytes that a call allocates at its peak, beyond what was allocated before (weights, inputs)."""
     device = torch.device(device)
@@ -277,9 +282,9 @@ def peak_memory(call: Callable[[], Any], device: torch.device | str = "cpu") -> 
         before = torch.cuda.memory_allocated(device)
         call()
         return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with _profiler(ProfilerActivity.CPU, profile_memory=True) as profiler:
         call()
-    events: Any = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events = profiler.profiler.kineto_results.events()
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
     return max(itertools.accumulate((size for _, size in changes), initial=0))
 
@@ -290,7 +295,7 @@ def operation_times(call: Callable[[], Any], device: torch.device | str = "cpu")
     on_gpu = torch.device(device).type == "cuda"
     if on_gpu:
         activities.append(ProfilerActivity.CUDA)
-    with profile(activities=activities) as profiler:
+    with _profiler(*activities) as profiler:
         call()
     times: dict[str, dict[str, float]] = {}
     for event in profiler.key_averages():
