@@ -225,7 +225,8 @@ def saved_bytes(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> int:
     return total
 
 
-def _argument(default: Any, text: str) -> Any:
+def argument(default: Any, text: str) -> Any:
+    """A dataclass field with a line of help, for `HfArgumentParser`."""
     return field(default=default, metadata={"help": text})
 
 
@@ -233,28 +234,28 @@ def _argument(default: Any, text: str) -> Any:
 class BenchmarkArguments:
     """What `run` compares, and how; the arguments of `cropr-hf benchmark`."""
 
-    model_name_or_path: str | None = _argument(
+    model_name_or_path: str | None = argument(
         None, "Cropr checkpoint whose configuration to time; otherwise --size and --config."
     )
-    size: str = _argument("large", "Of CroprViTConfig.from_size: large, eva02_large, eva02_large_detection, ...")
-    task: str | None = _argument(None, f"{', '.join(TASKS)}; that of the checkpoint, or {DEFAULT_TASK}.")
-    pruning_rate: int | None = _argument(None, "Patch tokens removed per module.")
-    image_size: int | None = _argument(None, "Height and width in pixels.")
-    config: str = _argument("{}", "Further fields of the configuration, as JSON.")
-    batch_size: int = _argument(8, "Images per call.")
-    training: bool = _argument(False, "Time training steps, with auxiliary heads, instead of inference.")
-    gradient_checkpointing: bool = _argument(False, "In training, compute blocks again in the backward pass.")
-    device: str = _argument("cpu", "Where to run, such as cuda.")
-    dtype: str = _argument("float32", "Type of weights and inputs, such as bfloat16.")
-    attn_implementation: str | None = _argument(None, "Of Transformers: sdpa (default), eager, flash_attention_2, ...")
-    compile: bool = _argument(False, "Run torch.compile.")
-    cuda_graph: bool = _argument(False, "On a CUDA device, capture each model in a graph and time its replay.")
-    twins: bool = _argument(False, "Also time the unpruned model as Transformers and timm have it (classification).")
-    profile: bool = _argument(False, "Record the time of each operation of one more call.")
-    min_rounds: int = _argument(7, "Rounds at least; see `compare`.")
-    max_rounds: int = _argument(40, "Rounds at most.")
-    tolerance: float = _argument(0.01, "Standard error of the ratios at which it stops.")
-    output: str | None = _argument(None, "JSON file for the record.")
+    size: str = argument("large", "Of CroprViTConfig.from_size: large, eva02_large, eva02_large_detection, ...")
+    task: str | None = argument(None, f"{', '.join(TASKS)}; that of the checkpoint, or {DEFAULT_TASK}.")
+    pruning_rate: int | None = argument(None, "Patch tokens removed per module.")
+    image_size: int | None = argument(None, "Height and width in pixels.")
+    config: str = argument("{}", "Further fields of the configuration, as JSON.")
+    batch_size: int = argument(8, "Images per call.")
+    training: bool = argument(False, "Time training steps, with auxiliary heads, instead of inference.")
+    gradient_checkpointing: bool = argument(False, "In training, compute blocks again in the backward pass.")
+    device: str = argument("cpu", "Where to run, such as cuda.")
+    dtype: str = argument("float32", "Type of weights and inputs, such as bfloat16.")
+    attn_implementation: str | None = argument(None, "Of Transformers: sdpa (default), eager, flash_attention_2, ...")
+    compile: bool = argument(False, "Run torch.compile.")
+    cuda_graph: bool = argument(False, "On a CUDA device, capture each model in a graph and time its replay.")
+    twins: bool = argument(False, "Also time the unpruned model as Transformers and timm have it (classification).")
+    profile: bool = argument(False, "Record the time of each operation of one more call.")
+    min_rounds: int = argument(7, "Rounds at least; see `compare`.")
+    max_rounds: int = argument(40, "Rounds at most.")
+    tolerance: float = argument(0.01, "Standard error of the ratios at which it stops.")
+    output: str | None = argument(None, "JSON file for the record.")
 
 
 def parse_config(text: str) -> dict[str, Any]:

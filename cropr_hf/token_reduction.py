@@ -65,10 +65,7 @@ def gather_tokens(indices: torch.Tensor, *sequences: torch.Tensor) -> tuple[torc
         first_rows = torch.arange(indices.shape[0], device=indices.device) * sequences[0].shape[1]
         rows = (indices + first_rows[:, None]).flatten()
     # (B, T, ...) -> (B * T, ...) -> (B * K, ...) -> (B, K, ...)
-    return tuple(
-        tokens.flatten(0, 1).index_select(0, rows).unflatten(0, (indices.shape[0], indices.shape[1]))
-        for tokens in sequences
-    )
+    return tuple(tokens.flatten(0, 1).index_select(0, rows).unflatten(0, indices.shape) for tokens in sequences)
 
 
 def resample_grid(

@@ -21,12 +21,12 @@ from typing import Any
 import evaluate
 import evaluate_image_classification as evaluation
 from demo import DemoArguments, fine_tune
-from shared import argument
 from train_image_classification import ACCURACY
 from transformers import AutoImageProcessor, HfArgumentParser
 from transformers import logging as transformers_logging
 
 from cropr_hf import CroprViTForImageClassification, curriculum_schedule, evaluate_schedules
+from cropr_hf.benchmark import argument
 from cropr_hf.visualization import plot_tradeoff
 
 

@@ -29,7 +29,7 @@ import torch
 from coco import CocoMetrics, annotations, label_names
 from datasets import Dataset
 from detection import DIGITS, FILES, DataArguments, detections, load_source, prepare_split
-from shared import argument, record_evaluation
+from shared import record_evaluation
 from torchvision.ops import box_convert
 from transformers import (
     AutoConfig,
@@ -41,6 +41,7 @@ from transformers import (
 from transformers.utils import logging
 
 import cropr_hf  # noqa: F401 (registers the models with the Auto classes)
+from cropr_hf.benchmark import argument
 from cropr_hf.visualization import plot_detections
 
 

@@ -19,12 +19,13 @@ from typing import Any
 import evaluate
 import torch
 from datasets import Dataset, load_dataset
-from shared import CLUTTERED_DIGITS, argument, record_evaluation
+from shared import CLUTTERED_DIGITS, record_evaluation
 from train_image_classification import ACCURACY
 from transformers import AutoImageProcessor, AutoModelForImageClassification, HfArgumentParser
 from transformers.utils import logging
 
 import cropr_hf  # noqa: F401 (registers the models with the Auto classes)
+from cropr_hf.benchmark import argument
 from cropr_hf.visualization import plot_pruning
 
 

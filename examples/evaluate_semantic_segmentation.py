@@ -26,7 +26,7 @@ import evaluate
 import numpy as np
 import torch
 from datasets import Dataset
-from shared import argument, record_evaluation
+from shared import record_evaluation
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 from train_semantic_segmentation import MEAN_IOU, DataArguments, fill_up, fill_values, load_source
@@ -34,6 +34,7 @@ from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, H
 from transformers.utils import logging
 
 import cropr_hf  # noqa: F401 (registers the models with the Auto classes)
+from cropr_hf.benchmark import argument
 from cropr_hf.sliding_window import sliding_window_logits
 from cropr_hf.visualization import plot_segmentation
 

@@ -27,7 +27,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from io import BytesIO
 from itertools import cycle
 from pathlib import Path
@@ -40,16 +40,11 @@ import torch
 from PIL import Image
 from transformers import HfArgumentParser
 
-from cropr_hf.benchmark import library_versions, machine_name
+from cropr_hf.benchmark import Timing, argument, library_versions, machine_name, markdown_table
 
 
 SERVER = Path(__file__).with_name("serve.py")
 START_SECONDS = 600  # compilers take their time
-
-
-def argument(default: Any, text: str) -> Any:
-    """A dataclass field with a line of help."""
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -170,10 +165,7 @@ def running_server(*arguments: str) -> Any:
 def summarise(rounds: list[dict[str, Any]]) -> dict[str, Any]:
     """Medians over rounds, percentiles of all latencies that are enough for it, and all errors."""
     latencies = [latency for each in rounds for latency in each["latencies_ms"]]
-    percentiles = {
-        f"p{percent}": float(np.percentile(latencies, percent)) if len(latencies) * (100 - percent) >= 100 else None
-        for percent in (50, 95, 99)
-    }
+    percentiles = {f"p{percent}": Timing(latencies).percentile(percent) for percent in (50, 95, 99)}  # in ms
     medians = {name: median(each[name] for each in rounds) for name in ("requests_per_second", "mean_batch_size")}
     errors = sum((Counter(each["errors"]) for each in rounds), Counter())
     return {**medians, "latency_ms": percentiles, "requests": len(latencies), "errors": dict(errors)}
@@ -200,16 +192,25 @@ def compare(args: Arguments, urls: dict[str, str]) -> dict[str, Any]:
 
 def table(record: dict[str, Any]) -> str:
     """The record as Markdown."""
-    lines = [
-        "| server | clients | requests/s | p50 (ms) | p95 (ms) | p99 (ms) | mean batch | requests | errors |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
+    columns = [
+        "server",
+        "clients",
+        "requests/s",
+        "p50 (ms)",
+        "p95 (ms)",
+        "p99 (ms)",
+        "mean batch",
+        "requests",
+        "errors",
     ]
+    rows = []
     for name, result in record["results"].items():
         latencies = ["-" if value is None else f"{value:.0f}" for value in result["latency_ms"].values()]
         errors = ", ".join(f"{status}: {count}" for status, count in result["errors"].items()) or "none"
         speed, batch = f"{result['requests_per_second']:.1f}", f"{result['mean_batch_size']:.1f}"
-        cells = [name, record["arguments"]["clients"], speed, *latencies, batch, result["requests"], errors]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
+        clients, requests = str(record["arguments"]["clients"]), str(result["requests"])
+        rows.append([name, clients, speed, *latencies, batch, requests, errors])
+    lines = [markdown_table(columns, rows)]
     if "speedup" in record:
         ratio = record["speedup"]
         lines.append(f"\nSpeed-up {ratio['median']:.2f} (rounds: {ratio['min']:.2f} to {ratio['max']:.2f}).")

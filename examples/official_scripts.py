@@ -30,7 +30,6 @@ from datasets import Dataset
 from datasets import Image as ImageFeature
 from detection import DIGIT_DETECTOR, DIGITS
 from PIL import Image
-from shared import argument
 from transformers import AutoImageProcessor, HfArgumentParser, SegformerImageProcessor, ViTImageProcessor
 
 from cropr_hf import (
@@ -39,6 +38,7 @@ from cropr_hf import (
     CroprViTForSemanticSegmentation,
     CroprViTImageProcessor,
 )
+from cropr_hf.benchmark import argument
 from cropr_hf.hub import save_for_hub
 
 

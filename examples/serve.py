@@ -37,7 +37,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from starlette.requests import ClientDisconnect
 from transformers import AutoConfig, AutoImageProcessor, BatchFeature, HfArgumentParser
 
-import cropr_hf  # noqa: F401 (registers the models with the Auto classes)
+from cropr_hf.benchmark import argument  # and with the package come the Auto classes of its models
 
 
 logger = logging.getLogger("uvicorn.error")
@@ -48,11 +48,6 @@ TASKS = ("ImageClassification", "SemanticSegmentation", "ObjectDetection", "Inst
 MAX_SCANS = 100  # of a progressive JPEG, which has about ten; each costs the time of a whole image
 MAX_FAILURES = 3  # batches in a row, after which the server calls itself ill
 MAX_MAP_VALUES = 2**27  # 0.5 GB of maps per image while labels of pixels are found
-
-
-def argument(default: Any, text: str) -> Any:
-    """A dataclass field with a line of help."""
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass

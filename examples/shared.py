@@ -11,7 +11,7 @@ import json
 import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoImageProcessor, HfArgumentParser, Train
 from transformers.utils import logging
 
 from cropr_hf import CroprViTConfig, benchmark, has_auxiliary_heads
-from cropr_hf.benchmark import BenchmarkArguments
+from cropr_hf.benchmark import BenchmarkArguments, argument
 from cropr_hf.model_card import add_to_record, published_throughput, source_name
 from cropr_hf.training import (
     CroprTrainer,
@@ -43,11 +43,6 @@ logger = logging.get_logger(__name__)
 CLUTTERED_DIGITS = "cluttered_digits"
 RECIPE_ENDINGS = (".yaml", ".yml", ".json")
 EVA02 = "timm/eva02_large_patch14_224.mim_m38m"
-
-
-def argument(default: Any, text: str) -> Any:
-    """A dataclass field with a line of help."""
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass

@@ -25,9 +25,9 @@ here every object needs a mask, and the average precision of masks is measured a
 from dataclasses import dataclass
 
 from detection import CocoArguments, train
-from shared import argument
 
 from cropr_hf import CroprViTForInstanceSegmentation
+from cropr_hf.benchmark import argument
 
 
 @dataclass

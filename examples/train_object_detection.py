@@ -42,9 +42,9 @@ and images without objects are trained on as well.)
 from dataclasses import dataclass
 
 from detection import CocoArguments, train
-from shared import argument
 
 from cropr_hf import CroprViTForObjectDetection
+from cropr_hf.benchmark import argument
 
 
 @dataclass

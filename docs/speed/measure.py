@@ -25,6 +25,7 @@ from cropr_hf.benchmark import (
     run,
 )
 from cropr_hf.cost import multiply_adds
+from cropr_hf.modeling_cropr_vit import CroprViTPreTrainedModel
 
 
 FOLDER = Path(__file__).parent
@@ -151,6 +152,12 @@ def aligned() -> Iterator[dict[str, Any]]:
         yield evaluate_schedules(model, rounded, lambda model: 0.0, min_rounds=10, max_rounds=15, tolerance=0.005)
 
 
+def unpruned_and_cropr(config: CroprViTConfig) -> dict[str, CroprViTPreTrainedModel]:
+    """Two of the benchmark's candidates, in evaluation mode."""
+    models = pruning_candidates(config)
+    return {name: models[name].eval() for name in (UNPRUNED, "cropr")}
+
+
 @torch.inference_mode()
 def compiled() -> Iterator[dict[str, Any]]:
     """Seconds as they are and by torch.compile, unpruned and Cropr."""
@@ -159,11 +166,9 @@ def compiled() -> Iterator[dict[str, Any]]:
             config = CroprViTConfig.from_size(size, pruning_rate=16, num_labels=1000)
             pixels, calls = torch.randn(batch_size, 3, 224, 224), {}
             torch.compiler.reset()  # each setting on its own: no dynamic sizes
-            for name, model in pruning_candidates(config).items():
-                if name in (UNPRUNED, "cropr"):
-                    model.eval()
-                    calls[name] = partial(model, pixels)
-                    calls[f"{name} compiled"] = partial(torch.compile(model, fullgraph=True), pixels)
+            for name, model in unpruned_and_cropr(config).items():
+                calls[name] = partial(model, pixels)
+                calls[f"{name} compiled"] = partial(torch.compile(model, fullgraph=True), pixels)
             yield {"setting": f"{size}, {batch_size}", **turns(calls)}
 
 
@@ -173,12 +178,10 @@ def attention() -> Iterator[dict[str, Any]]:
     for size, pixels, batch_size in (("small", 224, 1), ("small", 224, 8), ("base", 224, 8), ("small", 512, 1)):
         config = CroprViTConfig.from_size(size, image_size=pixels, pruning_rate=RATES[size, pixels], num_labels=1000)
         images, calls = torch.randn(batch_size, 3, pixels, pixels, dtype=torch.bfloat16), {}
-        for name, model in pruning_candidates(config).items():
-            if name in (UNPRUNED, "cropr"):
-                model.eval().bfloat16()
-                plain = copy.deepcopy(model)
-                plain.set_attn_implementation("eager")
-                calls |= {name: partial(model, images), f"{name} eager": partial(plain, images)}
+        for name, model in unpruned_and_cropr(config).items():
+            plain = copy.deepcopy(model.bfloat16())
+            plain.set_attn_implementation("eager")
+            calls |= {name: partial(model, images), f"{name} eager": partial(plain, images)}
         yield {"setting": f"{size}, {pixels}, {batch_size}", **turns(calls)}
 
 

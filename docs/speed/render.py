@@ -16,6 +16,11 @@ LINEAR = ("addmm", "mm", "mkl_linear", "mkldnn_linear")
 PRUNING = ("sort", "nan_to_num", "index_select", "addmv_", "addmv", "gather", "constant_pad_nd", "mul", "arange")
 
 
+def ratio(timing: dict[str, float]) -> str:
+    """A speed-up with its spread."""
+    return f"{timing['speedup']:.2f} ± {timing['spread']:.2f}"
+
+
 def targets_table(records: list[dict[str, Any]]) -> str:
     """Speed against each yardstick; above 1.00, Cropr's code is the faster one."""
     columns = ["", "batch", "unpruned, images/s", "Cropr, speed-up", "bound (linear layers alone)", "share of bound"]
@@ -37,7 +42,7 @@ def targets_table(records: list[dict[str, Any]]) -> str:
             name,
             str(arguments["batch_size"]),
             f"{results[UNPRUNED]['images_per_second']:.2f}",
-            f"{results['cropr']['speedup']:.2f} ± {results['cropr']['spread']:.2f}",
+            ratio(results["cropr"]),
             # In training the auxiliary heads cost time that the count does not have.
             "" if arguments["training"] else f"{record['multiply_add_bound']:.2f} ({record['linear_bound']:.2f})",
             "" if arguments["training"] else f"{record['share_of_bound']:.2f}",
@@ -120,7 +125,7 @@ def limits_table(records: list[dict[str, Any]]) -> str:
         arguments, results = record["arguments"], record["results"]
         name = f"{arguments['size']}, {arguments['image_size']}, {arguments['batch_size']}"
         cells = rows.setdefault(name, [name, f"{results[UNPRUNED]['p50_ms']:.1f}"])  # with fusion first
-        cells += [f"{results['cropr']['speedup']:.2f} ± {results['cropr']['spread']:.2f}"]
+        cells += [ratio(results["cropr"])]
         cells += [f"{record['multiply_add_bound']:.2f}"]
     return markdown_table(columns, list(rows.values()))
 
@@ -135,7 +140,7 @@ def aligned_table(records: list[dict[str, Any]]) -> str:
             speeds = [each["images_per_second"] * each["multiply_adds"] for each in (point, first)]
             kept = ", ".join(str(count + 1) for count in point["kept_patches"][:3]) + ", ..."
             cells = [f"{record['dtype']}, {multiple}", kept, f"{point['multiply_adds'] / 1e9:.1f}"]
-            rows.append([*cells, f"{point['speedup']:.2f} ± {point['spread']:.2f}", f"{speeds[0] / speeds[1]:.2f}"])
+            rows.append([*cells, ratio(point), f"{speeds[0] / speeds[1]:.2f}"])
     return markdown_table(columns, rows)
 
 
@@ -144,7 +149,7 @@ def turns_table(records: list[dict[str, Any]], columns: list[str]) -> str:
     rows = []
     for record in records:
         times = record["results"].values()
-        cells = [f"{own['p50_ms']:.0f} ms ({own['speedup']:.2f} ± {own['spread']:.2f})" for own in times]
+        cells = [f"{own['p50_ms']:.0f} ms ({ratio(own)})" for own in times]
         rows.append([record["setting"], *cells])
     return markdown_table(columns, rows)
 
@@ -152,27 +157,21 @@ def turns_table(records: list[dict[str, Any]], columns: list[str]) -> str:
 def page(text: str) -> str:
     """The page with every table made anew, between the comments that name it."""
     records = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in FOLDER.glob("*.json")}
+    attention = partial(turns_table, columns=["size, pixels, batch", "unpruned", "eager", "Cropr", "eager"])
     tables = {
-        "targets": ("targets", targets_table),
-        "grid": ("grid", lambda grid: format_sweep(grid, ["size", "image_size", "dtype", "batch_size"])),
-        "profile": ("grid", profile_table),
-        "limits": ("limits", limits_table),
-        "blocks": ("blocks", blocks_table),
-        "aligned": ("aligned", aligned_table),
-        "compiled": (
-            "compiled",
-            partial(turns_table, columns=["size, batch", "unpruned", "compiled", "Cropr", "compiled"]),
-        ),
-        **{
-            name: (
-                name,
-                partial(turns_table, columns=["size, pixels, batch", "unpruned", "eager", "Cropr", "eager"]),
-            )
-            for name in ("attention", "attention_kept")
-        },
-        "tokens": ("tokens", cost_table),
+        "targets": targets_table,
+        "grid": partial(format_sweep, names=["size", "image_size", "dtype", "batch_size"]),
+        "profile": profile_table,
+        "limits": limits_table,
+        "blocks": blocks_table,
+        "aligned": aligned_table,
+        "compiled": partial(turns_table, columns=["size, batch", "unpruned", "compiled", "Cropr", "compiled"]),
+        "attention": attention,
+        "attention_kept": attention,
+        "tokens": cost_table,
     }
-    for name, (group, table) in tables.items():
+    for name, table in tables.items():
+        group = "grid" if name == "profile" else name
         if group not in records:
             continue  # not measured yet
         start, end = f"<!-- table: {name} -->", "<!-- end -->"
