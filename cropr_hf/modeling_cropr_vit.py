@@ -742,7 +742,7 @@ class CroprViTBackbone(BackboneMixin, CroprViTPreTrainedModel):
         """Mean binary cross-entropy of each module, (modules,); `None` without labels or auxiliary heads."""
         if labels is not None:
             labels = labels.float()
-            self._check_presence(labels, batch_size)
+            check_class_shares(labels, batch_size, self.config.num_labels or 0)
         if labels is not None and auxiliary_logits is not None:
             return torch.stack([presence_loss(logits, labels) for logits in auxiliary_logits])
         if self.training and has_auxiliary_heads(self.config.token_reducer) and not torch.compiler.is_compiling():
@@ -751,21 +751,6 @@ class CroprViTBackbone(BackboneMixin, CroprViTPreTrainedModel):
                 "`cropr_hf.training.train_routers` on the model around it, and give that its labels."
             )
         return None
-
-    def _check_presence(self, labels: torch.Tensor, batch_size: int) -> None:
-        if torch.compiler.is_compiling():
-            return  # a data-dependent check would break the graph
-        num_labels = self.config.num_labels
-        if not num_labels or labels.shape != (batch_size, num_labels):
-            raise ValueError(
-                f"`labels` have the shape {tuple(labels.shape)}; it must be (batch size, classes) = "
-                f"({batch_size}, {num_labels}). Set `num_labels` of the backbone to the number of classes."
-            )
-        if labels.min() < 0 or labels.max() > 1:
-            raise ValueError(
-                f"`labels` are between {labels.min().item()} and {labels.max().item()}; the presence of a class must "
-                "be in [0, 1]."
-            )
 
 
 def complete_hidden_states(
@@ -859,16 +844,7 @@ class CroprViTForImageClassification(CroprViTPreTrainedModel):
                 "to 'multi_label_classification'."
             )
         if labels.is_floating_point() or multi_label:
-            if labels.min() < 0 or labels.max() > 1:
-                raise ValueError(
-                    f"Soft or multi-label `labels` are between {labels.min().item()} and {labels.max().item()}; they "
-                    "must be in [0, 1]."
-                )
-            if labels.shape != (batch_size, self.num_labels):
-                raise ValueError(
-                    f"Soft or multi-label `labels` have the shape {tuple(labels.shape)}; it must be (batch size, "
-                    f"classes) = ({batch_size}, {self.num_labels})."
-                )
+            check_class_shares(labels, batch_size, self.num_labels)
         elif labels.shape != (batch_size,):
             raise ValueError(f"`labels` have the shape {tuple(labels.shape)}; it must be ({batch_size},).")
         elif ((labels >= self.num_labels) | ((labels < 0) & (labels != -100))).any():
@@ -1044,6 +1020,22 @@ class CroprViTForSemanticSegmentation(CroprViTPreTrainedModel):
 def presence_loss(logits: torch.Tensor, presence: torch.Tensor) -> torch.Tensor:
     """Mean binary cross-entropy of logits (B, N, C), whose N queries all predict which classes (B, C) are present."""
     return F.binary_cross_entropy_with_logits(logits.float(), presence[:, None].expand_as(logits))
+
+
+def check_class_shares(labels: torch.Tensor, batch_size: int, num_labels: int) -> None:
+    """Raises `ValueError` unless soft targets, or the presence of classes, are (B, C) in [0, 1]."""
+    if torch.compiler.is_compiling():
+        return  # a data-dependent check would break the graph
+    if not num_labels or labels.shape != (batch_size, num_labels):
+        raise ValueError(
+            f"`labels` have the shape {tuple(labels.shape)}; it must be (batch size, classes) = ({batch_size}, "
+            f"{num_labels}) with soft targets, or the presence of several classes. Set `num_labels` to their number."
+        )
+    if labels.min() < 0 or labels.max() > 1:
+        raise ValueError(
+            f"`labels` are between {labels.min().item()} and {labels.max().item()}; soft targets, or the presence of "
+            "several classes, must be in [0, 1]."
+        )
 
 
 def class_presence(labels: Sequence[torch.Tensor], num_labels: int) -> torch.Tensor:

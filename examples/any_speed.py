@@ -26,7 +26,7 @@ from transformers import AutoImageProcessor, HfArgumentParser
 from transformers import logging as transformers_logging
 
 from cropr_hf import CroprViTForImageClassification, curriculum_schedule, evaluate_schedules
-from cropr_hf.benchmark import argument
+from cropr_hf.benchmark import argument, markdown_table
 from cropr_hf.visualization import plot_tradeoff
 
 
@@ -74,7 +74,7 @@ def table(record: dict[str, Any]) -> str:
     points, fixed = record["any_speed"]["points"], record["fixed"]
     names = ["pruning", "patches left", "multiply-adds", "images/s", "speed-up", "any speed"]
     names += [f"trained at {strength}" for strength in fixed]
-    lines = [f"| {' | '.join(names)} |", f"|{' ---: |' * len(names)}"]
+    rows = []
     for row, (strength, point) in enumerate(zip(record["strengths"], points)):
         cells = [
             f"{strength}",
@@ -87,8 +87,8 @@ def table(record: dict[str, Any]) -> str:
         for own, scores in fixed.items():
             cell = f"{100 * scores[row]['accuracy']:.1f} %" if row < len(scores) else ""
             cells.append(f"**{cell}**" if float(own) == strength else cell)
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return markdown_table(names, rows, num_names=0)
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:

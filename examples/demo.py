@@ -30,7 +30,7 @@ from transformers import HfArgumentParser
 from transformers import logging as transformers_logging
 
 from cropr_hf import CroprViTConfig
-from cropr_hf.benchmark import BenchmarkArguments, run
+from cropr_hf.benchmark import BenchmarkArguments, markdown_table, run
 from cropr_hf.model_card import PICTURE_NAME, add_to_record
 
 
@@ -159,10 +159,8 @@ def score_in_fresh_process(args: DemoArguments, model: str | Path, picture: Path
 def table(args: DemoArguments, folders: dict[str, Path], scores: dict[str, list[float]], record: dict) -> str:
     """What the demo found, as a Markdown table."""
     metrics = TASKS[args.task].metrics
-    lines = [
-        f"| model | {' | '.join(metrics)} | patches left | parameters | multiply-adds | images/s | speed-up |",
-        f"| --- |{' ---: |' * (len(metrics) + 5)}",
-    ]
+    columns = ["model", *metrics, "patches left", "parameters", "multiply-adds", "images/s", "speed-up"]
+    rows = []
     for name, folder in folders.items():
         config = CroprViTConfig.from_pretrained(folder)
         speed = record["results"][name.lower()]
@@ -175,8 +173,8 @@ def table(args: DemoArguments, folders: dict[str, Path], scores: dict[str, list[
             f"{speed['images_per_second']:.0f}",
             f"{speed['speedup']:.2f}",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return markdown_table(columns, rows)
 
 
 def main() -> None:
