@@ -15,6 +15,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.util import find_spec
 from typing import Any
@@ -29,6 +30,7 @@ from transformers.utils import logging
 from .configuration_cropr_vit import CroprViTConfig
 from .cost import head_multiply_adds, multiply_adds, unpruned_config
 from .modeling_cropr_vit import (
+    CroprViTBackbone,
     CroprViTForImageClassification,
     CroprViTForSemanticSegmentation,
     CroprViTModel,
@@ -50,6 +52,7 @@ TASKS: dict[str, tuple[type[CroprViTPreTrainedModel], dict[str, Any]]] = {
     "instance_segmentation": (CroprViTForInstanceSegmentation, {"num_labels": 80}),
 }
 DEFAULT_TASK = "image_classification"
+DTYPES = ("float32", "bfloat16", "float16")
 DETECTION = ("object_detection", "instance_segmentation")
 TIMM_TWINS = {size: f"vit_{size}_patch16_224" for size in ("tiny", "small", "base", "large")}
 TIMM_TWINS |= {f"eva02_{size}": f"eva02_{size}_patch14_224" for size in ("tiny", "small", "base", "large")}
@@ -99,7 +102,7 @@ def time_call(call: Callable[[], Any], device: torch.device | str = "cpu") -> fl
 
 
 def compare(
-    candidates: dict[str, Callable[[], Any]],
+    candidates: Mapping[str, Callable[[], Any]],
     reference: str,
     min_rounds: int = 5,
     max_rounds: int = 30,
@@ -119,12 +122,11 @@ def compare(
         device: where the calls run; see `time_call`.
 
     Raises:
-        `ValueError`: when the reference is not a candidate, or there are fewer than 3 rounds.
+        `ValueError`: when the reference is not a candidate, there are fewer than 3 rounds, or for a tolerance below 0.
     """
     if reference not in candidates:
         raise ValueError(f"The reference {reference!r} is not among the candidates {', '.join(candidates)}.")
-    if not 3 <= min_rounds <= max_rounds:
-        raise ValueError(f"`min_rounds` {min_rounds} and `max_rounds` {max_rounds} must be 3 or more, in this order.")
+    check_rounds(min_rounds, max_rounds, tolerance)
     timings = {name: Timing() for name in candidates}
     names = list(candidates)
     for call in candidates.values():  # warm-up: allocations, kernel choices, compilation
@@ -136,6 +138,14 @@ def compare(
         if round_index + 1 >= min_rounds and _summarize(timings, reference) < tolerance:
             break
     return timings
+
+
+def check_rounds(min_rounds: int, max_rounds: int, tolerance: float) -> None:
+    """Raises `ValueError` for what `compare` cannot heed, so that its callers can do so before they work."""
+    if not 3 <= min_rounds <= max_rounds:
+        raise ValueError(f"`min_rounds` {min_rounds} and `max_rounds` {max_rounds} must be 3 or more, in this order.")
+    if not tolerance >= 0:
+        raise ValueError(f"`tolerance` is {tolerance}; it must be 0 or more, such as 0.01 for a hundredth.")
 
 
 def speed_ratio(timing: Timing, other: Timing) -> tuple[float, float]:
@@ -181,14 +191,15 @@ def library_twins(config: CroprViTConfig, size: str | None = None) -> dict[str, 
     twins: dict[str, torch.nn.Module] = {}
     if (vit := transformers_twin(config)) is not None:
         twins["transformers ViT"] = vit
-    name = TIMM_TWINS.get(size or "")
-    if name is not None and find_spec("timm") is not None:
+    if size not in TIMM_TWINS or find_spec("timm") is None:
+        return twins
+    own = {name: getattr(config, name) for name in ("image_size", "patch_size", "num_labels")}
+    plain = CroprViTConfig.from_size(size, token_reducer=None, **own)
+    if unpruned_config(plain).to_dict() == unpruned_config(config).to_dict():  # timm has none with other fields
         from timm import create_model
 
         shape: dict[str, Any] = {"img_size": config.input_size, "patch_size": config.patch_size}
-        twin: Any = create_model(name, **shape, num_classes=config.num_labels or 0)
-        if (twin.embed_dim, len(twin.blocks)) == (config.hidden_size, config.num_hidden_layers):
-            twins["timm"] = twin
+        twins["timm"] = create_model(TIMM_TWINS[size], **shape, num_classes=config.num_labels or 0)
     return twins
 
 
@@ -296,7 +307,8 @@ def operation_times(call: Callable[[], Any], device: torch.device | str = "cpu")
     on_gpu = torch.device(device).type == "cuda"
     if on_gpu:
         activities.append(ProfilerActivity.CUDA)
-    with _profiler(*activities) as profiler:
+    # The profiler waits for the current device only.
+    with torch.cuda.device(device) if on_gpu else nullcontext(), _profiler(*activities) as profiler:
         call()
     times: dict[str, dict[str, float]] = {}
     for event in profiler.key_averages():
@@ -318,7 +330,7 @@ def _graphed(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]
                 call()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream):
             call()
     return graph.replay
 
@@ -329,25 +341,15 @@ def _config_from(args: BenchmarkArguments) -> CroprViTConfig:
         if getattr(args, name) is not None:
             overrides[name] = getattr(args, name)
     if args.model_name_or_path is not None:
-        return CroprViTConfig.from_pretrained(args.model_name_or_path, **overrides)
+        config, unknown = CroprViTConfig.from_pretrained(
+            args.model_name_or_path, return_unused_kwargs=True, **overrides
+        )
+        if unknown:
+            raise ValueError(f"--config has {', '.join(unknown)}, which a configuration has not; look for a slip.")
+        if config.token_reducer is None:
+            raise ValueError(f"{args.model_name_or_path} does not prune; time one that does, or its --size.")
+        return config
     return CroprViTConfig.from_size(args.size, **{**TASKS[args.task or DEFAULT_TASK][1], **overrides})
-
-
-def _check(args: BenchmarkArguments) -> None:
-    if args.task is not None and args.task not in TASKS:
-        raise ValueError(f"The task is {args.task!r}; choose one of {', '.join(TASKS)}.")
-    if args.batch_size < 1:
-        raise ValueError(f"`batch_size` is {args.batch_size}; it must be 1 or more.")
-    dtype = getattr(torch, args.dtype, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"`dtype` is {args.dtype!r}; give a type of torch, such as float32 or bfloat16.")
-    if args.gradient_checkpointing and not args.training:
-        raise ValueError("`gradient_checkpointing` is a matter of training steps; pass `training` as well.")
-    if args.twins and args.training:
-        raise ValueError("`twins` are compared in inference; leave out `twins` or `training`.")
-    on_gpu = parse_device(args.device).type == "cuda"
-    if args.cuda_graph and (args.training or not on_gpu):
-        raise ValueError(f"`cuda_graph` is for inference on a CUDA device, not for {args.device!r} or training steps.")
 
 
 def parse_device(name: str) -> torch.device:
@@ -364,9 +366,15 @@ def parse_device(name: str) -> torch.device:
 
 
 def _task_of(args: BenchmarkArguments, config: CroprViTConfig) -> str:
-    stored = getattr(config, "architectures", None) or []
-    own = [task for task, (model_class, _) in TASKS.items() if model_class.__name__ in stored]
-    task = args.task or (own[0] if own else DEFAULT_TASK)
+    stored = (config.architectures or ["model without a class"])[0]
+    by_class = {model_class.__name__: name for name, (model_class, _) in TASKS.items()}
+    by_class[CroprViTBackbone.__name__] = "encoder"
+    task = args.task or (DEFAULT_TASK if args.model_name_or_path is None else by_class.get(stored))
+    if task is None:
+        raise ValueError(
+            f"{args.model_name_or_path} is the configuration of a {stored}, which is none of the tasks; say by --task "
+            f"as which to time it: {', '.join(TASKS)}."
+        )
     if args.training and task == "encoder":
         raise ValueError("The task 'encoder' has no loss; choose another task for training steps.")
     if args.twins and task != "image_classification":
@@ -378,21 +386,40 @@ def _task_of(args: BenchmarkArguments, config: CroprViTConfig) -> str:
     return task
 
 
+def _prepare(args: BenchmarkArguments) -> tuple[CroprViTConfig, str]:
+    """Configuration and task; raises `ValueError` for arguments that make no sense."""
+    if args.task is not None and args.task not in TASKS:
+        raise ValueError(f"The task is {args.task!r}; choose one of {', '.join(TASKS)}.")
+    if args.batch_size < 1:
+        raise ValueError(f"`batch_size` is {args.batch_size}; it must be 1 or more.")
+    if args.dtype not in DTYPES:
+        raise ValueError(f"`dtype` is {args.dtype!r}; choose one of {', '.join(DTYPES)}.")
+    if args.gradient_checkpointing and not args.training:
+        raise ValueError("`gradient_checkpointing` is a matter of training steps; pass `training` as well.")
+    if args.twins and args.training:
+        raise ValueError("`twins` are compared in inference; leave out `twins` or `training`.")
+    on_gpu = parse_device(args.device).type == "cuda"
+    if args.cuda_graph and (args.training or not on_gpu):
+        raise ValueError(f"`cuda_graph` is for inference on a CUDA device, not for {args.device!r} or training steps.")
+    check_rounds(args.min_rounds, args.max_rounds, args.tolerance)
+    config = _config_from(args)
+    return config, _task_of(args, config)
+
+
 def run(args: BenchmarkArguments) -> dict[str, Any]:
     """Runs the comparison and returns the record: settings, versions, speed-ups, multiply-add bound.
 
     Raises:
         `ValueError`: for an unknown task, dtype or device, and for options that make no sense together.
     """
-    _check(args)
-    config = _config_from(args)
+    config, task = _prepare(args)
     if args.compile:
         torch.compiler.reset()  # what was compiled before must not make sizes dynamic, nor use up recompilations
     device, dtype = parse_device(args.device), getattr(torch, args.dtype)
-    task = _task_of(args, config)
-    models: dict[str, torch.nn.Module] = dict(pruning_candidates(config, task, args.training))
+    candidates = pruning_candidates(config, task, args.training)
+    models: dict[str, torch.nn.Module] = dict(candidates)
     if args.twins:
-        models |= library_twins(models[UNPRUNED].config, args.size if args.model_name_or_path is None else None)  # type: ignore[arg-type]
+        models |= library_twins(candidates[UNPRUNED].config, None if args.model_name_or_path else args.size)
     inputs = _random_inputs(args, config, task, device, dtype)
     calls = {name: _call(args, task, model, inputs) for name, model in models.items()}
     activations = {}
@@ -403,15 +430,14 @@ def run(args: BenchmarkArguments) -> dict[str, Any]:
         timings = compare(timed, UNPRUNED, args.min_rounds, args.max_rounds, args.tolerance, device)
         memory = {name: peak_memory(call, device) for name, call in calls.items()}
         operations = {name: operation_times(call, device) for name, call in calls.items()} if args.profile else {}
-    config = models["cropr"].config  # type: ignore[assignment]
-    costs = {name: _costs(models[name], inputs) for name in (UNPRUNED, "cropr", "random")}
+    costs = {name: _costs(model, inputs) for name, model in candidates.items()}
     bound = sum(costs[UNPRUNED].values()) / sum(costs["cropr"].values())
     return {
-        "arguments": asdict(args),
+        "arguments": asdict(args) | ({"size": None} if args.model_name_or_path else {}),
         "machine": machine_name(device),
         "versions": library_versions(),
         "patches": config.num_patches,
-        "patches_kept": config.kept_patches(),
+        "patches_kept": candidates["cropr"].config.kept_patches(),
         "multiply_adds": costs,
         "multiply_add_bound": bound,
         "linear_bound": costs[UNPRUNED]["linear"] / costs["cropr"]["linear"],
@@ -480,7 +506,7 @@ def sweep(
             raise ValueError(f"{name!r} has no values; give one or more.")
     combinations = [dict(zip(settings, values)) for values in itertools.product(*settings.values())]
     for combination in combinations:
-        _check(replace(args, **combination))  # all before the first is measured
+        _prepare(replace(args, **combination))  # all before the first is measured
     records: list[dict[str, Any]] = []
     for index, combination in enumerate(combinations, start=1):
         logger.info(f"Benchmark {index} of {len(combinations)}: {combination}")

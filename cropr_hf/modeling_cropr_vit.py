@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
+from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BackboneOutput, ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -61,6 +61,8 @@ class CroprViTModelOutput(ModelOutput):
         pruned_after_block: (B, patches), with `output_pruning=True`: the block (1 to L) after which each patch was
             pruned, L if it never was.
         auxiliary_logits: one (B, N, C) per module, in training with auxiliary heads.
+        stage_states: one (B, prefix + patches, D) for each of `output_stages`: a pruned patch, which is at its place
+            there, has the state in which it was pruned.
         hidden_states: L + 1 tensors (B, tokens there, D): shorter where tokens were pruned.
         attentions: L tensors (B, heads, tokens there, tokens there), with eager attention; of windowed blocks
             (B * windows, heads, window size ** 2, window size ** 2).
@@ -70,6 +72,7 @@ class CroprViTModelOutput(ModelOutput):
     pooler_output: torch.Tensor | None = None
     pruned_after_block: torch.Tensor | None = None
     auxiliary_logits: tuple[torch.Tensor, ...] | None = None
+    stage_states: tuple[torch.Tensor, ...] | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
 
@@ -135,10 +138,10 @@ class CroprViTEmbeddings(nn.Module):
                 f"`pixel_values` are {pixel_values.dtype}; give normalised floating-point values, as image processors "
                 "return them."
             )
-        if pixel_values.dim() != 4:
+        if pixel_values.dim() != 4 or pixel_values.shape[0] == 0:
             raise ValueError(
                 f"`pixel_values` has the shape {tuple(pixel_values.shape)}; it must be (batch, channels, height, "
-                "width)."
+                "width), with one image or more."
             )
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
@@ -555,6 +558,7 @@ class CroprViTModel(CroprViTPreTrainedModel):
         pixel_values: torch.Tensor,
         pixel_mask: torch.Tensor | None = None,
         output_pruning: bool = False,
+        output_stages: Sequence[int] = (),
         **kwargs: Any,
     ) -> CroprViTModelOutput:
         """
@@ -562,12 +566,15 @@ class CroprViTModel(CroprViTPreTrainedModel):
             pixel_values: (B, channels, height, width), height and width multiples of the patch size.
             pixel_mask: (B, height, width), 0 for padding; only `config.prune_padding_first` heeds it.
             output_pruning: also return `pruned_after_block`.
+            output_stages: also return `stage_states` after these blocks (1 to L; 0 is before the first), ascending.
             kwargs: `output_hidden_states`, `output_attentions`, and what the attention implementation takes.
 
         Raises:
             `ValueError`: wrong channels or size, or an image with too few patches for the schedule.
         """
         state, grid_size, window_table = self.embed(pixel_values, pixel_mask)
+        state = replace(state, keeps_pruned_states=state.keeps_pruned_states or bool(output_stages))
+        stage_states = [state.hidden_states] if 0 in output_stages else []
         kept_patches = self.config.kept_patches(state.num_patches, self.pruning)
         num_blocks, auxiliary_logits, pruned_after_block = len(self.layers), [], None
         for block, (layer, num_keep) in enumerate(zip(self.layers, kept_patches), start=1):
@@ -579,6 +586,8 @@ class CroprViTModel(CroprViTPreTrainedModel):
             if window_grid is not None and window_table is not None:
                 positions = self.window_positions(state, window_grid, window_table)
             state = replace(state, hidden_states=layer(state.hidden_states, positions, window_grid, **kwargs))
+            if block in output_stages:
+                stage_states.append(state.fuse().hidden_states)
             if str(block) in self.token_reducers:
                 state, logits = self.token_reducers[str(block)](state, num_keep)
                 auxiliary_logits += [] if logits is None else [logits]
@@ -588,6 +597,7 @@ class CroprViTModel(CroprViTPreTrainedModel):
             pooler_output=pooled,
             pruned_after_block=pruned_after_block,
             auxiliary_logits=tuple(auxiliary_logits) or None,
+            stage_states=tuple(stage_states) or None,
         )
 
     def embed(
@@ -694,7 +704,6 @@ class CroprViTBackbone(BackboneMixin, CroprViTPreTrainedModel):
         return self.cropr_vit.get_input_embeddings()
 
     @can_return_tuple
-    @filter_output_hidden_states
     def forward(
         self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs: Any
     ) -> CroprViTBackboneOutput:
@@ -709,18 +718,13 @@ class CroprViTBackbone(BackboneMixin, CroprViTPreTrainedModel):
         Raises:
             `ValueError`: labels of the wrong shape or out of range, and as `CroprViTModel.forward`.
         """
-        kwargs["output_hidden_states"] = True  # the decorator does so in newer releases of Transformers only
-        outputs = self.cropr_vit(pixel_values, output_pruning=True, **kwargs)
+        stages = [index for index, name in enumerate(self.stage_names) if name in self.out_features]
+        outputs = self.cropr_vit(pixel_values, output_stages=stages, **kwargs)
         patch_size = self.config.patch_size
         grid_size = (pixel_values.shape[2] // patch_size, pixel_values.shape[3] // patch_size)
-        # A model around this one that records hidden states as well makes Transformers record each of them twice.
-        copies = (len(outputs.hidden_states) - 1) // self.config.num_hidden_layers
-        hidden_states = outputs.hidden_states[::copies]
         feature_maps = []
-        stages = complete_hidden_states(hidden_states, outputs.pruned_after_block, self.config.num_prefix_tokens)
-        for name, patches, states in zip(self.stage_names, stages, hidden_states):
-            if name not in self.out_features:
-                continue
+        for states in outputs.stage_states or ():
+            patches = states[:, self.config.num_prefix_tokens :]
             if not self.config.reshape_hidden_states:
                 patches = torch.cat([states[:, :1], patches], dim=1)
             if self.config.apply_layernorm:
@@ -729,9 +733,12 @@ class CroprViTBackbone(BackboneMixin, CroprViTPreTrainedModel):
                 # (B, rows * columns, D) -> (B, D, rows * columns) -> (B, D, rows, columns)
                 patches = patches.transpose(1, 2).unflatten(2, grid_size).contiguous()
             feature_maps.append(patches)
+        # A model around this one that records as well makes Transformers record what each block returns twice.
+        recorded = outputs.attentions or (outputs.hidden_states or ())[1:]
+        copies = max(len(recorded) // self.config.num_hidden_layers, 1)
         return CroprViTBackboneOutput(
             feature_maps=tuple(feature_maps),  # type: ignore[arg-type]
-            hidden_states=hidden_states,
+            hidden_states=outputs.hidden_states and outputs.hidden_states[::copies],
             attentions=outputs.attentions and outputs.attentions[::copies],
             auxiliary_losses=self._auxiliary_losses(outputs.auxiliary_logits, labels, pixel_values.shape[0]),
         )
@@ -751,29 +758,6 @@ class CroprViTBackbone(BackboneMixin, CroprViTPreTrainedModel):
                 "`cropr_hf.training.train_routers` on the model around it, and give that its labels."
             )
         return None
-
-
-def complete_hidden_states(
-    hidden_states: Sequence[torch.Tensor], pruned_after_block: torch.Tensor, num_prefix_tokens: int
-) -> list[torch.Tensor]:
-    """Hidden states on the whole grid: where a patch was pruned, the state in which it was.
-
-    Args:
-        hidden_states: L + 1 tensors (B, tokens there, D), embeddings first.
-        pruned_after_block: (B, patches), see `CroprViTModelOutput`.
-
-    Returns:
-        L + 1 tensors (B, patches, D), in raster order.
-    """
-    complete: list[torch.Tensor] = []
-    for block, states in enumerate(hidden_states):
-        patches = states[:, num_prefix_tokens:]
-        if patches.shape[1] < pruned_after_block.shape[1]:
-            # Places of the patches that passed this block, in raster order: a stable sort puts them first.
-            places = (pruned_after_block < block).int().argsort(dim=1, stable=True)[:, : patches.shape[1]]
-            patches = complete[-1].scatter(1, places[..., None].expand_as(patches), patches)
-        complete.append(patches)
-    return complete
 
 
 class CroprViTForImageClassification(CroprViTPreTrainedModel):

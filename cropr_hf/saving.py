@@ -88,14 +88,17 @@ class StrippableModel(PreTrainedModel):
         `use_auxiliary_heads=True` makes a stripped checkpoint trainable again, `False` strips a complete one.
 
         Raises:
-            `ValueError`: when the checkpoint is of another model type, is truncated, or lacks weights of the backbone.
+            `ValueError`: when the checkpoint or `config` is of another model type, or the checkpoint is truncated or
+                lacks weights of the backbone.
         """
         path = pretrained_model_name_or_path
         if path is None:
             return super().from_pretrained(path, *model_args, config=config, **kwargs)
         stored = _stored_config(path, kwargs)
-        if config is not None and not isinstance(config, PreTrainedConfig):
+        if isinstance(config, (str, os.PathLike)):
             config = CroprViTConfig.from_pretrained(config)
+        if config is not None and getattr(config, "model_type", None) != CroprViTConfig.model_type:
+            raise ValueError(f"`config` is a {type(config).__name__}; give a `CroprViTConfig`, or leave it out.")
         reducer_name = stored.get("token_reducer", CroprViTConfig.token_reducer)
         reducer_name = config.token_reducer if config else kwargs.get("token_reducer", reducer_name)
         # A complete checkpoint can be loaded with another reducer, which has no place for its heads.

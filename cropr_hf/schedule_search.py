@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from .benchmark import UNPRUNED, compare
+from .benchmark import UNPRUNED, check_rounds, compare
 from .configuration_cropr_vit import CroprViTConfig
 from .cost import head_multiply_adds, multiply_adds
 from .modeling_cropr_vit import CroprViTPreTrainedModel
-from .schedules import circumstances, images_to_time, left_as_found, run_pruned
+from .schedules import circumstances, compare_schedules, images_to_time, left_as_found, run_pruned
 from .token_reduction import score_tokens
 
 
@@ -109,11 +109,15 @@ def find_schedule(
 
     Raises:
         `ValueError`: without exactly one budget, for one that needs no pruning or that no schedule of the shape can
-            meet (it says what can be reached), for an unknown shape, for calibration that is missing, of another
-            size or of no use to the shape, and for a model that cannot prune or, with calibration, does not score.
+            meet (it says what can be reached), or where the one that does is no faster than the unpruned model; for
+            an unknown shape, for calibration that is missing, of another size or of no use to the shape; and for a
+            model that is compiled, cannot prune or, with calibration, does not score.
     """
     _check_request(target_speedup, latency_ms, shape, calibration is not None)
     timing = (min_rounds, max_rounds, tolerance)
+    check_rounds(*timing)
+    if hasattr(model, "_orig_mod"):
+        raise ValueError("The model is compiled, and each schedule would compile it anew; give the model as it was.")
     with left_as_found(model):
         model.set_pruning(0)  # an error for a model that cannot prune
         pixel_values, grid_size = images_to_time(model, pixel_values)
@@ -126,6 +130,12 @@ def find_schedule(
         _check_budget(costs, budget, shape, lost)
         attempts = _attempts(model, pixel_values, costs, budget, shape, lost, timing, absolute=latency_ms is not None)
         best = min(attempts, key=lambda attempt: attempt["off"])
+        if best["measured_speedup"] <= 1:
+            raise ValueError(
+                f"Pruning does not pay here: with the best of {len(attempts)} measured schedules the model takes "
+                f"{best['measured_ms']:.4g} ms, unpruned {best['unpruned_ms']:.4g} ms. Ask for more speed, or use "
+                "larger batches."
+            )
         head = head_multiply_adds(model, {"pixel_values": pixel_values}) // len(pixel_values)
         unpruned, pruned = (
             multiply_adds(model.config, grid_size, pruning=pruning) + head for pruning in (0, best["schedule"])
@@ -335,7 +345,7 @@ def _lost_mass(model: Any, calibration: Iterable[Any], num_patches: int) -> np.n
                 f"An image of the calibration has {patches.shape[1]} patches, those that are timed have "
                 f"{num_patches}; give both the size that the model will meet."
             )
-        scores = score_tokens(patches, router.scorer.query(), router.pre_norm)
+        scores = score_tokens(patches, router.scorer(), router.pre_norm)
         scores = (scores - scores.mean(dim=1, keepdim=True)) / scores.std(dim=1, keepdim=True).clamp(min=1e-12)
         kept = scores.softmax(dim=1).sort(dim=1, descending=True).values.cumsum(dim=1)
         outside = (1 - torch.nn.functional.pad(kept, (1, 0))).clamp(min=0)
@@ -347,7 +357,9 @@ def _lost_mass(model: Any, calibration: Iterable[Any], num_patches: int) -> np.n
     ]
     try:
         for batch in logging.tqdm(calibration, desc="Calibration"):
-            pixels = batch["pixel_values"] if isinstance(batch, Mapping) else batch
+            pixels = batch.get("pixel_values") if isinstance(batch, Mapping) else batch
+            if pixels is None:
+                raise ValueError(f"A batch of the calibration has {', '.join(batch)}, but no `pixel_values`; add it.")
             run_pruned(model, pixels.to(model.device), 0)
             images += len(pixels)
     finally:
@@ -355,6 +367,8 @@ def _lost_mass(model: Any, calibration: Iterable[Any], num_patches: int) -> np.n
             hook.remove()
     if not images:
         raise ValueError("`calibration` has no images; give batches of typical ones.")
+    if not np.isfinite(lost).all():
+        raise ValueError("The scores of the calibration are not finite; look at its images, and at the weights.")
     lost /= images
     lost[:, -1] = 0.0  # up to rounding it is
     return lost
@@ -404,9 +418,7 @@ def _attempts(
         if any(schedule == attempt["schedule"] for attempt in attempts):
             break  # no other is nearer
         predicted = scale * costs.seconds(schedule)
-        candidates: dict[str, Callable[[], Any]] = {UNPRUNED: partial(run_pruned, model, pixel_values, 0)}
-        candidates[shape] = partial(run_pruned, model, pixel_values, schedule)
-        timings = compare(candidates, UNPRUNED, *timing, device=model.device)
+        timings = compare_schedules(model, pixel_values, {shape: schedule}, timing)
         own, unpruned = timings[shape], timings[UNPRUNED].median
         measured = own.median if absolute else costs.unpruned / own.speedup
         attempts.append(

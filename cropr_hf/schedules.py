@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from .benchmark import UNPRUNED, compare, library_versions, machine_name
+from .benchmark import UNPRUNED, Timing, check_rounds, compare, library_versions, machine_name
 from .configuration_cropr_vit import CroprViTConfig
 from .cost import head_multiply_adds, multiply_adds
 from .model_card import source_name
@@ -81,8 +81,9 @@ def evaluate_schedules(
 
     Raises:
         `ValueError`: without schedules, for two that keep the same patches, for one that is impossible for the model
-            or the size of `pixel_values`, and for a metric that is not a number.
+            or the size of `pixel_values`, and for a metric that is no finite number.
     """
+    check_rounds(min_rounds, max_rounds, tolerance)
     with left_as_found(model):
         return _evaluate(model, schedules, metric, pixel_values, (min_rounds, max_rounds, tolerance))
 
@@ -119,11 +120,8 @@ def _evaluate(
         point["multiply_adds"] = multiply_adds(config, grid_size, pruning=point["schedule"]) + head
         point["metrics"] = _numbers(metric(model))
     names = [UNPRUNED if point["kept_patches"][-1] == num_patches else str(point["schedule"]) for point in points]
-    candidates: dict[str, Callable[[], Any]] = {UNPRUNED: partial(run_pruned, model, pixel_values, 0)}
-    candidates |= {
-        name: partial(run_pruned, model, pixel_values, point["schedule"]) for name, point in zip(names, points)
-    }
-    timings = compare(candidates, UNPRUNED, *timing, device=model.device)
+    schedules_by_name = {name: point["schedule"] for name, point in zip(names, points)}
+    timings = compare_schedules(model, pixel_values, schedules_by_name, timing)
     for name, point in zip(names, points):
         own = timings[name]
         point |= {"images_per_second": batch_size / own.median, "speedup": own.speedup, "spread": own.spread}
@@ -150,6 +148,15 @@ def images_to_time(model: Any, pixel_values: torch.Tensor | None) -> tuple[torch
     height, width = pixel_values.shape[2:]
     grid_size = (-(-height // config.patch_size), -(-width // config.patch_size))
     return pixel_values.to(model.device, model.dtype), grid_size
+
+
+def compare_schedules(
+    model: Any, pixel_values: torch.Tensor, schedules: Mapping[str, Pruning], timing: tuple[int, int, float]
+) -> dict[str, Timing]:
+    """Times a model under schedules, and unpruned, in turns; `timing` is as `cropr_hf.benchmark.compare` takes it."""
+    both: dict[str, Pruning] = {UNPRUNED: 0, **schedules}
+    calls = {name: partial(run_pruned, model, pixel_values, pruning) for name, pruning in both.items()}
+    return compare(calls, UNPRUNED, *timing, device=model.device)
 
 
 def run_pruned(model: Any, pixel_values: torch.Tensor, pruning: Pruning) -> None:
@@ -191,8 +198,11 @@ def _points(model: Any, schedules: Sequence[Pruning], num_patches: int) -> list[
 def _numbers(value: Any) -> dict[str, float]:
     values = value if isinstance(value, Mapping) else {"metric": value}
     try:
-        return {str(name): float(number) for name, number in values.items()}
+        numbers = {str(name): float(number) for name, number in values.items()}
+        if not all(map(math.isfinite, numbers.values())):
+            raise ValueError
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"The metric returned {value!r}; it must be a number, or a mapping of names to numbers."
+            f"The metric returned {value!r}; it must be a finite number, or a mapping of names to such numbers."
         ) from error
+    return numbers

@@ -103,7 +103,7 @@ def score_tokens(hidden_states: torch.Tensor, query: torch.Tensor, pre_norm: boo
         hidden_states = hidden_states.float()
         if pre_norm:
             hidden_states = F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=NORM_EPS)
-        return hidden_states @ query.float()
+        return hidden_states @ query.to(hidden_states)
 
 
 def select_tokens(
@@ -391,7 +391,7 @@ class Scorer(nn.Module):
         """Queries as in the paper: truncated normal, standard deviation D^(-1/2)."""
         _init_truncated_normal(self.queries, std=self.queries.shape[-1] ** -0.5)
 
-    def query(self) -> torch.Tensor:
+    def forward(self) -> torch.Tensor:
         """The one vector (D,) that scores as all queries together do."""
         with maybe_autocast(device_type=self.queries.device.type, enabled=False):
             return fold_scorer(
@@ -409,11 +409,14 @@ class Scorer(nn.Module):
 
     @torch.no_grad()
     def unfold(self, folded_query: torch.Tensor) -> None:
-        """Sets the weights so that `query()` is `folded_query` (D,); the queries keep their random differences."""
+        """Sets the weights so that they fold to `folded_query` (D,); the queries keep their random differences."""
         for projection in (self.query_projection, self.key_projection):
             if isinstance(projection, nn.Linear):
                 nn.init.eye_(projection.weight)
-        self.queries.add_((folded_query - self.queries.sum(dim=0)) / len(self.queries))
+        queries = self.queries.float()
+        self.queries.copy_(queries + (folded_query.float() - queries.sum(dim=0)) / len(queries))
+        # Half precision rounds each query; the first makes up for it.
+        self.queries[0] += folded_query - self.queries.float().sum(dim=0)
 
     def split_heads(self, tokens: torch.Tensor) -> torch.Tensor:
         """(B, T, D) -> (B, H, T, D / H)"""
@@ -431,7 +434,7 @@ class FoldedScorer(nn.Module):
         """Spread of a single query."""
         _init_truncated_normal(self.folded_query, std=self.folded_query.shape[-1] ** -0.5)
 
-    def query(self) -> torch.Tensor:
+    def forward(self) -> torch.Tensor:
         """The folded vector (D,)."""
         return self.folded_query
 
@@ -455,7 +458,7 @@ class Router(nn.Module):
 
     def forward(self, state: TokenState, num_keep: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Indices of the kept and the pruned tokens; see `select_tokens`."""
-        scores = score_tokens(state.hidden_states, self.scorer.query(), self.pre_norm)
+        scores = score_tokens(state.hidden_states, self.scorer(), self.pre_norm)
         return select_tokens(scores, num_keep, state.num_prefix_tokens, state.padding_of_tokens())
 
 
@@ -545,12 +548,12 @@ class CroprModule(TokenReducer):
 
     def remove_auxiliary_heads(self) -> None:
         """See `TokenReducer.remove_auxiliary_heads`."""
-        self.router.scorer = FoldedScorer(self.router.scorer.query().detach().clone()).train(self.training)
+        self.router.scorer = FoldedScorer(self.router.scorer().detach().clone()).train(self.training)
         self.aggregator = self.auxiliary_head = None
 
     def add_auxiliary_heads(self, config: CroprViTConfig, initialize: Callable[[nn.Module], Any]) -> None:
         """See `TokenReducer.add_auxiliary_heads`."""
-        folded_query = self.router.scorer.query().detach()
+        folded_query = self.router.scorer().detach()
         scorer, aggregator, head = Scorer(config), Aggregator(config), AuxiliaryHead(config)
         for module in (scorer, aggregator, head):
             module.to(folded_query).train(self.training)

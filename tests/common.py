@@ -320,7 +320,7 @@ def naive_forward(model: CroprViTModel, image: torch.Tensor) -> tuple[torch.Tens
         if block not in config.pruning_blocks:
             continue
         seen.append(torch.stack([token for _, token in alive]))
-        query = model.token_reducers[str(block)].router.scorer.query()
+        query = model.token_reducers[str(block)].router.scorer()
         while len(alive) - prefix > kept[block - 1]:
             scores = []
             for _, token in alive[prefix:]:

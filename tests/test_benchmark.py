@@ -4,12 +4,19 @@ import importlib.util
 import itertools
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from cropr_hf import CroprViTConfig, CroprViTForImageClassification, CroprViTForSemanticSegmentation, CroprViTModel
+from cropr_hf import (
+    CroprViTBackbone,
+    CroprViTConfig,
+    CroprViTForImageClassification,
+    CroprViTForSemanticSegmentation,
+    CroprViTModel,
+)
 from cropr_hf.benchmark import (
     BenchmarkArguments,
     Timing,
@@ -162,8 +169,9 @@ def test_twins_are_the_same_model():
         assert parameters - ours == config.hidden_size  # a position for the CLS token
     rotary = CroprViTConfig.from_size("eva02_tiny", token_reducer=None, num_labels=10)
     assert set(library_twins(rotary, "eva02_tiny")) == {"timm"}
-    other = CroprViTConfig.from_size("tiny", token_reducer=None, hidden_size=96)
-    assert set(library_twins(other, "tiny")) == {"transformers ViT"}
+    for field in ({"hidden_size": 96}, {"intermediate_size": 100}):
+        other = CroprViTConfig.from_size("tiny", token_reducer=None, **field)
+        assert set(library_twins(other, "tiny")) == {"transformers ViT"}
 
 
 def test_candidates_share_schedule_and_shape():
@@ -308,6 +316,8 @@ def test_pictures_of_nothing_are_errors(swept):
         ({"speed": [1]}, "'speed' is no argument of the benchmark; choose among attn_implementation, batch_size"),
         ({"batch_size": []}, "'batch_size' has no values"),
         ({"batch_size": [1, 0]}, "`batch_size` is 0"),
+        ({"min_rounds": [3, 2]}, "`min_rounds` 2 and `max_rounds` 3 must be 3 or more"),
+        ({"pruning_rate": [3, 1000]}, "1000"),
         ({"cuda_graph": [True]}, "`cuda_graph` is for inference on a CUDA device, not for 'cpu'"),
         ({"twins": [True], "training": [True]}, "leave out `twins` or `training`"),
     ],
@@ -355,7 +365,32 @@ def test_the_encoder_of_a_checkpoint(tmp_path):
 def test_a_checkpoint_says_its_task(tmp_path):
     save_segmenter(tmp_path)
     args = arguments(model_name_or_path=str(tmp_path), config="{}", pruning_rate=None, image_size=None)
-    assert set(run(args)["results"]) == {"unpruned", "cropr", "random"}
+    record = run(args)
+    assert set(record["results"]) == {"unpruned", "cropr", "random"}
+    assert record["multiply_adds"]["cropr"]["head"] == 16 * 32 * 3 and record["arguments"]["size"] is None
+
+
+def test_a_backbone_is_an_encoder_and_another_class_needs_a_task(tmp_path):
+    config = CroprViTConfig(**TINY, image_size=32, pruning_rate=3)
+    args = arguments(model_name_or_path=str(tmp_path), config="{}", pruning_rate=None, image_size=None)
+    CroprViTBackbone(config).save_pretrained(tmp_path)
+    assert run(args)["multiply_adds"]["cropr"]["head"] == 0
+    config.save_pretrained(tmp_path)
+    config.architectures = ["CroprViTForDepth"]
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="CroprViTForDepth, which is none of the tasks; say by --task"):
+        run(args)
+
+
+def test_what_a_checkpoint_cannot_take_is_an_error(tmp_path):
+    CroprViTForImageClassification(CroprViTConfig(**TINY, image_size=32, token_reducer=None)).save_pretrained(tmp_path)
+    args = arguments(model_name_or_path=str(tmp_path), config="{}", pruning_rate=None, image_size=None)
+    with pytest.raises(ValueError, match="does not prune; time one that does"):
+        run(args)
+    with pytest.raises(ValueError, match="--config has prunning_rate"):
+        run(replace(args, config='{"prunning_rate": 3}'))
+    reducer = '{"token_reducer": "cropr", "pruning_rate": 3}'
+    assert run(replace(args, config=reducer))["patches_kept"] == [12, 9, 9, 9]
 
 
 def test_an_unknown_task_is_an_error():
@@ -368,8 +403,8 @@ def test_an_unknown_task_is_an_error():
     [
         ({"task": "segmentation"}, "choose one of encoder, image_classification, semantic_segmentation"),
         ({"task": "encoder", "size": "tiny", "training": True}, "'encoder' has no loss; choose another task"),
-        ({"dtype": "float23"}, "'float23'; give a type of torch"),
-        ({"dtype": "nn"}, "'nn'; give a type of torch"),
+        ({"dtype": "float8_e4m3fn"}, "'float8_e4m3fn'; choose one of float32, bfloat16, float16"),
+        ({"tolerance": float("nan")}, "`tolerance` is nan; it must be 0 or more"),
         ({"gradient_checkpointing": True}, "pass `training` as well"),
         ({"device": "gpu"}, "`device` is 'gpu', which torch cannot use here"),
         ({"device": "cuda:99"}, "`device` is 'cuda:99', which torch cannot use here"),

@@ -613,6 +613,7 @@ def test_dropout_acts_in_training_only():
         ("plain", (2, 3, 16, 16), r"A pruning rate of 2 at 3 modules leaves -3 of 4 patch tokens"),
         ("schedule", (2, 3, 16, 16), r"keeps 10 patch tokens after block 2, but the input has only 4"),
         ("plain", (3, 32, 32), r"\(3, 32, 32\).*\(batch, channels, height, width\)"),
+        ("plain", (0, 3, 32, 32), r"\(0, 3, 32, 32\).*with one image or more"),
         ("plain", (96,), r"\(96,\).*\(batch, channels, height, width\)"),
     ],
 )

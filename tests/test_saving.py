@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from accelerate import cpu_offload
 from huggingface_hub import HfApi
 from PIL import Image
 from safetensors.torch import load_file
@@ -176,6 +177,27 @@ def test_a_given_config_is_left_alone(tmp_path):
     before = config.to_dict()
     CroprViTForImageClassification.from_pretrained(tmp_path, config=config)
     assert config.to_dict() == before
+
+
+@pytest.mark.parametrize("config", [ViTConfig(), {"hidden_size": 32}])
+def test_a_config_of_another_kind_is_an_error(config, tmp_path):
+    trainable().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"`config` is a {type(config).__name__}; give a `CroprViTConfig`"):
+        CroprViTForImageClassification.from_pretrained(tmp_path, config=config)
+
+
+@torch.no_grad()
+def test_offloaded_weights_come_when_they_are_needed(tmp_path):
+    model = trainable()
+    expected = model(make_images()).logits
+    model.save_pretrained(tmp_path)
+    places = {f"cropr_vit.{name}": "cpu" for name, _ in model.cropr_vit.named_children()} | {"classifier": "cpu"}
+    places["cropr_vit.token_reducers"] = "disk"
+    loaded = CroprViTForImageClassification.from_pretrained(
+        tmp_path, device_map=places, offload_folder=tmp_path / "offload"
+    )
+    assert torch.equal(loaded(make_images()).logits, expected)
+    assert torch.equal(cpu_offload(model, "cpu")(make_images()).logits, expected)
 
 
 # Loading

@@ -22,6 +22,7 @@ from cropr_hf import (
     cli,
     find_schedule,
     schedule_search,
+    schedules,
 )
 from cropr_hf.cost import multiply_adds
 from cropr_hf.model_card import add_to_record, read_record
@@ -60,7 +61,8 @@ def clock(monkeypatch):
             timing.speedup = timings[reference].median / timing.median
         return timings
 
-    monkeypatch.setattr(schedule_search, "compare", compare)
+    for module in (schedule_search, schedules):
+        monkeypatch.setattr(module, "compare", compare)
     hook = register_module_forward_hook(tick)
     yield seconds
     hook.remove()
@@ -95,7 +97,7 @@ def test_with_a_real_clock():
     """What comes out depends on the machine; that it fits together does not."""
     model = tiny_model(image_size=192, hidden_size=64, intermediate_size=128, num_hidden_layers=6).eval()
     found = find_schedule(
-        model, target_speedup=1.3, pixel_values=torch.randn(4, 3, 192, 192), min_rounds=3, max_rounds=5
+        model, target_speedup=1.5, pixel_values=torch.randn(4, 3, 192, 192), min_rounds=3, max_rounds=5
     )
     assert found.schedule[-1] < 24**2 and found.bound > 1 and found.measured_ms > 0
     assert found.details["machine"] and len(found.details["block_ms"]["global"]) == len(schedule_search.TIMED_SHARES)
@@ -336,6 +338,9 @@ class TestFindSchedule:
             ({"target_speedup": 1.5, "shape": "constant", "calibration": [PIXELS]}, "no use for `calibration`"),
             ({"target_speedup": 1.5, "calibration": []}, "no images"),
             ({"target_speedup": 1.5, "calibration": [PIXELS[:, :, :64]]}, "has 128 patches, .* 256"),
+            ({"target_speedup": 1.5, "calibration": [PIXELS * math.nan]}, "scores of the calibration are not finite"),
+            ({"target_speedup": 1.5, "calibration": [{"images": PIXELS}]}, "has images, but no `pixel_values`"),
+            ({"target_speedup": 1.5, "tolerance": -1.0}, "`tolerance` is -1.0; it must be 0 or more"),
             ({"target_speedup": 1.5, "token_multiple": 0}, "at least 1"),
             ({"target_speedup": 1.5, "token_multiple": 300}, "no smaller number makes a multiple of 300"),
             ({"target_speedup": 1.5, "pixel_values": PIXELS[0]}, "must be .batch"),
@@ -350,9 +355,16 @@ class TestFindSchedule:
             find_schedule(model, **{"pixel_values": PIXELS, **arguments})
         assert model.training and model.base_model.pruning is None
 
+    def test_a_schedule_that_is_slower_than_no_pruning_is_an_error(self, clock):
+        clock["module"] = lambda tokens: 5.0
+        with pytest.raises(ValueError, match="Pruning does not pay here"):
+            find_schedule(deep_model(), 1.2, shape="constant", pixel_values=PIXELS)
+
     def test_models_that_cannot_prune_or_score_are_errors(self, clock):
         with pytest.raises(ValueError, match="no token reducer"):
             find_schedule(deep_model(token_reducer=None, pruning_rate=None), 1.5)
+        with pytest.raises(ValueError, match="The model is compiled"):
+            find_schedule(torch.compile(deep_model()), 1.5)
         model = deep_model(token_reducer="random")
         check(find_schedule(model, 1.5, pixel_values=PIXELS), model)
         with pytest.raises(ValueError, match="'random' does not score"):
@@ -390,7 +402,7 @@ class TestCalibration:
             ]
         assert lost.shape == (6, 257)
         for index in (0, 5):
-            query = model.cropr_vit.token_reducers[str(index + 1)].router.scorer.query()
+            query = model.cropr_vit.token_reducers[str(index + 1)].router.scorer()
             for count in (0, 1, 100, 256):
                 outside = []
                 for hidden_states in states:

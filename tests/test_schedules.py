@@ -1,6 +1,7 @@
 """One checkpoint under several schedules: the record, what is restored, and what is refused; nothing is timed."""
 
 import json
+import math
 import sys
 
 import pytest
@@ -152,9 +153,9 @@ class TestEvaluateSchedules:
             evaluate_schedules(model, [0], last_kept)
         assert model.training
 
-    @pytest.mark.parametrize("value", [None, "high", {"accuracy": [1, 2]}])
+    @pytest.mark.parametrize("value", [None, "high", {"accuracy": [1, 2]}, math.nan, {"iou": math.inf}])
     def test_metrics_are_numbers(self, value):
-        with pytest.raises(ValueError, match="must be a number"):
+        with pytest.raises(ValueError, match="must be a finite number"):
             evaluate_schedules(tiny_model(), [0], lambda model: value, **ROUNDS)
 
 

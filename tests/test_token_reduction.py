@@ -384,7 +384,7 @@ def test_golden_numbers_of_a_module_worked_out_by_hand():
     hidden_states = torch.tensor(tokens)[None]
     state = TokenState(hidden_states, torch.arange(5)[None], num_prefix_tokens=1)
 
-    assert score_tokens(hidden_states, module.router.scorer.query())[0].tolist() == scores.tolist()
+    assert score_tokens(hidden_states, module.router.scorer())[0].tolist() == scores.tolist()
     scorer = module.router.scorer
     np.testing.assert_allclose(
         module.aggregator(scorer.queries, hidden_states, scorer)[0].detach(), aggregated, atol=1e-12
@@ -440,9 +440,9 @@ def test_folded_scorer_selects_as_the_sum_over_heads_and_queries(options):
     module = make_module(module_config(**options), seed=3)
     tokens = torch.randn(4, 41, 32) * 2 + 0.5
     expected = reference_scores(module.router.scorer, tokens, options["scorer_num_heads"], options["scorer_pre_norm"])
-    unfolded = score_tokens(tokens, module.router.scorer.query(), options["scorer_pre_norm"])
+    unfolded = score_tokens(tokens, module.router.scorer(), options["scorer_pre_norm"])
     module.remove_auxiliary_heads()
-    folded = score_tokens(tokens, module.router.scorer.query(), options["scorer_pre_norm"])
+    folded = score_tokens(tokens, module.router.scorer(), options["scorer_pre_norm"])
     assert torch.equal(folded, unfolded)
     # Scores may differ by a constant per module, which changes no ranking.
     difference = folded.double() - expected
@@ -460,13 +460,26 @@ def test_unfolding_keeps_the_scores(options):
     module = make_module(config, seed=4)
     module.remove_auxiliary_heads()
     tokens = torch.randn(3, 41, 32)
-    folded = score_tokens(tokens, module.router.scorer.query(), options["scorer_pre_norm"])
+    folded = score_tokens(tokens, module.router.scorer(), options["scorer_pre_norm"])
     module.add_auxiliary_heads(config, lambda part: part.apply(initialize))
     assert module.router.scorer.queries.shape == (options["num_queries"], 32)
     if options["num_queries"] > 1:  # queries stay different from one another, or training could not tell them apart
         assert module.router.scorer.queries.std(dim=0).min() > 0
-    unfolded = score_tokens(tokens, module.router.scorer.query(), options["scorer_pre_norm"])
+    unfolded = score_tokens(tokens, module.router.scorer(), options["scorer_pre_norm"])
     assert (unfolded - folded).abs().max() < 1e-5 * folded.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_queries", [1, 256])
+def test_unfolding_keeps_the_scores_in_half_precision(num_queries, dtype):
+    config = module_config(num_queries=num_queries)
+    module = make_module(config, seed=4).to(dtype)
+    module.remove_auxiliary_heads()
+    tokens = torch.randn(3, 41, 32, dtype=dtype)
+    folded = score_tokens(tokens, module.router.scorer())
+    module.add_auxiliary_heads(config, lambda part: part.apply(initialize))
+    difference = (score_tokens(tokens, module.router.scorer()) - folded).abs().max()
+    assert difference < 1e-3 * folded.abs().max()
 
 
 def initialize(module):

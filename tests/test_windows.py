@@ -412,7 +412,7 @@ def test_the_ranking_among_the_patches_of_the_image_stays():
     blocks = model(images, mask, output_pruning=True).pruned_after_block[0]
     seen = layer_inputs(model)
     model(images, mask)
-    scores = model.layers[2](*seen[2]) @ model.token_reducers["3"].router.scorer.query()
+    scores = model.layers[2](*seen[2]) @ model.token_reducers["3"].router.scorer()
     inside = F.max_pool2d(mask.float()[:, None], PATCH_SIZE).flatten().bool()
     worst = scores[0].masked_fill(~inside, torch.inf).argmin()
     assert (blocks == 3).nonzero().flatten().tolist() == sorted(
