@@ -1,4 +1,6 @@
-"""The measurements of docs/speed.md: `python docs/speed/measure.py [NAME ...]` writes the records of groups.
+"""The measurements of two pages, speed.md and schedules.md.
+
+`python docs/speed/measure.py [NAME ...]` writes the records of groups, all but `shapes` by default.
 
 Each takes minutes, on a machine that does nothing else.
 """
@@ -21,6 +23,7 @@ from cropr_hf.benchmark import (
     BenchmarkArguments,
     compare,
     library_versions,
+    machine_name,
     pruning_candidates,
     run,
 )
@@ -29,7 +32,7 @@ from cropr_hf.modeling_cropr_vit import CroprViTPreTrainedModel
 
 
 FOLDER = Path(__file__).parent
-# Patches removed per module, such that about a tenth of the patches is left at the end.
+# Patches removed per module, such that 10 to 18 % of the patches are left at the end.
 RATES = {
     ("small", 224): 16,
     ("small", 512): 90,
@@ -140,6 +143,25 @@ def blocks() -> Iterator[dict[str, Any]]:
         yield {"size": size, "bound_of_grid": bound, **found.record()}
 
 
+def budgets() -> Iterator[dict[str, Any]]:
+    """Schedules for twice the speed, found three times, and each measured again by the benchmark."""
+    for size, pixels, batch_size in (("base", 224, 4), ("small", 512, 1)) * 3:
+        config = CroprViTConfig.from_size(size, image_size=pixels, pruning_rate=0, num_labels=1000)
+        found = find_schedule(
+            CroprViTForImageClassification(config), 2.0, pixel_values=torch.randn(batch_size, 3, pixels, pixels)
+        )
+        again = BenchmarkArguments(
+            size=size,
+            image_size=pixels,
+            batch_size=batch_size,
+            config=json.dumps({"pruning_schedule": found.schedule}),
+            max_rounds=15,
+        )
+        result = run(again)["results"]["cropr"]
+        setting = {"setting": f"{size}, {pixels}, {batch_size}", "num_patches": config.num_patches}
+        yield {**setting, **found.record(), "again": {name: result[name] for name in ("speedup", "spread")}}
+
+
 def aligned() -> Iterator[dict[str, Any]]:
     """A schedule whose token counts are odd, and the same rounded up to multiples of 8 and 16."""
     for dtype in (torch.float32, torch.bfloat16):
@@ -209,6 +231,7 @@ def turns(calls: dict[str, Callable[[], Any]]) -> dict[str, Any]:
     """Times calls in turns; those of the unpruned model are the reference."""
     timings = compare(calls, UNPRUNED, min_rounds=15, max_rounds=60)
     return {
+        "machine": machine_name(torch.device("cpu")),
         "versions": library_versions(),
         "rounds": len(timings[UNPRUNED].seconds),
         "results": {
@@ -219,11 +242,18 @@ def turns(calls: dict[str, Callable[[], Any]]) -> dict[str, Any]:
 
 
 # `shapes` needs the checkpoint of `make demo-any-speed`.
-OTHERS = {"blocks": blocks, "aligned": aligned, "compiled": compiled, "attention": attention, "shapes": shapes}
+OTHERS = {
+    "blocks": blocks,
+    "budgets": budgets,
+    "aligned": aligned,
+    "compiled": compiled,
+    "attention": attention,
+    "shapes": shapes,
+}
 
 
 def measure(name: str) -> None:
-    """Measures a group; its records are there after each of them.
+    """Measures a group. Until all of it is there, what is takes the name `NAME.json.part`.
 
     `NAME_kept` is the group NAME in a process whose environment makes glibc keep memory (see the Makefile).
     """
@@ -231,10 +261,11 @@ def measure(name: str) -> None:
         raise ValueError(
             f"{name} is for a process that keeps memory; set MALLOC_MMAP_THRESHOLD_, as `make speed` does."
         )
-    group, records = name.removesuffix("_kept"), []
+    group, records, part = name.removesuffix("_kept"), [], FOLDER / f"{name}.json.part"
     for record in benchmarks(GROUPS[group]) if group in GROUPS else OTHERS[group]():
         records.append(record)
-        (FOLDER / f"{name}.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+        part.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+    part.replace(FOLDER / f"{name}.json")
 
 
 if __name__ == "__main__":

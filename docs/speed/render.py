@@ -1,7 +1,10 @@
-"""Writes the tables and pictures of docs/speed.md from the records beside this file (`make speed-page`)."""
+"""Writes tables and pictures of docs/speed.md and docs/schedules.md from the records beside this file
+(`make speed-page`).
+"""
 
 import json
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,9 +14,9 @@ from cropr_hf.visualization import plot_benchmark, plot_cost
 
 
 FOLDER = Path(__file__).parent
-PAGE = FOLDER.parent / "speed.md"
 LINEAR = ("addmm", "mm", "mkl_linear", "mkldnn_linear")
-PRUNING = ("sort", "nan_to_num", "index_select", "addmv_", "addmv", "gather", "constant_pad_nd", "mul", "arange")
+# `cat` puts the pruned tokens back; that of the prefix is too short to be in the records.
+PRUNING = ("sort", "nan_to_num", "index_select", "addmv_", "constant_pad_nd", "arange", "cat")
 
 
 def ratio(timing: dict[str, float]) -> str:
@@ -154,11 +157,35 @@ def turns_table(records: list[dict[str, Any]], columns: list[str]) -> str:
     return markdown_table(columns, rows)
 
 
-def page(text: str) -> str:
-    """The page with every table made anew, between the comments that name it."""
-    records = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in FOLDER.glob("*.json")}
-    attention = partial(turns_table, columns=["size, pixels, batch", "unpruned", "eager", "Cropr", "eager"])
-    tables = {
+def budgets_table(records: list[dict[str, Any]]) -> str:
+    """Schedules for a speed-up: predicted, measured with the search, and measured again."""
+    columns = ["size, pixels, batch", "asked for", "shape", "patches left", "predicted", "measured", "again", "bound"]
+    rows = []
+    for record in records:
+        cells = [record["setting"], f"{record['target_speedup']:.1f}", f"`{record['shape']}`"]
+        cells += [f"{record['schedule'][-1]} of {record['num_patches']}", f"{record['predicted_speedup']:.2f}"]
+        rows.append([*cells, ratio({**record, "speedup": record["measured_speedup"]}), ratio(record["again"])])
+        rows[-1].append(f"{record['bound']:.2f}")
+    return markdown_table(columns, rows, num_names=3)
+
+
+def shapes_table(records: list[dict[str, Any]]) -> str:
+    """Accuracy, and patches that are left after each block that prunes, by the speed-up and the shape."""
+    columns = [f"`{shape}`" + ", calibrated" * calibrated for shape, calibrated in SHAPES]
+    rows: dict[float, list[str]] = {}
+    for record in records:
+        before = [record["schedule"][0], *record["schedule"]]
+        kept = [str(count) if count < last else "–" for last, count in zip(before, record["schedule"])][1:4]
+        cells = rows.setdefault(record["target_speedup"], [f"{record['target_speedup']:.1f}"])
+        cells.append(f"{record['accuracy']:.1%} ({', '.join(kept)})".replace("%", " %"))
+    return markdown_table(["asked for", *columns], list(rows.values()), num_names=0)
+
+
+SHAPES = (("constant", False), ("one_shot", False), ("one_shot", True), ("free", False))  # `free` always is
+ATTENTION = partial(turns_table, columns=["size, pixels, batch", "unpruned", "eager", "Cropr", "eager"])
+# Tables by the page that shows them, and by their records.
+PAGES: dict[str, dict[str, Callable[[list[dict[str, Any]]], str]]] = {
+    "speed.md": {
         "targets": targets_table,
         "grid": partial(format_sweep, names=["size", "image_size", "dtype", "batch_size"]),
         "profile": profile_table,
@@ -166,37 +193,44 @@ def page(text: str) -> str:
         "blocks": blocks_table,
         "aligned": aligned_table,
         "compiled": partial(turns_table, columns=["size, batch", "unpruned", "compiled", "Cropr", "compiled"]),
-        "attention": attention,
-        "attention_kept": attention,
+        "attention": ATTENTION,
+        "attention_kept": ATTENTION,
         "tokens": cost_table,
-    }
-    for name, table in tables.items():
-        group = "grid" if name == "profile" else name
-        if group not in records:
-            continue  # not measured yet
-        start, end = f"<!-- table: {name} -->", "<!-- end -->"
+    },
+    "schedules.md": {"budgets": budgets_table, "shapes": shapes_table},
+}
+
+
+def read(group: str) -> list[dict[str, Any]]:
+    """The records of a group of measurements; none if there are not any yet."""
+    path = FOLDER / f"{group}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+
+
+def page(name: str) -> str:
+    """A page with every table made anew, between the comments that name it."""
+    text = (FOLDER.parent / name).read_text(encoding="utf-8")
+    for table_name, table in PAGES[name].items():
+        records = read("grid" if table_name == "profile" else table_name)
+        if not records:
+            continue
+        start, end = f"<!-- table: {table_name} -->", "<!-- end -->"
         pattern = re.compile(re.escape(start) + ".*?" + re.escape(end), flags=re.DOTALL)
         if not pattern.search(text):
-            raise ValueError(f"{PAGE.name} has no place for the table {name!r}; write {start} and {end}.")
-        replacement = "\n".join([start, "", table(records[group]), "", end])
+            raise ValueError(f"{name} has no place for the table {table_name!r}; write {start} and {end}.")
+        replacement = "\n".join([start, "", table(records), "", end])
         text = pattern.sub(lambda match, replacement=replacement: replacement, text, count=1)
     return text
 
 
 def main() -> None:
-    """Writes page and pictures."""
-    PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    pictures = {
-        "tokens": plot_cost,
-        "grid": lambda grid: plot_benchmark(
-            [record for record in grid if record["arguments"]["dtype"] == "float32"],
-            ["size", "image_size", "batch_size"],
-        ),
-    }
-    for name, draw in pictures.items():
-        if (FOLDER / f"{name}.json").exists():
-            records = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
-            draw(records).savefig(FOLDER / f"{name}.png", dpi=110)
+    """Writes pages and pictures."""
+    for name in PAGES:
+        (FOLDER.parent / name).write_text(page(name), encoding="utf-8")
+    if tokens := read("tokens"):
+        plot_cost(tokens).savefig(FOLDER / "tokens.png", dpi=110)
+    if grid := [record for record in read("grid") if record["arguments"]["dtype"] == "float32"]:
+        plot_benchmark(grid, ["size", "image_size", "batch_size"]).savefig(FOLDER / "grid.png", dpi=110)
 
 
 if __name__ == "__main__":
