@@ -383,7 +383,7 @@ def _check_budget(costs: _Costs, budget: float, shape: str, lost: np.ndarray | N
     if budget >= costs.unpruned:
         raise ValueError(
             f"`latency_ms` is {1000 * budget:.4g}, but the unpruned model takes {1000 * costs.unpruned:.4g} ms; "
-            "pruning is not needed."
+            "pruning is not needed. Use the model as it is, or ask for less time."
         )
     least = costs.seconds(_search(costs, 0.0, shape, lost))
     if budget < least:
