@@ -566,12 +566,16 @@ class CroprViTModel(CroprViTPreTrainedModel):
             pixel_values: (B, channels, height, width), height and width multiples of the patch size.
             pixel_mask: (B, height, width), 0 for padding; only `config.prune_padding_first` heeds it.
             output_pruning: also return `pruned_after_block`.
-            output_stages: also return `stage_states` after these blocks (1 to L; 0 is before the first), ascending.
+            output_stages: also return `stage_states` after these blocks (1 to L; 0 is before the first), in ascending
+                order.
             kwargs: `output_hidden_states`, `output_attentions`, and what the attention implementation takes.
 
         Raises:
-            `ValueError`: wrong channels or size, or an image with too few patches for the schedule.
+            `ValueError`: wrong channels or size, an image with too few patches for the schedule, or stages that the
+                model has not.
         """
+        if not {*output_stages} <= {*range(len(self.layers) + 1)}:
+            raise ValueError(f"`output_stages` is {output_stages}; stages are 0 to {len(self.layers)}.")
         state, grid_size, window_table = self.embed(pixel_values, pixel_mask)
         state = replace(state, keeps_pruned_states=state.keeps_pruned_states or bool(output_stages))
         stage_states = [state.hidden_states] if 0 in output_stages else []

@@ -359,6 +359,17 @@ def test_feature_maps_show_a_pruned_patch_as_it_was_when_pruned(name):
 
 
 @torch.no_grad()
+def test_stages_of_the_model():
+    model = build("model", "plain")
+    outputs = model(make_images(), output_stages=[5, 0], output_hidden_states=True)
+    first, last = outputs.stage_states
+    assert torch.equal(first, outputs.hidden_states[0]) and torch.equal(last, outputs.last_hidden_state)
+    assert model(make_images()).stage_states is None
+    with pytest.raises(ValueError, match=r"`output_stages` is \[6\]; stages are 0 to 5"):
+        model(make_images(), output_stages=[6])
+
+
+@torch.no_grad()
 def test_backbone_that_prunes_nothing_equals_the_unpruned_one():
     pruned = make_model(CroprViTBackbone, tiny_config(pruning_rate=0, out_indices=[1, 3, 5]))
     unpruned = CroprViTBackbone(tiny_config("unpruned", out_indices=[1, 3, 5])).eval()
