@@ -4,6 +4,7 @@ Exit codes: 0 when it worked, 1 when it did not (the reason is on stderr), 2 for
 """
 
 import json
+import math
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Sequence
@@ -12,16 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from transformers import AutoImageProcessor, HfArgumentParser, PreTrainedConfig
+from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from . import benchmark
 from .benchmark import BenchmarkArguments
 from .configuration_cropr_vit import CroprViTConfig
-from .export import export_model
+from .export import check_file, export_model, input_size
 from .hub import save_for_hub
 from .image_processing_cropr_vit import CroprViTImageProcessor
-from .model_card import CARD_NAME, RECORD_NAME, add_to_record, read_record, write_card, write_record
+from .model_card import CARD_NAME, RECORD_NAME, add_to_record, read_record, write_card, write_file, write_record
 from .modeling_cropr_rf_detr import CroprRfDetrForObjectDetection
 from .modeling_cropr_vit import CroprViTBackbone, CroprViTPreTrainedModel
 from .modeling_cropr_vit_detection import CroprViTDetector
@@ -33,24 +36,21 @@ from .visualization import check_picture, plot_benchmark, plot_pruning
 
 def convert(args: Namespace) -> str:
     """Makes any pretrained ViT prunable."""
+    _check_target(args.output_dir, args.source)
     model_class = benchmark.TASKS[args.task][0]
     model = model_class.from_vit(args.source, **benchmark.parse_config(args.config))
-    processor = _image_processor(args.source)
-    if processor is not None:
-        height, width = model.config.input_size
-        processor = _resized(processor, height, width, args.task in benchmark.DETECTION)
-    _save(model, processor, args)
+    processor = _image_processor(args.source, model.config.input_size, args.task in benchmark.DETECTION)
+    _save(model, processor, args.output_dir, args.with_code)
     note = "" if processor is not None else " The source has no image processor; save one beside it."
     return f"{args.output_dir} holds the model; its scorers are new, so train it.{note}"
 
 
 def strip(args: Namespace) -> str:
     """Makes a publishable folder from a complete checkpoint."""
-    if Path(args.output_dir).absolute() == Path(args.source).absolute() or is_checkpoint_folder(args.output_dir):
-        raise ValueError(f"{args.output_dir} is where to resume from, and must stay complete; give another folder.")
+    _check_target(args.output_dir, args.source)
     model = _load(args.source)
     _take_over_record(model, args.source)
-    _save(model, _image_processor(args.source), args)
+    _save(model, _image_processor(args.source), args.output_dir, args.with_code)
     return f"{args.output_dir} is ready to publish: hf upload OWNER/NAME {args.output_dir}"
 
 
@@ -67,16 +67,17 @@ def run_benchmark(args: Namespace) -> str:
                 + (f"; leave out --{', --'.join(changed)}." if changed else ".")
             )
         read_record(args.model_name_or_path)  # before the measurement, not after it
-    _check_folder(arguments.output)
-    _check_folder(args.plot, "--plot")
+    if args.output is not None:
+        check_file(args.output)
     if args.plot is not None:
+        check_file(args.plot)
         check_picture(args.plot)
     settings = _sweep_settings(args.sweep or ())
 
     def save(records: list[dict[str, Any]]) -> None:
         if arguments.output is not None:
             content = records if settings else records[0]
-            Path(arguments.output).write_text(json.dumps(content, indent=2), encoding="utf-8")
+            write_file(arguments.output, json.dumps(content, indent=2))
 
     records = benchmark.sweep(arguments, settings, save)
     if args.update_record:
@@ -93,6 +94,10 @@ def _sweep_settings(texts: Sequence[str]) -> dict[str, list[Any]]:
         name, equals, values = text.partition("=")
         if not equals or not values:
             raise ValueError(f"--sweep has {text!r}; write an argument and its values, such as batch_size=1,8,64.")
+        if name in settings:
+            raise ValueError(f"--sweep has {name!r} twice; write all of its values together, as in batch_size=1,8,64.")
+        if name == "output":
+            raise ValueError("--sweep has 'output', but all records go to one file; name it by --output.")
         settings[name] = values.split(",")
         if hasattr(BenchmarkArguments, name):  # as if each stood on the command line
             parser = HfArgumentParser(BenchmarkArguments)  # type: ignore[arg-type]
@@ -102,41 +107,49 @@ def _sweep_settings(texts: Sequence[str]) -> dict[str, list[Any]]:
 
 def export(args: Namespace) -> str:
     """Writes a model to a file that runs without this package: torch.export (.pt2) or ONNX (.onnx)."""
-    is_rf_detr = _architecture(args.model) == CroprRfDetrForObjectDetection.__name__
-    model: Any = CroprRfDetrForObjectDetection.from_pretrained(args.model) if is_rf_detr else _load(args.model)
-    if is_rf_detr and (backbone := model.model.backbone.backbone).config.use_auxiliary_heads:
-        backbone.remove_auxiliary_heads()
-    if args.pruning_rate is not None:
-        model.set_pruning(args.pruning_rate)
-    processor = _image_processor(args.model)
-    if processor is not None and args.image_size is not None:
-        processor = _resized(processor, args.image_size, args.image_size, isinstance(model, CroprViTDetector))
+    folder = check_file(args.file).parent
+    if _architecture(args.model) == CroprRfDetrForObjectDetection.__name__:
+        model: Any = CroprRfDetrForObjectDetection.from_pretrained(args.model)
+        encoder = model.model.backbone.backbone
+        encoder.remove_auxiliary_heads()
+    else:
+        model = encoder = _load(args.model)
+    size = input_size(encoder.config, args.image_size)
+    if args.pruning_rate is not None:  # at that size, which may allow another rate than the size of the model
+        num_patches = math.prod(size) // encoder.config.patch_size**2
+        encoder.set_pruning(encoder.config.kept_patches(num_patches, args.pruning_rate))
+    new_size = None if args.image_size is None else size
+    processor = _image_processor(args.model, new_size, isinstance(model, CroprViTDetector))
+    has_processor = (folder / IMAGE_PROCESSOR_NAME).exists()
+    if processor is not None and has_processor:
+        present = _image_processor(str(folder))
+        if present is None or present.to_dict() != processor.to_dict():
+            raise ValueError(
+                f"{folder} has another {IMAGE_PROCESSOR_NAME}, which a model there needs; choose another folder."
+            )
     model.to(getattr(torch, args.dtype))
-    difference = export_model(model, args.file, args.image_size, args.batch_size)
-    if processor is not None:
-        processor.save_pretrained(Path(args.file).absolute().parent)
+    difference = export_model(model, args.file, size, args.batch_size)
+    if processor is not None and not has_processor:
+        processor.save_pretrained(folder)
     return f"{args.file} holds the model; their outputs differ by {difference:.2g} (mean, relative)."
 
 
 @torch.inference_mode()
 def visualize(args: Namespace) -> str:
     """Draws which patches a model prunes, and after which block."""
-    _check_folder(args.output)
+    check_file(args.output)
     check_picture(args.output)
     model = _load(args.model).eval()
-    processor = _image_processor(args.model)
-    if processor is None:
-        raise ValueError(f"{args.model} has no image processor, so its input is not known; save one beside it.")
-    images = [Image.open(path).convert("RGB") for path in args.images]
-    pixels = processor(images, return_tensors="pt")["pixel_values"]
-    outputs = model(pixels, output_pruning=True)
+    processor = _image_processor(args.model, required=True)
+    pixels = _pixels(args.images, processor)
+    outputs = model.base_model(pixels, output_pruning=True)
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (processor.image_mean, processor.image_std))
     shown = ((pixels * std + mean).clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).numpy()
     grid_size = (pixels.shape[-2] // model.config.patch_size, pixels.shape[-1] // model.config.patch_size)
     names = [Path(path).name for path in args.images]
     figure = plot_pruning(list(shown), outputs.pruned_after_block, model.config.num_hidden_layers, grid_size, names)
     figure.savefig(args.output, dpi=110)
-    return f"{args.output} shows {len(images)} images and their pruned patches."
+    return f"{args.output} shows {len(shown)} images and their pruned patches."
 
 
 def card(args: Namespace) -> str:
@@ -162,50 +175,52 @@ def schedule(args: Namespace) -> str:
         raise ValueError("Give a model (a folder or Hub id), or --size of a model with random weights, and not both.")
     if args.model is None and (args.save or args.calibration):
         raise ValueError("A model of --size has random weights; --save and --calibration need a folder or Hub id.")
-    if args.save is not None and Path(args.save).absolute() == Path(args.model).absolute():
-        raise ValueError(f"--save is {args.save}, the model itself, which would lose modules; give another folder.")
+    if args.save is not None:
+        _check_target(args.save, args.model)
     if args.batch_size < 1:
         raise ValueError(f"--batch_size is {args.batch_size}; give 1 or more.")
     if args.calibration is not None and not Path(args.calibration).is_dir():
         raise ValueError(f"--calibration is {args.calibration}, which is no folder; name one with images.")
-    _check_folder(args.output)
+    if args.output is not None:
+        check_file(args.output)
     benchmark.parse_device(args.device)
-    fields = benchmark.parse_config(args.config)
+    overrides = benchmark.parse_config(args.config)
     if args.model is None:
         model_class, defaults = benchmark.TASKS[args.task]
+        if args.image_size is not None:
+            overrides["image_size"] = args.image_size
         # A rate of 0: pruning is possible after every block, whatever the size of the image.
-        fields = {
-            **defaults,
-            "pruning_rate": 0,
-            **({"image_size": args.image_size} if args.image_size else {}),
-            **fields,
-        }
-        model = model_class(CroprViTConfig.from_size(args.size, **fields))
+        model = model_class(CroprViTConfig.from_size(args.size, **{**defaults, "pruning_rate": 0, **overrides}))
     else:
-        model = _load(args.model, **fields)
+        model = _load(args.model, **overrides)
     config = model.config
-    height, width = (args.image_size, args.image_size) if args.image_size else config.input_size
-    if args.save is not None and (height, width) != config.input_size:
+    size = input_size(config, args.image_size)
+    if args.save is not None and size != config.input_size:
         raise ValueError(
             f"--image_size is {args.image_size}, but a model is saved with the schedule of its own size, "
             f"{config.image_size}; leave --image_size or --save out."
         )
+    processor = None
+    if args.model is not None:
+        new_size = size if args.image_size is not None or "image_size" in overrides else None
+        required = args.calibration is not None
+        processor = _image_processor(args.model, new_size, isinstance(model, CroprViTDetector), required)
     model.to(args.device, getattr(torch, args.dtype))
     found = find_schedule(
         model,
         args.target_speedup,
         args.latency_ms,
         args.shape,
-        torch.randn(args.batch_size, config.num_channels, height, width),
-        _image_batches(args.calibration, args.model, args.batch_size) if args.calibration else None,
+        torch.randn(args.batch_size, config.num_channels, *size),
+        _image_batches(args.calibration, processor, args.batch_size) if args.calibration else None,
         args.token_multiple,
     )
     if args.output is not None:
-        Path(args.output).write_text(json.dumps(found.record(), indent=2), encoding="utf-8")
+        write_file(args.output, json.dumps(found.record(), indent=2))
     if args.save is not None:
-        stored = _load(args.model, **{**fields, "pruning_rate": None, "pruning_schedule": found.schedule})
+        stored = _load(args.model, **{**overrides, "pruning_rate": None, "pruning_schedule": found.schedule})
         _take_over_record(stored, args.model, without=("evaluations", "throughput"))  # of another schedule
-        _save(stored, _image_processor(args.model), Namespace(output_dir=args.save, with_code=False))
+        _save(stored, processor, args.save)
     return _describe(found, type(model).__name__, args)
 
 
@@ -224,17 +239,19 @@ def _describe(found: FoundSchedule, class_name: str, args: Namespace) -> str:
     return "\n".join([*lines, "It changes the accuracy: measure that, or fine-tune with the schedule."])
 
 
-def _image_batches(folder: str, name_or_path: str, batch_size: int) -> Iterator[torch.Tensor]:
+def _image_batches(folder: str, processor: Any, batch_size: int) -> Iterator[torch.Tensor]:
     """The images in a folder and its subfolders, as the model takes them."""
-    processor = _image_processor(name_or_path)
-    if processor is None:
-        raise ValueError(f"{name_or_path} has no image processor, so its input is not known; save one beside it.")
     # Of formats that can be read: Pillow writes PDF, for example, but does not open it.
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in suffixes)
     for start in range(0, len(paths), batch_size):
-        images = [Image.open(path).convert("RGB") for path in paths[start : start + batch_size]]
-        yield processor(images, return_tensors="pt")["pixel_values"]
+        yield _pixels(paths[start : start + batch_size], processor)
+
+
+def _pixels(paths: Sequence[str | Path], processor: Any) -> torch.Tensor:
+    """Images as the model takes them: (B, channels, height, width)."""
+    images = [Image.open(path).convert("RGB") for path in paths]
+    return processor(images, return_tensors="pt")["pixel_values"]
 
 
 def _take_over_record(model: CroprViTPreTrainedModel, source: str, without: Sequence[str] = ()) -> None:
@@ -264,38 +281,52 @@ def _architecture(name_or_path: str) -> str:
     return (fields.get("architectures") or [""])[0]
 
 
-def _check_folder(file: str | None, option: str = "--output") -> None:
-    """Raises `ValueError` for a file that cannot be written, before the work is done."""
-    if file is not None and not Path(file).absolute().parent.is_dir():
-        raise ValueError(f"{option} is {file}, but there is no folder {Path(file).parent}; make it first.")
+def _check_target(folder: str, source: str) -> None:
+    """Raises `ValueError` for a folder whose model must stay as it is, also by another path."""
+    target = Path(folder).resolve()
+    if target == Path(source).resolve() or is_checkpoint_folder(target):
+        raise ValueError(
+            f"{folder} is the model itself, or where training resumes from, and would lose modules; give another "
+            "folder."
+        )
+    if target.is_file():
+        raise ValueError(f"{folder} is a file; give a folder to save to.")
 
 
-def _resized(processor: Any, height: int, width: int, detection: bool) -> Any:
-    """An image processor that makes images of a size, with the colours of another."""
-    size = {"height": height, "width": width}
+def _image_processor(
+    name_or_path: str, size: tuple[int, int] | None = None, detection: bool = False, required: bool = False
+) -> Any:
+    """The image processor in a folder or repository, made to give images of a size.
+
+    If there is none, it is `None`, or a `ValueError` where one is required.
+    """
+    try:
+        processor = AutoImageProcessor.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        if not required:
+            return None
+        raise ValueError(
+            f"{name_or_path} has no image processor, so its input is not known; save one beside it."
+        ) from error
+    if size is None:
+        return processor
+    height, width = size
+    sides = {"height": height, "width": width}
     if detection:
-        edge = {"shortest_edge": min(height, width), "longest_edge": max(height, width)}
+        edges = {"shortest_edge": min(size), "longest_edge": max(size)}
         mean, std = processor.image_mean, processor.image_std
-        return CroprViTImageProcessor(size=edge, pad_size=size, image_mean=mean, image_std=std)
-    processor.size, processor.do_center_crop = size, False
+        return CroprViTImageProcessor(size=edges, pad_size=sides, image_mean=mean, image_std=std)
+    processor.size, processor.do_center_crop = sides, False
     return processor
 
 
-def _image_processor(name_or_path: str) -> Any:
-    """The image processor in a folder or repository; `None` if there is none."""
-    try:
-        return AutoImageProcessor.from_pretrained(name_or_path)
-    except (OSError, ValueError):
-        return None
-
-
-def _save(model: CroprViTPreTrainedModel, processor: Any, args: Namespace) -> None:
-    if args.with_code:
-        save_for_hub(model, args.output_dir, processor)
+def _save(model: CroprViTPreTrainedModel, processor: Any, folder: str, with_code: bool = False) -> None:
+    if with_code:
+        save_for_hub(model, folder, processor)
         return
-    model.save_pretrained(args.output_dir)
+    model.save_pretrained(folder)
     if processor is not None:
-        processor.save_pretrained(args.output_dir)
+        processor.save_pretrained(folder)
 
 
 def build_parser() -> ArgumentParser:
@@ -319,6 +350,10 @@ def build_parser() -> ArgumentParser:
     def add_output(command: ArgumentParser) -> None:
         command.add_argument("output_dir", help="folder for the stripped model")
         command.add_argument("--with_code", action="store_true", help="add the code, for trust_remote_code=True")
+
+    def add_input(command: ArgumentParser) -> None:
+        command.add_argument("--image_size", type=int, help="height and width in pixels (default: that of the model)")
+        command.add_argument("--dtype", default="float32", choices=benchmark.DTYPES, help="default: %(default)s")
 
     command = add(convert, "convert", """facebook/vit-mae-large outputs/vit --config '{"pruning_rate": 8}'""")
     command.add_argument("source", help="Hub id, folder or timm name of a ViT")
@@ -357,24 +392,18 @@ def build_parser() -> ArgumentParser:
         "--shape", choices=SHAPES, help="of the schedule; see docs/schedules.md (default: it depends)"
     )
     command.add_argument("--batch_size", type=int, default=8, help="images per batch (default: %(default)s)")
-    command.add_argument("--image_size", type=int, help="height and width in pixels (default: that of the model)")
+    add_input(command)
     command.add_argument("--calibration", metavar="FOLDER", help="typical images: prune where they lose the least")
     command.add_argument("--token_multiple", type=int, help="of which the numbers of tokens are multiples, such as 8")
     command.add_argument("--device", default="cpu", help="where to run, such as cuda (default: %(default)s)")
-    command.add_argument(
-        "--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="default: %(default)s"
-    )
     command.add_argument("--output", help="JSON file for the record")
     command.add_argument("--save", metavar="FOLDER", help="folder for the stripped model with the schedule")
 
     command = add(export, "export", "outputs/published outputs/onnx/model.onnx")
     command.add_argument("model", help="folder or Hub id")
     command.add_argument("file", help="file to write, .pt2 or .onnx; the image processor is saved beside it")
-    command.add_argument("--image_size", type=int, help="height and width in pixels (default: that of the model)")
+    add_input(command)
     command.add_argument("--batch_size", type=int, help="images per call (default: any number)")
-    command.add_argument(
-        "--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="default: %(default)s"
-    )
     command.add_argument("--pruning_rate", type=int, help="patches pruned per module (default: that of the model)")
 
     command = add(visualize, "visualize", "outputs/published photo.jpg --output pruning.png")
@@ -396,7 +425,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
     try:
         print(args.function(args))
-    except (ValueError, TypeError, KeyError, RuntimeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, KeyError, RuntimeError, OSError, ImportError, StrictDataclassError) as error:
         print(f"cropr-hf: {error}", file=sys.stderr)
         return 1
     return 0

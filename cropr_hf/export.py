@@ -5,7 +5,7 @@ The number of images is free; the image size, and with it the number of patches 
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from .configuration_cropr_vit import CroprViTConfig
 from .modeling_cropr_rf_detr import CroprRfDetrForObjectDetection
 from .modeling_cropr_vit import (
     CroprViTBackbone,
@@ -72,30 +73,31 @@ def export_model(
         mean, since a token whose score ties with that of another up to rounding may be pruned in its place.
 
     Raises:
-        `ValueError`: another suffix, a missing folder, an image size that is no multiple of the patch size, a model
-            with auxiliary heads, or one that draws random numbers.
+        `ValueError`: another suffix, a file that cannot be written, an image size that is no multiple of the patch
+            size, a batch size below 1, a tolerance below 0, a model with auxiliary heads, or one that draws random
+            numbers.
         `ImportError`: when a library for ONNX is missing.
         `RuntimeError`: when the file does not compute what the model does.
     """
-    target = Path(path).absolute()
+    target = check_file(path)
     if target.suffix not in SUFFIXES:
         raise ValueError(f"{path} ends with {target.suffix!r}; name a file that ends with {' or '.join(SUFFIXES)}.")
-    if not target.parent.is_dir():
-        raise ValueError(f"{path} is to be written, but there is no folder {target.parent}; make it first.")
     _check_model(model)
     dtype = next(model.parameters()).dtype
     if target.suffix == ".onnx":
         _check_onnx(dtype)
     if tolerance is None:
         tolerance = 0.05 if dtype in (torch.bfloat16, torch.float16) else 1e-3
+    if not tolerance >= 0:  # not a number fails as well
+        raise ValueError(f"`tolerance` is {tolerance}; give 0 or more, such as 1e-3, or None.")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"`batch_size` is {batch_size}; give 1 or more, or None for any number.")
-    height, width = _pixels(model, image_size)
-    channels = getattr(model.config, "backbone_config", model.config).num_channels
+    config = getattr(model.config, "backbone_config", model.config)
+    height, width = input_size(config, image_size)
 
     def pixels(count: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(count)
-        return torch.randn(count, channels, height, width, generator=generator).to(model.device)
+        return torch.randn(count, config.num_channels, height, width, generator=generator).to(model.device)
 
     in_training = [module for module in model.modules() if module.training]
     graph = _Graph(model).eval()
@@ -109,23 +111,49 @@ def export_model(
             differences = [_difference(run(batch), outputs) for batch, outputs in zip(batches, expected)]
             del run  # some systems move no file that is open
             difference = torch.tensor(differences).max().item()
-            if not difference <= tolerance:  # not a number fails as well
+            if not difference <= tolerance:
                 raise RuntimeError(
                     f"{target.name} differs from the model by {difference:.2g} (mean, relative), more than "
                     f"{tolerance:g}, so that it was not kept; raise `tolerance` if that will do."
                 )
-            written = []
-            for file in sorted(Path(folder).iterdir(), key=lambda file: file == draft):  # weights beside it first
-                os.replace(file, target.parent / file.name)
-                written.append(file.name)
-            weights = target.with_name(target.name + ".data")
-            if target.suffix == ".onnx" and weights.name not in written:
-                weights.unlink(missing_ok=True)  # of an older and larger file of this name
+            _move(draft, target)
     finally:
         for module in in_training:
             module.training = True
     logger.info(f"{target.name} differs from the model by {difference:.2g} (mean, relative).")
     return difference
+
+
+def check_file(path: str | os.PathLike) -> Path:
+    """The absolute path of a file to write; raises `ValueError` if it cannot be, before the work is done."""
+    target = Path(path).absolute()
+    if not target.parent.is_dir():
+        raise ValueError(f"{path} is to be written, but there is no folder {Path(path).parent}; make it first.")
+    if target.exists() and not target.is_file():
+        raise ValueError(f"{path} is to be written, but is no file; give another name.")
+    if not os.access(target.parent, os.W_OK):
+        raise ValueError(f"{path} is to be written, but the folder {target.parent} is read-only; choose another.")
+    return target
+
+
+def input_size(config: CroprViTConfig, image_size: int | Sequence[int] | None) -> tuple[int, int]:
+    """Height and width in pixels from one number for both, a pair, or `None` for those of the configuration.
+
+    Raises:
+        `ValueError`: unless both are multiples of the patch size.
+    """
+    if image_size is None:
+        return config.input_size
+    lengths = image_size if isinstance(image_size, (tuple, list)) else (image_size, image_size)
+    if len(lengths) != 2 or not all(
+        isinstance(length, int) and length > 0 and length % config.patch_size == 0 for length in lengths
+    ):
+        raise ValueError(
+            f"`image_size` is {image_size!r}; give a multiple of the patch size {config.patch_size}, or two of them: "
+            "height and width."
+        )
+    height, width = lengths
+    return height, width
 
 
 class _Graph(nn.Module):
@@ -185,16 +213,15 @@ def _check_onnx(dtype: torch.dtype) -> None:
         )
 
 
-def _pixels(model: Any, image_size: int | tuple[int, int] | None) -> tuple[int, int]:
-    """Height and width of the input."""
-    config = getattr(model.config, "backbone_config", model.config)
-    image_size = config.input_size if image_size is None else image_size
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    if min(height, width) < 1 or height % config.patch_size or width % config.patch_size:
-        raise ValueError(
-            f"`image_size` is {height} x {width}; both must be multiples of the patch size {config.patch_size}."
-        )
-    return height, width
+def _move(draft: Path, target: Path) -> None:
+    """Puts a file where an older one may be, so that no graph ever lies beside the weights of another."""
+    draft_weights, weights = (Path(f"{file}.data") for file in (draft, target))
+    if target.suffix == ".onnx" and (draft_weights.exists() or weights.exists()):
+        target.unlink(missing_ok=True)
+        weights.unlink(missing_ok=True)
+        if draft_weights.exists():
+            os.replace(draft_weights, weights)
+    os.replace(draft, target)
 
 
 def _write(graph: _Graph, pixel_values: torch.Tensor, path: Path, free_batch: bool) -> Callable[..., Tensors]:

@@ -147,12 +147,12 @@ def write_record(folder: str | os.PathLike, record: dict[str, Any], target: str 
     A card in `target` (`folder` by default) that somebody wrote, or took over by removing our mark, is left alone.
     """
     folder, target = Path(folder), Path(folder if target is None else target)
-    _write(folder / RECORD_NAME, json.dumps(record, indent=2, default=str) + "\n")
+    write_file(folder / RECORD_NAME, json.dumps(record, indent=2, default=str) + "\n")
     card = target / CARD_NAME
     if card.is_file() and CARD_MARK not in card.read_text(encoding="utf-8", errors="replace"):
         logger.info(f"{card} was not written by cropr_hf, or was changed since, and stays as it is.")
         return
-    _write(folder / CARD_NAME, str(render_card(record, target)))
+    write_file(folder / CARD_NAME, str(render_card(record, target)))
 
 
 def add_to_record(
@@ -339,8 +339,9 @@ def _is_hub_id(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
 
 
-def _write(path: Path, text: str) -> None:
+def write_file(path: str | os.PathLike, text: str) -> None:
     """Never leaves half a file behind."""
+    path = Path(path)
     temporary = path.with_name(f"_{path.name}")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)

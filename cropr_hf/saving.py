@@ -256,8 +256,8 @@ class StrippableModel(PreTrainedModel):
 
 
 def is_checkpoint_folder(path: str | os.PathLike) -> bool:
-    """Whether a folder has the name, `checkpoint-<step>`, of those that the Trainer resumes from."""
-    return re.fullmatch(r"checkpoint-\d+", os.path.basename(os.path.abspath(path))) is not None
+    """Whether a folder, or what a link leads to, has the name of those that the Trainer resumes from."""
+    return re.fullmatch(r"checkpoint-\d+", os.path.basename(os.path.realpath(path))) is not None
 
 
 def _stored_config(path: str | os.PathLike, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -9,18 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import make_images
+from common import TASKS, make_images
 from PIL import Image
 from test_composites import build_rf_detr
 from test_training import tiny_model
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
-from cropr_hf import CroprViTForImageClassification, CroprViTForObjectDetection, __version__
+from cropr_hf import CroprViTForImageClassification, CroprViTForObjectDetection, __version__, cli
 from cropr_hf.cli import build_parser, main
 from cropr_hf.model_card import read_record
 
 
 COMMANDS = ("convert", "strip", "export", "benchmark", "visualize", "card", "schedule")
+TINY = ("--size", "tiny", "--target_speedup", "1.5")
 PROCESSOR = {"size": {"height": 32, "width": 32}}
 
 
@@ -89,19 +90,48 @@ def test_strip_keeps_the_outputs_and_the_record(checkpoint, tmp_path):
     assert (tmp_path / "out" / "preprocessor_config.json").exists()
 
 
+@pytest.mark.parametrize("command", ["strip", "convert", "schedule"])
+def test_a_checkpoint_stays_complete_by_whatever_path(command, checkpoint, tmp_path, capsys):
+    (tmp_path / "latest").symlink_to(checkpoint)
+    (tmp_path / "twin").symlink_to(tmp_path / "source")
+    before = {file.name: file.read_bytes() for file in checkpoint.iterdir()}
+    for source, target in (
+        (checkpoint, checkpoint),
+        (tmp_path / "source", tmp_path / "latest"),
+        (tmp_path / "source", tmp_path / "run" / "checkpoint-7"),
+        (tmp_path / "source", tmp_path / "twin"),
+    ):
+        options = ["--target_speedup", 1.1, "--save", target] if command == "schedule" else [target]
+        assert run(command, source, *options) == 1
+        assert f"{target} is the model itself, or where training resumes from" in capsys.readouterr().err
+    assert {file.name: file.read_bytes() for file in checkpoint.iterdir()} == before
+
+
 def test_export_writes_what_the_model_computes_and_its_image_processor(checkpoint, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     file = tmp_path / "out" / "model.pt2"
-    assert run("export", checkpoint, file, "--image_size", 48, "--pruning_rate", 2, "--batch_size", 1) == 0
+    # The rate is one of 36 patches; the model has 16 at its own size.
+    assert run("export", checkpoint, file, "--image_size", 48, "--pruning_rate", 8, "--batch_size", 1) == 0
     assert re.search(r"model\.pt2 holds the model; .* differ by \S+ \(mean, relative\)", capsys.readouterr().out)
     model = CroprViTForImageClassification.from_pretrained(checkpoint, use_auxiliary_heads=False)
-    model.set_pruning(2)
+    model.set_pruning(model.config.kept_patches(36, 8))
     processor = ViTImageProcessor.from_pretrained(tmp_path / "out")
     pixels = processor(Image.new("RGB", (60, 50), "red"), return_tensors="pt")["pixel_values"]
     assert pixels.shape == (1, 3, 48, 48)
     with torch.no_grad():
         logits = torch.export.load(file).module()(pixels)["logits"]
         torch.testing.assert_close(logits, model(pixels).logits, rtol=0, atol=1e-5)
+
+
+def test_export_leaves_the_image_processor_of_another_model_alone(checkpoint, tmp_path, capsys):
+    run("strip", checkpoint, tmp_path / "out")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    file = tmp_path / "out" / "model.pt2"
+    assert run("export", tmp_path / "out", file, "--image_size", 48) == 1
+    assert "out has another preprocessor_config.json" in capsys.readouterr().err and not file.exists()
+    assert run("export", tmp_path / "out", file) == 0
+    file.unlink()
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
 
 
 def test_export_of_a_detector_in_half_precision(vit, tmp_path):
@@ -160,13 +190,28 @@ def test_benchmark_sweeps_over_arguments(checkpoint, tmp_path, capsys):
     assert Image.open(tmp_path / "speed.png").width > 100
 
 
-def test_visualize_draws_images_of_any_size(checkpoint, tmp_path):
+@pytest.mark.parametrize("task", ["classification", "backbone"])
+def test_visualize_draws_images_of_any_size(task, checkpoint, tmp_path):
     pytest.importorskip("matplotlib")
+    TASKS[task].build().save_pretrained(checkpoint)
     for name, size in {"wide": (50, 20), "high": (16, 40)}.items():
         Image.new("RGB", size, "red").save(tmp_path / f"{name}.png")
     images = [tmp_path / "wide.png", tmp_path / "high.png"]
     assert run("visualize", checkpoint, *images, "--output", tmp_path / "pruning.png") == 0
     assert Image.open(tmp_path / "pruning.png").width > 100
+
+
+def test_calibration_has_the_size_that_is_timed(checkpoint, tmp_path, monkeypatch, capsys):
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (50, 20), "red").save(tmp_path / "photos" / "wide.png")
+
+    def find_schedule(model, speedup, latency, shape, pixel_values, calibration, multiple):
+        raise ValueError(f"times {tuple(pixel_values.shape)}, scores {[tuple(batch.shape) for batch in calibration]}")
+
+    monkeypatch.setattr(cli, "find_schedule", find_schedule)
+    options = ["--image_size", 64, "--batch_size", 2, "--calibration", tmp_path / "photos"]
+    assert run("schedule", checkpoint, "--target_speedup", 1.5, *options) == 1
+    assert "times (2, 3, 64, 64), scores [(1, 3, 64, 64)]" in capsys.readouterr().err
 
 
 def test_card_adds_metadata_and_makes_records_for_old_folders(checkpoint, tmp_path):
@@ -199,7 +244,16 @@ def test_card_adds_metadata_and_makes_records_for_old_folders(checkpoint, tmp_pa
         (["benchmark", "--batch_size", "0"], "batch_size"),
         (["benchmark", "--output", "nowhere/record.json"], "nowhere"),
         (["benchmark", "--model_name_or_path", "x", "--pruning_rate", "3", "--update_record"], "--pruning_rate"),
-        (["strip", "run/checkpoint-5", "run/checkpoint-5"], "another folder"),
+        (["benchmark", "--sweep", "batch_size=1", "batch_size=2"], "'batch_size' twice"),
+        (["benchmark", "--sweep", "output=a,b"], "name it by --output"),
+        (["benchmark", "--config", '{"pruning_rate": "x"}'], "'pruning_rate' with value 'x'"),
+        (["schedule", *TINY, "--config", '{"pruning_rate": NaN}'], "'pruning_rate' with value nan"),
+        (["schedule", *TINY, "--image_size", "0"], "`image_size` 0"),
+        (["benchmark", "--output", "."], ". is to be written, but is no file"),
+        (["benchmark", "--plot", "."], ". is to be written, but is no file"),
+        (["schedule", *TINY, "--output", "."], ". is to be written, but is no file"),
+        (["visualize", "x", "y.png", "--output", "."], ". is to be written, but is no file"),
+        (["export", "x", "."], ". is to be written, but is no file"),
     ],
 )
 def test_failures_say_why_and_exit_with_1(arguments, reason, tmp_path, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -208,9 +209,14 @@ def with_heads() -> Any:
     [
         (MODELS["classification"], "model.pt", {}, r"ends with '.pt'; name a file that ends with .pt2 or .onnx"),
         (MODELS["classification"], "nowhere/model.pt2", {}, "no folder .*nowhere; make it first"),
-        (MODELS["classification"], "model.pt2", {"image_size": 30}, "30 x 30; both must be multiples of the patch"),
-        (MODELS["classification"], "model.pt2", {"image_size": (32, 0)}, "32 x 0; both must be multiples"),
+        (MODELS["classification"], "model.pt2", {"image_size": 30}, "30; give a multiple of the patch size 8"),
+        (MODELS["classification"], "model.pt2", {"image_size": (32, 0)}, r"\(32, 0\); give a multiple"),
         (MODELS["classification"], "model.pt2", {"image_size": 8}, "patch tokens"),  # fewer than the schedule needs
+        (MODELS["classification"], "model.pt2", {"image_size": (32,)}, r"\(32,\); give a multiple of .*, or two"),
+        (MODELS["classification"], "model.pt2", {"image_size": "32"}, "'32'; give a multiple"),
+        (MODELS["classification"], "model.pt2", {"tolerance": float("nan")}, "`tolerance` is nan; give 0 or more"),
+        (MODELS["classification"], "model.pt2", {"tolerance": -1e-3}, "`tolerance` is -0.001"),
+        (MODELS["classification"], "../", {}, "is no file; give another name"),
         (with_heads, "model.pt2", {}, r"`remove_auxiliary_heads\(\)`"),
         (lambda: TASKS["classification"].build("random"), "model.pt2", {}, "'random' draws random numbers"),
         (MODELS["classification"], "model.pt2", {"batch_size": 0}, "`batch_size` is 0; give 1 or more, or None"),
@@ -236,6 +242,37 @@ def test_weights_of_an_older_file_go(tmp_path):
         (tmp_path / name).write_bytes(b"of a large model")
     export_model(MODELS["classification"](), tmp_path / "model.onnx")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model.onnx", "other.onnx.data"]
+
+
+@pytest.mark.parametrize("old", [[], ["model.onnx"], ["model.onnx", "model.onnx.data"]])
+@pytest.mark.parametrize("new", [["model.onnx"], ["model.onnx", "model.onnx.data"]])
+def test_no_graph_ever_lies_beside_the_weights_of_another(old, new, tmp_path, monkeypatch):
+    """Wherever it is stopped."""
+    (tmp_path / "draft").mkdir()
+    for folder, names, text in ((tmp_path, old, "old"), (tmp_path / "draft", new, "new")):
+        for name in names:
+            (folder / name).write_text(text)
+    seen = []
+
+    def watched(change):
+        def call(*args, **kwargs):
+            change(*args, **kwargs)
+            seen.append({file.name: file.read_text() for file in tmp_path.iterdir() if file.is_file()})
+
+        return call
+
+    monkeypatch.setattr(os, "replace", watched(os.replace))
+    monkeypatch.setattr(Path, "unlink", watched(Path.unlink))
+    export._move(tmp_path / "draft" / "model.onnx", tmp_path / "model.onnx")
+    assert seen[-1] == dict.fromkeys(new, "new")
+    for files in seen[:-1]:
+        assert "model.onnx" not in files
+
+
+def test_a_folder_that_is_read_only_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)  # permissions do not stop everybody
+    with pytest.raises(ValueError, match="is read-only; choose another"):
+        export.check_file(tmp_path / "model.pt2")
 
 
 def test_missing_libraries_are_named(tmp_path, monkeypatch):
