@@ -443,10 +443,12 @@ def data_facts(args: Any, split: str = "train") -> dict[str, str]:
 
 
 def measure_speed(trainer: CroprTrainer) -> None:
-    """Times the published model against the unpruned one and a random pruner, on the hardware of the training."""
+    """Times a published model that prunes, the unpruned one and a random pruner, on the hardware of the training."""
     args: Any = trainer.args
     dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(trainer.accelerator.mixed_precision, "float32")
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    if model.config.token_reducer is None:
+        return
     model.record = model.record or {}
     arguments = BenchmarkArguments(
         model_name_or_path=args.output_dir,

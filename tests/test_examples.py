@@ -20,6 +20,7 @@ from transformers import (
 )
 
 import cropr_hf
+from cropr_hf.model_card import read_record
 from cropr_hf.training import PruningCurriculum
 
 
@@ -101,6 +102,7 @@ class TestTrainImageClassification:
         assert AutoModelForImageClassification.from_pretrained(tmp_path).config.token_reducer == (
             None if reducer == "none" else "random"
         )
+        assert ("throughput" in read_record(tmp_path)) == (reducer == "random")  # there is nothing to compare
 
     def test_image_folders(self, example, tiny_vit, tmp_path):
         for name in ("cat", "dog"):
