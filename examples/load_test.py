@@ -90,9 +90,12 @@ async def health(client: httpx.AsyncClient) -> dict[str, int]:
     """The counts of the server.
 
     Raises:
-        `RuntimeError`: when it is ill.
+        `RuntimeError`: when there is none, or it is ill.
     """
-    response = await client.get("/health")
+    try:
+        response = await client.get("/health")
+    except httpx.HTTPError as error:
+        raise RuntimeError(f"No server answers at {client.base_url} ({error}); start one, or give another.") from None
     if response.status_code != 200:
         raise RuntimeError(f"The server at {client.base_url} is ill: {response.text}")
     return response.json()

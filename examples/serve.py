@@ -18,11 +18,12 @@ import asyncio
 import base64
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from io import BytesIO
+from itertools import islice
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
@@ -59,7 +60,7 @@ class Settings:
     port: int = argument(8000, "Port to listen at.")
     max_batch_size: int = argument(8, "Images that the model sees at once, at most.")
     max_delay_ms: float = argument(5.0, "How long the first image of a batch waits for others.")
-    queue_size: int = argument(64, "Requests in the house, at most; further ones are answered with 503.")
+    queue_size: int = argument(64, "Requests being received, waiting or computed, at most; others hear 503.")
     threads: int = argument(torch.get_num_threads(), "CPU threads of the model.")
     image_threads: int = argument(min(4, os.cpu_count() or 1), "Images prepared or answered at a time.")
     pruning_rate: int | None = argument(None, "Patches pruned per module, if not as published; 0 prunes none.")
@@ -74,6 +75,11 @@ class Settings:
         for name in ("max_batch_size", "queue_size", "threads", "image_threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} is {getattr(self, name)}; give 1 or more.")
+        for name in ("max_megabytes", "max_megapixels", "body_seconds"):
+            if not getattr(self, name) > 0:  # nor NaN
+                raise ValueError(f"--{name} is {getattr(self, name)}, which refuses every image; give more than 0.")
+        if not self.max_delay_ms >= 0:
+            raise ValueError(f"--max_delay_ms is {self.max_delay_ms}; give 0, which never waits, or more.")
 
 
 async def read_body(request: Request, settings: Settings) -> bytearray:
@@ -230,6 +236,16 @@ def encode_map(labels: torch.Tensor, size: tuple[int, int]) -> bytes:
     return file.getvalue()
 
 
+async def unless_left(request: Request, work: Coroutine) -> Any:
+    """What `work` returns; a client that leaves cancels it. The body must have been read."""
+    task, leaving = asyncio.ensure_future(work), asyncio.ensure_future(request.receive())
+    leaving.add_done_callback(lambda _: task.cancel())
+    try:
+        return await task
+    finally:
+        leaving.cancel()
+
+
 class Batcher:
     """Gathers single items to batches, and runs a function on these in the one thread of an executor.
 
@@ -239,22 +255,31 @@ class Batcher:
 
     def __init__(self, function: Callable[[list], Sequence], thread: Executor, max_batch_size: int, max_delay: float):
         self.function, self.thread, self.max_batch_size, self.max_delay = function, thread, max_batch_size, max_delay
-        self.queue: asyncio.Queue[tuple[Any, asyncio.Future, float]] = asyncio.Queue()
+        self.waiting: dict[asyncio.Future, tuple[Any, float]] = {}  # items, and when they came; the first came first
+        self.came = asyncio.Event()
         self.items = self.batches = self.failures = 0  # failures: batches in a row of which nothing came out
 
     async def __call__(self, item: Any) -> Any:
         """What the function returns for the item; raises what the function raises on the item alone."""
         future = asyncio.get_running_loop().create_future()
-        self.queue.put_nowait((item, future, anyio.current_time()))
-        return await future
+        self.waiting[future] = (item, anyio.current_time())
+        self.came.set()
+        try:
+            return await future
+        finally:
+            self.waiting.pop(future, None)  # cancelled before its batch began
 
-    async def gather(self) -> list[tuple[Any, asyncio.Future, float]]:
+    async def gather(self) -> dict[asyncio.Future, Any]:
         """Waits for the next batch."""
-        batch = [await self.queue.get()]
-        with anyio.move_on_after(batch[0][-1] + self.max_delay - anyio.current_time()):
-            while len(batch) < self.max_batch_size:
-                batch.append(await self.queue.get())  # what is there is taken even if the time is over
-        return batch
+        while len(self.waiting) < self.max_batch_size:
+            deadline = min((came + self.max_delay for _, came in self.waiting.values()), default=float("inf"))
+            self.came.clear()
+            with anyio.move_on_after(deadline - anyio.current_time()) as scope:
+                await self.came.wait()
+            if scope.cancelled_caught and self.waiting:
+                break
+        batch = list(islice(self.waiting, self.max_batch_size))
+        return {future: self.waiting.pop(future)[0] for future in batch}
 
     def attempt(self, items: list) -> list:
         """Results of the function; where it fails on several items, those for each alone, with errors among them."""
@@ -271,12 +296,12 @@ class Batcher:
         while True:
             batch = await self.gather()
             self.items, self.batches = self.items + len(batch), self.batches + 1
-            items = [item for item, _, _ in batch]
+            items = list(batch.values())
             results = await asyncio.get_running_loop().run_in_executor(self.thread, self.attempt, items)
             failed = all(isinstance(result, Exception) and not isinstance(result, ValueError) for result in results)
             self.failures = self.failures + 1 if failed else 0
-            for (_, future, _), result in zip(batch, results):
-                if future.done():  # cancelled, when the server was told to hurry
+            for future, result in zip(batch, results):
+                if future.done():  # cancelled: the client left while the model ran, or the server ends
                     continue
                 if isinstance(result, Exception):
                     future.set_exception(result)
@@ -298,8 +323,10 @@ def build_app(predictor: Predictor) -> FastAPI:
             max_delay = settings.max_delay_ms / 1000
             app.state.batcher = Batcher(predictor.forward, model_thread, settings.max_batch_size, max_delay)
             app.state.runner = asyncio.create_task(app.state.batcher.run())
-            yield  # uvicorn goes on when the last request is answered
+            yield  # uvicorn goes on when the last request is answered, or cancelled
             app.state.runner.cancel()
+            while in_house:  # those that were cancelled hear it before the end of a batch is waited for
+                await asyncio.sleep(0.01)
 
     app = FastAPI(title=f"{predictor.task} by {settings.model}", lifespan=lifespan)
 
@@ -320,7 +347,7 @@ def build_app(predictor: Predictor) -> FastAPI:
         try:
             inputs, size = await in_thread(predictor.prepare, await read_body(request, settings))
             try:
-                outputs = await app.state.batcher(inputs)
+                outputs = await unless_left(request, app.state.batcher(inputs))
             except ValueError as error:  # too few patches for the schedule, for example
                 raise misfit(size, error) from None
             except Exception:
@@ -332,6 +359,8 @@ def build_app(predictor: Predictor) -> FastAPI:
                 raise HTTPException(
                     500, "There is no answer for this image; the server's log has the reason."
                 ) from None
+        except asyncio.CancelledError:  # the client left, and hears nothing, or the time after a signal is over
+            raise HTTPException(503, "The server ends.", {"Retry-After": "1"}) from None
         finally:
             in_house -= 1
 
@@ -351,7 +380,10 @@ def build_app(predictor: Predictor) -> FastAPI:
 
 
 def main() -> None:
-    """Loads the model and serves it until a signal ends the process, which answers what has come by then."""
+    """Loads the model and serves it until a signal ends the process.
+
+    It answers what has come by then, for 30 seconds at most.
+    """
     (settings,) = HfArgumentParser(Settings).parse_args_into_dataclasses()
     app = build_app(Predictor(settings))
     uvicorn.run(app, host=settings.host, port=settings.port, access_log=False, timeout_graceful_shutdown=30)

@@ -7,11 +7,12 @@ import struct
 import threading
 import time
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import asynccontextmanager, contextmanager
 from io import BytesIO
 from pathlib import Path
 
+import anyio
 import httpx
 import numpy as np
 import pytest
@@ -167,12 +168,13 @@ def post(app, *bodies, **parameters) -> list:
 
 
 async def until(user, **counts: int) -> None:
-    """Waits until the server's counts are as large."""
-    while True:
-        health = (await user.get("/health")).json()
-        if all(health[name] >= count for name, count in counts.items()):
-            return
-        await asyncio.sleep(0.001)
+    """Waits until the server's counts are as large, for 20 seconds at most."""
+    with anyio.fail_after(20):
+        while True:
+            health = (await user.get("/health")).json()
+            if all(health[name] >= count for name, count in counts.items()):
+                return
+            await asyncio.sleep(0.001)
 
 
 def check_classes(response, expected: list[dict]) -> None:
@@ -428,7 +430,7 @@ class TestBatcher:
             while not sizes:
                 await asyncio.sleep(0.001)
             others = [asyncio.create_task(batcher(number)) for number in range(2, 12)]
-            while batcher.queue.qsize() < 10:
+            while len(batcher.waiting) < 10:
                 await asyncio.sleep(0.001)
             release.set()
             return await asyncio.gather(first, *others)
@@ -565,6 +567,50 @@ class TestTrouble:
         for response in asyncio.run(scenario()):
             check_classes(response, expected["png"])
 
+    def test_images_whose_clients_left_are_not_computed(self, build, expected):
+        """Eleven clients close their connections while the model is busy with the image of another one."""
+        release = threading.Event()
+        app, sizes = build(change=lambda forward: lambda inputs: release.wait(30) and forward(inputs))
+
+        async def scenario(url):
+            async with httpx.AsyncClient(base_url=url, timeout=30) as user:
+                first = asyncio.create_task(user.post("/predict", content=PNG))
+                await until(user, batches=1)
+                leaving = [asyncio.create_task(user.post("/predict", content=PNG)) for _ in range(11)]
+                await until(user, in_house=12)
+                for task in leaving:
+                    task.cancel()
+                try:
+                    with anyio.fail_after(20):
+                        while (await user.get("/health")).json()["in_house"] > 1:
+                            await asyncio.sleep(0.001)
+                finally:
+                    release.set()
+                return [await first, await user.post("/predict", content=PNG)]
+
+        with running(app) as url:
+            for response in asyncio.run(scenario(url)):
+                check_classes(response, expected["png"])
+        assert sizes == [1, 1]
+
+    def test_requests_that_a_server_cannot_answer_before_it_ends(self, build):
+        release = threading.Event()
+        app, _ = build(change=lambda forward: lambda inputs: release.wait(30) and forward(inputs))
+
+        async def full(url):
+            async with httpx.AsyncClient(base_url=url) as user:
+                await until(user, in_house=3, batches=1)
+
+        with ThreadPoolExecutor() as pool:
+            with running(app, timeout_graceful_shutdown=1) as url:
+                answers = [pool.submit(httpx.post, f"{url}/predict", content=PNG, timeout=30) for _ in range(3)]
+                asyncio.run(full(url))
+                told = pool.submit(wait, answers, 20)
+                told.add_done_callback(lambda _: release.set())  # that batch is still running when they are told
+            for answer in answers:
+                check_refusal(answer.result(), 503, "ends")
+            assert not told.result().not_done
+
     def test_health_fails_when_no_batches_are_served(self, build):
         app, _ = build()
 
@@ -597,6 +643,17 @@ class TestTrouble:
     def test_numbers_must_be_positive(self, serve, name):
         with pytest.raises(ValueError, match=f"--{name} is 0; give 1 or more"):
             serve.Settings("folder", **{name: 0})
+
+    @pytest.mark.parametrize("value", [0, -1.0, float("nan")])
+    @pytest.mark.parametrize("name", ["max_megabytes", "max_megapixels", "body_seconds"])
+    def test_limits_must_let_something_in(self, serve, name, value):
+        with pytest.raises(ValueError, match=f"--{name} is {value}, which refuses every image; give more than 0"):
+            serve.Settings("folder", **{name: value})
+
+    @pytest.mark.parametrize("value", [-1.0, float("nan")])
+    def test_a_delay_is_not_negative(self, serve, value):
+        with pytest.raises(ValueError, match=f"--max_delay_ms is {value}; give 0"):
+            serve.Settings("folder", max_delay_ms=value)
 
 
 def test_threads(serve):
@@ -635,9 +692,9 @@ def test_a_server_in_a_process_of_its_own(example, folders, expected):
 
 
 @contextmanager
-def running(app):
+def running(app, **settings):
     """The address of an application that a thread serves."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", **settings))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
@@ -724,3 +781,6 @@ class TestLoadTest:
                 load_test.main(arguments)
         with pytest.raises(ValueError, match="has no files"):
             load_test.main(["--url", "http://127.0.0.1:1", "--image_dir", str(tmp_path)])
+        for nobody in ("http://127.0.0.1:1", "127.0.0.1:1"):
+            with pytest.raises(RuntimeError, match=f"No server answers at {nobody}"):
+                load_test.main(["--url", nobody])
