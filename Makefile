@@ -66,7 +66,6 @@ bench: $(VENV)/.installed-dev
 
 speed: $(VENV)/.installed-dev
 	$(BIN)/python docs/speed/measure.py
-	MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 $(BIN)/python docs/speed/measure.py attention_kept
 	$(MAKE) speed-page
 
 speed-page: $(VENV)/.installed-dev

@@ -198,7 +198,10 @@ class StrippableModel(PreTrainedModel):
         repo_id = kwargs.pop("repo_id", None)
         hub_kwargs = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if push_to_hub and name in kwargs}
         if not is_main_process:
-            super().save_pretrained(save_directory, False, state_dict, False, *args, **kwargs)
+            # Sharded weights are gathered with every process, and written by each in older releases of Transformers.
+            with tempfile.TemporaryDirectory() as unused:
+                folder = save_directory if kwargs.get("distributed_checkpoint") else unused
+                super().save_pretrained(folder, False, state_dict, False, *args, **kwargs)
             return
 
         saved = self.state_dict() if state_dict is None else state_dict  # which loses its tensors on the way

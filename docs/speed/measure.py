@@ -1,18 +1,21 @@
 """The measurements of two pages, speed.md and schedules.md.
 
-`python docs/speed/measure.py [NAME ...]` writes the records of groups, all but `shapes` by default.
+`python docs/speed/measure.py [NAME ...]` writes the records of groups, all but `shapes` by default. Each runs in a
+process of its own: the memory that one leaves behind changes the times of the next.
 
 Each takes minutes, on a machine that does nothing else.
 """
 
 import copy
 import json
+import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from transformers import AutoImageProcessor
@@ -32,6 +35,7 @@ from cropr_hf.modeling_cropr_vit import CroprViTPreTrainedModel
 
 
 FOLDER = Path(__file__).parent
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "8589934592"}  # for glibc
 # Patches removed per module, such that 10 to 18 % of the patches are left at the end.
 RATES = {
     ("small", 224): 16,
@@ -253,14 +257,7 @@ OTHERS = {
 
 
 def measure(name: str) -> None:
-    """Measures a group. Until all of it is there, what is takes the name `NAME.json.part`.
-
-    `NAME_kept` is the group NAME in a process whose environment makes glibc keep memory (see the Makefile).
-    """
-    if name.endswith("_kept") and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
-        raise ValueError(
-            f"{name} is for a process that keeps memory; set MALLOC_MMAP_THRESHOLD_, as `make speed` does."
-        )
+    """Measures a group. Until all of it is there, what is takes the name `NAME.json.part`."""
     group, records, part = name.removesuffix("_kept"), [], FOLDER / f"{name}.json.part"
     for record in benchmarks(GROUPS[group]) if group in GROUPS else OTHERS[group]():
         records.append(record)
@@ -268,6 +265,16 @@ def measure(name: str) -> None:
     part.replace(FOLDER / f"{name}.json")
 
 
+def main() -> None:
+    """Measures groups; `NAME_kept` is the group NAME in a process that keeps memory."""
+    for name in sys.argv[1:] or [*GROUPS, *(name for name in OTHERS if name != "shapes"), "attention_kept"]:
+        process = multiprocessing.get_context("spawn").Process(target=measure, args=(name,))
+        with patch.dict(os.environ, KEEP_MEMORY if name.endswith("_kept") else {}):
+            process.start()
+        process.join()
+        if process.exitcode:
+            sys.exit(process.exitcode)
+
+
 if __name__ == "__main__":
-    for group in sys.argv[1:] or [name for name in (*GROUPS, *OTHERS) if name != "shapes"]:
-        measure(group)
+    main()
