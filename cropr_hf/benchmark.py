@@ -195,11 +195,14 @@ def library_twins(config: CroprViTConfig, size: str | None = None) -> dict[str, 
         return twins
     own = {name: getattr(config, name) for name in ("image_size", "patch_size", "num_labels")}
     plain = CroprViTConfig.from_size(size, token_reducer=None, **own)
-    if unpruned_config(plain).to_dict() == unpruned_config(config).to_dict():  # timm has none with other fields
-        from timm import create_model
+    theirs, ours = unpruned_config(plain).to_dict(), unpruned_config(config).to_dict()
+    if different := [name for name in theirs if theirs[name] != ours[name]]:
+        logger.warning(f"timm's model is left out, as it may be another one: {', '.join(different)} are not as usual.")
+        return twins
+    from timm import create_model
 
-        shape: dict[str, Any] = {"img_size": config.input_size, "patch_size": config.patch_size}
-        twins["timm"] = create_model(TIMM_TWINS[size], **shape, num_classes=config.num_labels or 0)
+    shape: dict[str, Any] = {"img_size": config.input_size, "patch_size": config.patch_size}
+    twins["timm"] = create_model(TIMM_TWINS[size], **shape, num_classes=config.num_labels or 0)
     return twins
 
 
@@ -394,6 +397,8 @@ def _prepare(args: BenchmarkArguments) -> tuple[CroprViTConfig, str]:
         raise ValueError(f"`batch_size` is {args.batch_size}; it must be 1 or more.")
     if args.dtype not in DTYPES:
         raise ValueError(f"`dtype` is {args.dtype!r}; choose one of {', '.join(DTYPES)}.")
+    if args.model_name_or_path is not None and args.size != BenchmarkArguments.size:
+        raise ValueError(f"`size` is {args.size!r}, but a checkpoint has a size; leave `size` or the checkpoint out.")
     if args.gradient_checkpointing and not args.training:
         raise ValueError("`gradient_checkpointing` is a matter of training steps; pass `training` as well.")
     if args.twins and args.training:

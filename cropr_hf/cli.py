@@ -284,7 +284,7 @@ def _architecture(name_or_path: str) -> str:
 def _check_target(folder: str, source: str) -> None:
     """Raises `ValueError` for a folder whose model must stay as it is, also by another path."""
     target = Path(folder).resolve()
-    if target == Path(source).resolve() or is_checkpoint_folder(target):
+    if target == Path(source).resolve() or is_checkpoint_folder(folder):
         raise ValueError(
             f"{folder} is the model itself, or where training resumes from, and would lose modules; give another "
             "folder."
@@ -316,7 +316,9 @@ def _image_processor(
         edges = {"shortest_edge": min(size), "longest_edge": max(size)}
         mean, std = processor.image_mean, processor.image_std
         return CroprViTImageProcessor(size=edges, pad_size=sides, image_mean=mean, image_std=std)
-    processor.size, processor.do_center_crop = sides, False
+    processor.size = sides
+    if getattr(processor, "do_center_crop", None):
+        processor.do_center_crop = False
     return processor
 
 

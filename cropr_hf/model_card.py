@@ -341,7 +341,7 @@ def _is_hub_id(name: str) -> bool:
 
 def write_file(path: str | os.PathLike, text: str) -> None:
     """Never leaves half a file behind."""
-    path = Path(path)
+    path = Path(path).resolve()  # a link stays one
     temporary = path.with_name(f"_{path.name}")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)

@@ -62,9 +62,9 @@ class StrippableModel(PreTrainedModel):
         self.config.use_auxiliary_heads = False
 
     def add_auxiliary_heads(self) -> None:
-        """Makes a stripped model trainable: new heads, and queries whose sum is the folded vector (same ranking).
+        """Makes a stripped model trainable: new heads, and queries whose sum is the folded vector.
 
-        A model that has heads keeps them.
+        Its ranking of tokens stays the same, up to rounding in half precision. A model that has heads keeps them.
 
         Raises:
             `ValueError`: when the token reducer has no auxiliary heads.
@@ -259,8 +259,9 @@ class StrippableModel(PreTrainedModel):
 
 
 def is_checkpoint_folder(path: str | os.PathLike) -> bool:
-    """Whether a folder, or what a link leads to, has the name of those that the Trainer resumes from."""
-    return re.fullmatch(r"checkpoint-\d+", os.path.basename(os.path.realpath(path))) is not None
+    """Whether a folder, or what it is a link to, has the name of those that the Trainer resumes from."""
+    names = (os.path.basename(place) for place in (os.path.abspath(path), os.path.realpath(path)))
+    return any(re.fullmatch(r"checkpoint-\d+", name) for name in names)
 
 
 def _stored_config(path: str | os.PathLike, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -116,7 +116,7 @@ def find_schedule(
     _check_request(target_speedup, latency_ms, shape, calibration is not None)
     timing = (min_rounds, max_rounds, tolerance)
     check_rounds(*timing)
-    if hasattr(model, "_orig_mod"):
+    if any(hasattr(part, "_orig_mod") or part._compiled_call_impl is not None for part in model.modules()):
         raise ValueError("The model is compiled, and each schedule would compile it anew; give the model as it was.")
     with left_as_found(model):
         model.set_pruning(0)  # an error for a model that cannot prune

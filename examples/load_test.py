@@ -94,7 +94,7 @@ async def health(client: httpx.AsyncClient) -> dict[str, int]:
     """
     try:
         response = await client.get("/health")
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise RuntimeError(f"No server answers at {client.base_url} ({error}); start one, or give another.") from None
     if response.status_code != 200:
         raise RuntimeError(f"The server at {client.base_url} is ill: {response.text}")

@@ -238,7 +238,12 @@ def encode_map(labels: torch.Tensor, size: tuple[int, int]) -> bytes:
 
 async def unless_left(request: Request, work: Coroutine) -> Any:
     """What `work` returns; a client that leaves cancels it. The body must have been read."""
-    task, leaving = asyncio.ensure_future(work), asyncio.ensure_future(request.receive())
+
+    async def until_left() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    task, leaving = asyncio.ensure_future(work), asyncio.ensure_future(until_left())
     leaving.add_done_callback(lambda _: task.cancel())
     try:
         return await task
@@ -272,12 +277,13 @@ class Batcher:
     async def gather(self) -> dict[asyncio.Future, Any]:
         """Waits for the next batch."""
         while len(self.waiting) < self.max_batch_size:
-            deadline = min((came + self.max_delay for _, came in self.waiting.values()), default=float("inf"))
-            self.came.clear()
-            with anyio.move_on_after(deadline - anyio.current_time()) as scope:
-                await self.came.wait()
-            if scope.cancelled_caught and self.waiting:
+            first_came = next((came for _, came in self.waiting.values()), float("inf"))
+            remaining = first_came + self.max_delay - anyio.current_time()
+            if remaining <= 0:
                 break
+            self.came.clear()
+            with anyio.move_on_after(remaining):
+                await self.came.wait()
         batch = list(islice(self.waiting, self.max_batch_size))
         return {future: self.waiting.pop(future)[0] for future in batch}
 

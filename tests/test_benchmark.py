@@ -209,6 +209,8 @@ TINY = {
 
 def arguments(**fields):
     defaults = {"size": "tiny", "pruning_rate": 3, "image_size": 32, "config": json.dumps(TINY), "batch_size": 2}
+    if "model_name_or_path" in fields:
+        del defaults["size"]
     return BenchmarkArguments(**{**defaults, "min_rounds": 3, "max_rounds": 3, **fields})
 
 
@@ -387,6 +389,8 @@ def test_what_a_checkpoint_cannot_take_is_an_error(tmp_path):
     args = arguments(model_name_or_path=str(tmp_path), config="{}", pruning_rate=None, image_size=None)
     with pytest.raises(ValueError, match="does not prune; time one that does"):
         run(args)
+    with pytest.raises(ValueError, match="`size` is 'base', but a checkpoint has a size"):
+        run(replace(args, size="base"))
     with pytest.raises(ValueError, match="--config has prunning_rate"):
         run(replace(args, config='{"prunning_rate": 3}'))
     reducer = '{"token_reducer": "cropr", "pruning_rate": 3}'

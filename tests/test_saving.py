@@ -130,11 +130,12 @@ def test_a_trainer_checkpoint_is_complete(folder, tmp_path):
     assert not (tmp_path / folder / "training_config").exists()
 
 
-def test_a_link_to_a_checkpoint_gets_the_complete_weights(tmp_path):
-    (tmp_path / "checkpoint-12").mkdir()
-    (tmp_path / "latest").symlink_to(tmp_path / "checkpoint-12")
-    trainable().save_pretrained(tmp_path / "latest")
-    assert any("auxiliary_head" in key for key in stored_weights(tmp_path / "checkpoint-12"))
+@pytest.mark.parametrize(("link", "folder"), [("latest", "checkpoint-12"), ("checkpoint-12", "large_disk")])
+def test_a_checkpoint_behind_a_link_is_complete(link, folder, tmp_path):
+    (tmp_path / folder).mkdir()
+    (tmp_path / link).symlink_to(tmp_path / folder)
+    trainable().save_pretrained(tmp_path / link)
+    assert any("auxiliary_head" in key for key in stored_weights(tmp_path / folder))
 
 
 @pytest.mark.parametrize("folder", ["checkpoint", "checkpoint-best", "my-checkpoint-12", "checkpoint-12-stripped"])

@@ -267,7 +267,11 @@ def measure(name: str) -> None:
 
 def main() -> None:
     """Measures groups; `NAME_kept` is the group NAME in a process that keeps memory."""
-    for name in sys.argv[1:] or [*GROUPS, *(name for name in OTHERS if name != "shapes"), "attention_kept"]:
+    all_names = [*GROUPS, *OTHERS, "attention_kept"]
+    names = sys.argv[1:] or [name for name in all_names if name != "shapes"]
+    if unknown := {*names} - {*all_names}:
+        raise ValueError(f"There is no group {', '.join(unknown)}; choose among {', '.join(all_names)}.")
+    for name in names:
         process = multiprocessing.get_context("spawn").Process(target=measure, args=(name,))
         with patch.dict(os.environ, KEEP_MEMORY if name.endswith("_kept") else {}):
             process.start()

@@ -171,17 +171,18 @@ def budgets_table(records: list[dict[str, Any]]) -> str:
 
 def shapes_table(records: list[dict[str, Any]]) -> str:
     """Accuracy, and patches that are left after each block that prunes, by the speed-up and the shape."""
-    columns = [f"`{shape}`" + ", calibrated" * calibrated for shape, calibrated in SHAPES]
-    rows: dict[float, list[str]] = {}
+    rows: dict[str, dict[str, str]] = {}  # by the speed-up and the shape
     for record in records:
+        column = f"`{record['shape']}`" + ", calibrated" * (record["calibrated"] and record["shape"] != "free")
         before = [record["schedule"][0], *record["schedule"]]
         kept = [str(count) if count < last else "–" for last, count in zip(before, record["schedule"])][1:4]
-        cells = rows.setdefault(record["target_speedup"], [f"{record['target_speedup']:.1f}"])
-        cells.append(f"{record['accuracy']:.1%} ({', '.join(kept)})".replace("%", " %"))
-    return markdown_table(["asked for", *columns], list(rows.values()), num_names=0)
+        cell = f"{record['accuracy']:.1%} ({', '.join(kept)})".replace("%", " %")
+        rows.setdefault(f"{record['target_speedup']:.1f}", {})[column] = cell
+    columns = list(next(iter(rows.values())))
+    cells = [[target, *(row[column] for column in columns)] for target, row in rows.items()]
+    return markdown_table(["asked for", *columns], cells, num_names=0)
 
 
-SHAPES = (("constant", False), ("one_shot", False), ("one_shot", True), ("free", False))  # `free` always is
 ATTENTION = partial(turns_table, columns=["size, pixels, batch", "unpruned", "eager", "Cropr", "eager"])
 # Tables by the page that shows them, and by their records.
 PAGES: dict[str, dict[str, Callable[[list[dict[str, Any]]], str]]] = {
