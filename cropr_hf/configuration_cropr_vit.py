@@ -522,7 +522,10 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"`image_size` is {size}; give one number, or height and width.")
         for length in [size] if isinstance(size, int) else size:
             if length < self.patch_size or length % self.patch_size:
-                raise ValueError(f"`image_size` {size} is not a multiple of `patch_size` {self.patch_size}.")
+                raise ValueError(
+                    f"`image_size` {size} is not a multiple of `patch_size` {self.patch_size}; give multiples of it, "
+                    f"{self.patch_size} or more."
+                )
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"`hidden_act` is {self.hidden_act!r}; choose one of {', '.join(sorted(ACT2FN))}.")
         if self.pooling not in POOLING_MODES:

@@ -200,8 +200,8 @@ class StrippableModel(PreTrainedModel):
         if not is_main_process:
             # Sharded weights are gathered with every process, and written by each in older releases of Transformers.
             with tempfile.TemporaryDirectory() as unused:
-                folder = save_directory if kwargs.get("distributed_checkpoint") else unused
-                super().save_pretrained(folder, False, state_dict, False, *args, **kwargs)
+                target = save_directory if kwargs.get("distributed_checkpoint") else unused
+                super().save_pretrained(target, False, state_dict, False, *args, **kwargs)
             return
 
         saved = self.state_dict() if state_dict is None else state_dict  # which loses its tensors on the way

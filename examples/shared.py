@@ -36,6 +36,7 @@ from cropr_hf.training import (
     lora_model,
     merge_lora,
 )
+from cropr_hf.training.record import PRECISIONS
 
 
 logger = logging.get_logger(__name__)
@@ -445,7 +446,7 @@ def data_facts(args: Any, split: str = "train") -> dict[str, str]:
 def measure_speed(trainer: CroprTrainer) -> None:
     """Times a published model that prunes, the unpruned one and a random pruner, on the hardware of the training."""
     args: Any = trainer.args
-    dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(trainer.accelerator.mixed_precision, "float32")
+    dtype = PRECISIONS.get(trainer.accelerator.mixed_precision, "float32")
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     if model.config.token_reducer is None:
         return

@@ -1,9 +1,8 @@
 """The measurements of two pages, speed.md and schedules.md.
 
 `python docs/speed/measure.py [NAME ...]` writes the records of groups, all but `shapes` by default. Each runs in a
-process of its own: the memory that one leaves behind changes the times of the next.
-
-Each takes minutes, on a machine that does nothing else.
+process of its own, as the memory that one leaves behind changes the times of the next, and takes minutes on a machine
+that does nothing else.
 """
 
 import copy
