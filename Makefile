@@ -62,7 +62,7 @@ test-official: $(VENV)/.installed-dev
 		$(BIN)/python -m pytest -m slow tests/test_official_scripts.py $(PYTEST_ARGS)
 
 bench: $(VENV)/.installed-dev
-	$(BIN)/cropr-hf benchmark --size large --pruning_rate 8 --batch_size 8 --twins
+	$(BIN)/cropr-hf benchmark --size large --pruning_rate 8 --batch_size 8 --references
 
 speed: $(VENV)/.installed-dev
 	$(BIN)/python docs/speed/measure.py

@@ -3,59 +3,60 @@
 Importing the package registers its models with the Auto classes.
 """
 
-from transformers import (
-    AutoBackbone,
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForImageClassification,
-    AutoModelForImageSegmentation,
-    AutoModelForInstanceSegmentation,
-    AutoModelForObjectDetection,
-    AutoModelForSemanticSegmentation,
-)
+import transformers
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageSegmentation
 from transformers.models.auto import modeling_auto
 
-from .configuration_cropr_vit import CroprViTConfig, schedule_from_sides
+from . import methods  # noqa: F401 (registers them)
+from .configuration_cropr_vit import CroprViTConfig
+from .conversion import convert_vit
 from .image_processing_cropr_vit import CroprViTImageProcessor
 from .modeling_cropr_rf_detr import CroprRfDetrConfig, CroprRfDetrForObjectDetection, CroprRfDetrModel
 from .modeling_cropr_vit import (
     CroprViTBackbone,
     CroprViTForImageClassification,
-    CroprViTForSemanticSegmentation,
     CroprViTModel,
     CroprViTPreTrainedModel,
 )
 from .modeling_cropr_vit_detection import CroprViTForInstanceSegmentation, CroprViTForObjectDetection
-from .schedule_search import FoundSchedule, find_schedule
-from .schedules import curriculum_schedule, evaluate_schedules
+from .modeling_cropr_vit_segmentation import CroprViTForSemanticSegmentation
+from .publishing.model_card import write_card
+from .saving import StrippableModel
+from .speed.schedule_search import FoundSchedule, find_schedule
+from .speed.tradeoff import evaluate_schedules
+from .tasks import RF_DETR, TASKS
 from .token_reduction import (
     TOKEN_REDUCERS,
+    AttentionFacts,
+    ReducerConfig,
     TokenReducer,
     TokenState,
+    find_token_reducer,
     has_auxiliary_heads,
     register_token_reducer,
 )
+from .token_schedule import curriculum_schedule, schedule_from_sides
 from .version import __version__
 
 
+# What the code that travels to the Hub uses where the package is there, and does without elsewhere.
+CroprViTConfig.find_reducer = staticmethod(find_token_reducer)  # type: ignore[assignment]
+CroprViTPreTrainedModel.convert = staticmethod(convert_vit)
+StrippableModel.write_card = write_card
+
 AutoConfig.register(CroprViTConfig.model_type, CroprViTConfig, exist_ok=True)
-AutoModel.register(CroprViTConfig, CroprViTModel, exist_ok=True)
-AutoModelForImageClassification.register(CroprViTConfig, CroprViTForImageClassification, exist_ok=True)
-AutoModelForSemanticSegmentation.register(CroprViTConfig, CroprViTForSemanticSegmentation, exist_ok=True)
-AutoModelForObjectDetection.register(CroprViTConfig, CroprViTForObjectDetection, exist_ok=True)
-AutoModelForInstanceSegmentation.register(CroprViTConfig, CroprViTForInstanceSegmentation, exist_ok=True)
+AutoImageProcessor.register(
+    CroprViTConfig, image_processor_classes={"torchvision": CroprViTImageProcessor}, exist_ok=True
+)
+AutoConfig.register(CroprRfDetrConfig.model_type, CroprRfDetrConfig, exist_ok=True)
+transformers.AutoModel.register(CroprRfDetrConfig, CroprRfDetrModel, exist_ok=True)
+for config_class, tasks in ((CroprViTConfig, TASKS.values()), (CroprRfDetrConfig, [RF_DETR])):
+    for task in tasks:
+        getattr(transformers, task.auto_class).register(config_class, task.model_class, exist_ok=True)
 # The segmentation pipeline looks here first; `config.architectures` decides between the two.
 AutoModelForImageSegmentation.register(
     CroprViTConfig, (CroprViTForSemanticSegmentation, CroprViTForInstanceSegmentation), exist_ok=True
 )
-AutoImageProcessor.register(
-    CroprViTConfig, image_processor_classes={"torchvision": CroprViTImageProcessor}, exist_ok=True
-)
-AutoBackbone.register(CroprViTConfig, CroprViTBackbone, exist_ok=True)
-AutoConfig.register(CroprRfDetrConfig.model_type, CroprRfDetrConfig, exist_ok=True)
-AutoModel.register(CroprRfDetrConfig, CroprRfDetrModel, exist_ok=True)
-AutoModelForObjectDetection.register(CroprRfDetrConfig, CroprRfDetrForObjectDetection, exist_ok=True)
 # Pipelines look for the names here as well, and call a model that they do not find unsupported.
 modeling_auto.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES["cropr_vit"] = "CroprViTForSemanticSegmentation"
 modeling_auto.MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES["cropr_vit"] = "CroprViTForObjectDetection"
@@ -68,6 +69,7 @@ modeling_auto.MODEL_FOR_INSTANCE_SEGMENTATION_MAPPING_NAMES["cropr_vit"] = (  # 
 
 __all__ = [
     "TOKEN_REDUCERS",
+    "AttentionFacts",
     "CroprRfDetrConfig",
     "CroprRfDetrForObjectDetection",
     "CroprRfDetrModel",
@@ -81,6 +83,7 @@ __all__ = [
     "CroprViTModel",
     "CroprViTPreTrainedModel",
     "FoundSchedule",
+    "ReducerConfig",
     "TokenReducer",
     "TokenState",
     "__version__",

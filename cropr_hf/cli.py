@@ -18,31 +18,43 @@ from PIL import Image
 from transformers import AutoImageProcessor, HfArgumentParser, PreTrainedConfig
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
-from . import benchmark
-from .benchmark import BenchmarkArguments
+from .arguments import DTYPES, parse_config, parse_device
 from .configuration_cropr_vit import CroprViTConfig
-from .export import check_file, export_model, input_size
-from .hub import save_for_hub
+from .files import check_file, write_file
 from .image_processing_cropr_vit import CroprViTImageProcessor
-from .model_card import CARD_NAME, RECORD_NAME, add_to_record, read_record, write_card, write_file, write_record
 from .modeling_cropr_rf_detr import CroprRfDetrForObjectDetection
-from .modeling_cropr_vit import CroprViTBackbone, CroprViTPreTrainedModel
+from .modeling_cropr_vit import CroprViTPreTrainedModel
 from .modeling_cropr_vit_detection import CroprViTDetector
+from .publishing.export import export_model, input_size
+from .publishing.hub import save_for_hub
+from .publishing.model_card import CARD_NAME, RECORD_NAME, add_to_record, read_record, write_card, write_record
 from .saving import is_checkpoint_folder
-from .schedule_search import SHAPES, FoundSchedule, find_schedule
+from .speed.benchmark import BenchmarkArguments, sweep
+from .speed.plots import plot_benchmark
+from .speed.schedule_search import SHAPES, FoundSchedule, find_schedule
+from .speed.tables import format_sweep, format_table
+from .tasks import DEFAULT_TASK, TASKS, find_task
+from .token_reduction import find_token_reducer
 from .version import __version__
-from .visualization import check_picture, plot_benchmark, plot_pruning
+from .visualization import check_picture, plot_pruning
 
 
 def convert(args: Namespace) -> str:
     """Makes any pretrained ViT prunable."""
     _check_target(args.output_dir, args.source)
-    model_class = benchmark.TASKS[args.task][0]
-    model = model_class.from_vit(args.source, **benchmark.parse_config(args.config))
-    processor = _image_processor(args.source, model.config.input_size, args.task in benchmark.DETECTION)
+    task = TASKS[args.task]
+    model = task.model_class.from_vit(args.source, **parse_config(args.config))
+    processor = _image_processor(args.source, model.config.input_size, task.is_detector)
     _save(model, processor, args.output_dir, args.with_code)
     note = "" if processor is not None else " The source has no image processor; save one beside it."
-    return f"{args.output_dir} holds the model; its scorers are new, so train it.{note}"
+    method = find_token_reducer(model.config)
+    if method is None:
+        what = "it does not prune"
+    elif method.learns:
+        what = "its scorers are new, so train it"
+    else:
+        what = f"{method.label} is training-free: it can be used at once, and fine-tuned for accuracy"
+    return f"{args.output_dir} holds the model; {what}.{note}"
 
 
 def strip(args: Namespace) -> str:
@@ -79,12 +91,12 @@ def run_benchmark(args: Namespace) -> str:
             content = records if settings else records[0]
             write_file(arguments.output, json.dumps(content, indent=2))
 
-    records = benchmark.sweep(arguments, settings, save)
+    records = sweep(arguments, settings, save)
     if args.update_record:
         add_to_record(args.model_name_or_path, throughput=records[0])
     if args.plot is not None:
         plot_benchmark(records, [*settings]).savefig(args.plot, dpi=110, bbox_inches="tight")
-    return benchmark.format_sweep(records, [*settings]) if settings else benchmark.format_table(records[0])
+    return format_sweep(records, [*settings]) if settings else format_table(records[0])
 
 
 def _sweep_settings(texts: Sequence[str]) -> dict[str, list[Any]]:
@@ -183,14 +195,15 @@ def schedule(args: Namespace) -> str:
         raise ValueError(f"--calibration is {args.calibration}, which is no folder; name one with images.")
     if args.output is not None:
         check_file(args.output)
-    benchmark.parse_device(args.device)
-    overrides = benchmark.parse_config(args.config)
+    parse_device(args.device)
+    overrides = parse_config(args.config)
     if args.model is None:
-        model_class, defaults = benchmark.TASKS[args.task]
+        task = TASKS[args.task]
         if args.image_size is not None:
             overrides["image_size"] = args.image_size
         # A rate of 0: pruning is possible after every block, whatever the size of the image.
-        model = model_class(CroprViTConfig.from_size(args.size, **{**defaults, "pruning_rate": 0, **overrides}))
+        fields = {**task.fields, "pruning_rate": 0, **overrides}
+        model = task.model_class(CroprViTConfig.from_size(args.size, **fields))
     else:
         model = _load(args.model, **overrides)
     config = model.config
@@ -221,11 +234,11 @@ def schedule(args: Namespace) -> str:
         stored = _load(args.model, **{**overrides, "pruning_rate": None, "pruning_schedule": found.schedule})
         _take_over_record(stored, args.model, without=("evaluations", "throughput"))  # of another schedule
         _save(stored, processor, args.save)
-    return _describe(found, type(model).__name__, args)
+    return _describe(found, model, args)
 
 
-def _describe(found: FoundSchedule, class_name: str, args: Namespace) -> str:
-    load = f"{class_name}.from_pretrained({args.model or 'path'!r}, pruning_schedule=schedule)"
+def _describe(found: FoundSchedule, model: CroprViTPreTrainedModel, args: Namespace) -> str:
+    load = f"{type(model).__name__}.from_pretrained({args.model or 'path'!r}, pruning_schedule=schedule)"
     lines = [
         f"schedule = {found.schedule}",
         f"shape {found.shape}; predicted {found.predicted_speedup:.2f} times as fast as unpruned, "
@@ -236,7 +249,9 @@ def _describe(found: FoundSchedule, class_name: str, args: Namespace) -> str:
     ]
     if args.save is not None:
         lines.append(f"{args.save} holds the model with this schedule.")
-    return "\n".join([*lines, "It changes the accuracy: measure that, or fine-tune with the schedule."])
+    method = find_token_reducer(model.config)
+    free = "" if method.learns else f" {method.label} is training-free, so it can be used at once."
+    return "\n".join([*lines, f"It changes the accuracy: measure that, or fine-tune with the schedule.{free}"])
 
 
 def _image_batches(folder: str, processor: Any, batch_size: int) -> Iterator[torch.Tensor]:
@@ -266,10 +281,10 @@ def _take_over_record(model: CroprViTPreTrainedModel, source: str, without: Sequ
 def _load(name_or_path: str, **fields: Any) -> CroprViTPreTrainedModel:
     """A model of the class that it was saved with, stripped; `fields` replace those of its configuration."""
     architecture = _architecture(name_or_path)
-    classes = {cls.__name__: cls for cls, _ in benchmark.TASKS.values()} | {"CroprViTBackbone": CroprViTBackbone}
-    if architecture not in classes:
-        raise ValueError(f"{name_or_path} holds a {architecture or 'model without a class'}, no `CroprViT*` model.")
-    return classes[architecture].from_pretrained(name_or_path, use_auxiliary_heads=False, **fields)
+    found = find_task(architecture)
+    if found is None:
+        raise ValueError(f"{name_or_path} holds a {architecture or 'model without a class'}, not a `CroprViT*` model.")
+    return found[1].model_class.from_pretrained(name_or_path, use_auxiliary_heads=False, **fields)
 
 
 def _architecture(name_or_path: str) -> str:
@@ -355,14 +370,12 @@ def build_parser() -> ArgumentParser:
 
     def add_input(command: ArgumentParser) -> None:
         command.add_argument("--image_size", type=int, help="height and width in pixels (default: that of the model)")
-        command.add_argument("--dtype", default="float32", choices=benchmark.DTYPES, help="default: %(default)s")
+        command.add_argument("--dtype", default="float32", choices=DTYPES, help="default: %(default)s")
 
     command = add(convert, "convert", """facebook/vit-mae-large outputs/vit --config '{"pruning_rate": 8}'""")
     command.add_argument("source", help="Hub id, folder or timm name of a ViT")
     add_output(command)
-    command.add_argument(
-        "--task", default=benchmark.DEFAULT_TASK, choices=[*benchmark.TASKS], help="class of the model"
-    )
+    command.add_argument("--task", default=DEFAULT_TASK, choices=[*TASKS], help="class of the model")
     command.add_argument("--config", default="{}", help="fields of the configuration, as JSON")
 
     command = add(strip, "strip", "outputs/run/checkpoint-5000 outputs/published")
@@ -384,9 +397,7 @@ def build_parser() -> ArgumentParser:
     )
     command.add_argument("model", nargs="?", help="folder or Hub id")
     command.add_argument("--size", help="instead, random weights of CroprViTConfig.from_size: small, base, large, ...")
-    command.add_argument(
-        "--task", default=benchmark.DEFAULT_TASK, choices=[*benchmark.TASKS], help="class of the model of --size"
-    )
+    command.add_argument("--task", default=DEFAULT_TASK, choices=[*TASKS], help="class of the model of --size")
     command.add_argument("--config", default="{}", help="fields of the configuration, as JSON")
     command.add_argument("--target_speedup", type=float, help="times as fast as the unpruned model")
     command.add_argument("--latency_ms", type=float, help="or milliseconds per batch")

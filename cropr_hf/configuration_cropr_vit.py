@@ -16,14 +16,16 @@
 # No `from __future__ import annotations` here: it would switch the type checks of `@strict` off.
 import difflib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import fields
-from itertools import pairwise
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
+
+from .token_schedule import check_pruning, kept_patches, pruning_blocks, schedule_from_sides, window_grid
 
 
 POOLING_MODES = ("mean", "patch_mean", "cls", "cls_patch_mean")
@@ -88,37 +90,6 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-def schedule_from_sides(
-    num_hidden_layers: int,
-    num_patches: int,
-    blocks: Sequence[int] = (5, 8, 11, 14, 20),
-    sides: Sequence[int] = (80, 64, 48, 32, 16),
-) -> list[int]:
-    """A `pruning_schedule` that leaves squares of patches; they tile into windows whose size divides the sides.
-
-    The defaults are the schedule of the paper for EVA-02-L at 1536 pixels: 96 x 96 patches, of which 97 % are pruned.
-
-    Args:
-        num_hidden_layers: blocks L of the model.
-        num_patches: before pruning.
-        blocks: ascending numbers (1 to L) of the blocks to prune after.
-        sides: side of the square of patches that is left after each of them.
-
-    Raises:
-        `ValueError`: when there are not as many sides as blocks, or blocks do not ascend within 1 to L.
-    """
-    if len(blocks) != len(sides):
-        raise ValueError(f"There are {len(blocks)} blocks but {len(sides)} sides; give one side per block.")
-    if list(blocks) != sorted(set(blocks)) or not all(1 <= block <= num_hidden_layers for block in blocks):
-        raise ValueError(f"The blocks are {list(blocks)}; they must ascend within 1 to {num_hidden_layers}.")
-    kept = dict(zip(blocks, sides))
-    schedule = []
-    for block in range(1, num_hidden_layers + 1):
-        num_patches = kept[block] ** 2 if block in kept else num_patches
-        schedule.append(num_patches)
-    return schedule
-
-
 # The detector of the paper: windows of 16 patches, every third block global.
 SIZES["eva02_large_detection"] = {
     **SIZES["eva02_large"],
@@ -171,13 +142,19 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
             place in the image.
 
     Token reduction:
-        token_reducer (`str`, *optional*): `"cropr"`, `"random"` (the baseline of the paper), or `None`: unpruned.
+        token_reducer (`str`, *optional*): name of the method, such as the default, `"random"` (the baseline of the
+            paper) or `"tome"`; `None` is the unpruned model. `cropr_hf.TOKEN_REDUCERS` has all.
+        reducer_config (`dict`, *optional*): fields of the method's own, such as `proportional_attention` of ToMe.
+            They are checked when a model is built.
+        reducer_package (`str`, *optional*): the package that a method outside of this code comes from; models note it.
         pruning_rate (`int`, *optional*): patch tokens removed by each module, R in the paper. One module follows
-            every block but the last (but the last two with fusion). 8 when no schedule is given either.
+            every block but the last (but the last two with fusion), unless the method has other places and counts. 8
+            when no schedule is given either.
         pruning_schedule (`list[int]`, *optional*): patch tokens kept after each block, one entry per block; a module
             stands where the number falls, so the last entry (the last two with fusion) repeats the one before. Entries
             before the first module stand for all tokens, whatever the image size.
-        last_layer_fusion (`bool`): put the pruned tokens back before the last block (Last Layer Fusion in the paper).
+        last_layer_fusion (`bool`, *optional*): put the pruned tokens back before the last block (Last Layer Fusion in
+            the paper). By default as the method is published: on for Cropr and random, off for ToMe.
         align_first_module (`bool`): with a CLS token, the first module of `pruning_rate` removes one token more, so
             that the sequence length, CLS included, stays a multiple of 4 or 8 (197 -> 188 -> 180 ...).
         token_multiple (`int`): the sequence lengths that `pruning_rate` leaves, prefix included, are rounded up to
@@ -273,9 +250,11 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
     window_rope_mode: str = "origin"
     # Token reduction
     token_reducer: str | None = "cropr"
+    reducer_config: dict | None = None
+    reducer_package: str | None = None
     pruning_rate: int | None = None
     pruning_schedule: list[int] | tuple[int, ...] | None = None
-    last_layer_fusion: bool = True
+    last_layer_fusion: bool | None = None
     align_first_module: bool = True
     token_multiple: int = 1
     prune_padding_first: bool = False
@@ -306,9 +285,19 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
+    # Finds the method of a configuration; the package hands it in. In code from the Hub, which reads configurations
+    # apart from the methods, models check what depends on the method when they are built.
+    find_reducer = None
+
     def __post_init__(self, **kwargs: Any):
         if self.token_reducer is not None and self.pruning_rate is None and self.pruning_schedule is None:
             self.pruning_rate = DEFAULT_PRUNING_RATE
+        method = None
+        if self.token_reducer is not None and self.find_reducer is not None:
+            with suppress(ValueError):  # of a method that is not installed; building a model says what is missing
+                method = self.find_reducer(self)
+        if self.last_layer_fusion is None and (method is not None or self.token_reducer is None):
+            self.last_layer_fusion = method is None or method.fuses_by_default
         self.stage_names = ["stem"] + [f"stage{i}" for i in range(1, self.num_hidden_layers + 1)]
         self.set_output_features_output_indices(
             out_features=kwargs.pop("out_features", None), out_indices=kwargs.pop("out_indices", None)
@@ -321,6 +310,8 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
         self.validate_training()
         self.validate_detection()
         self.validate_token_reduction()
+        if method is not None:
+            check_pruning(self, method)
 
     def _check_unknown(self, kwargs: dict[str, Any]) -> None:
         """Transformers keeps unknown keywords as attributes; one that looks like a field is a mistake."""
@@ -340,7 +331,8 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
         """
         if size not in SIZES:
             raise ValueError(f"Unknown size {size!r}; choose one of {', '.join(SIZES)}, or give the fields.")
-        stored = {name: value for name, value in SIZES[size].items() if name not in _replaced_pruning(kwargs)}
+        replaced = _replaced_fields(SIZES[size], kwargs)
+        stored = {name: value for name, value in SIZES[size].items() if name not in replaced}
         config = cls(**{**stored, **kwargs})
         if "pruning_schedule" in stored and config.num_patches != stored["pruning_schedule"][0]:
             raise ValueError(
@@ -365,7 +357,7 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
         names = {field.name for field in fields(cls)} - {field.name for field in fields(PreTrainedConfig)}
         names |= {"problem_type", *cls.attribute_map}
         overrides = {cls.attribute_map.get(name, name): kwargs.pop(name) for name in names & kwargs.keys()}
-        replaced = _replaced_pruning(overrides)
+        replaced = _replaced_fields(config_dict, overrides)
         if "num_hidden_layers" in overrides:
             replaced |= {"stage_names", "out_features", "out_indices"}
         stored = {name: value for name, value in config_dict.items() if name not in replaced}
@@ -397,112 +389,32 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def pruning_blocks(self) -> list[int]:
-        """Blocks (1 to L) that a module follows; which parameters exist depends on it, not on the rate."""
-        if self.token_reducer is None:
-            return []
-        if self.pruning_schedule is None:
-            return list(range(1, self._last_prunable_block + 1))
-        before = [self.num_patches, *self.pruning_schedule]
-        return [block for block, kept in enumerate(self.pruning_schedule, start=1) if kept < before[block - 1]]
-
-    @property
-    def _last_prunable_block(self) -> int:
-        return self.num_hidden_layers - (2 if self.last_layer_fusion else 1)
+        """Blocks (1 to L) that have a module; which parameters exist depends on it, not on the rate."""
+        return pruning_blocks(self, self._method())
 
     def kept_patches(self, num_patches: int | None = None, pruning: int | Sequence[int] | None = None) -> list[int]:
-        """Patch tokens kept after each of the L blocks, before fusion puts the pruned ones back.
-
-        Every part of the project that needs token counts (model, benchmark, cards) calls this method.
-
-        Args:
-            num_patches: patch tokens of the input; those of `image_size` by default.
-            pruning: a rate or a schedule instead of the configured one, as `set_pruning` takes it.
+        """Patch tokens kept after each of the L blocks; see `token_schedule.kept_patches`.
 
         Raises:
-            `ValueError`: when the schedule leaves no patch, increases, does not have L entries, keeps more tokens
-            than the input has, or prunes after a block that has no module.
+            `ValueError`: for an impossible schedule or an unknown method.
+            `ImportError`: in code loaded from the Hub, for a model that prunes.
         """
-        num_patches = self.num_patches if num_patches is None else num_patches
-        if pruning is None:
-            pruning = self.pruning_rate if self.pruning_schedule is None else self.pruning_schedule
-        if self.token_reducer is None or pruning is None:
-            return [num_patches] * self.num_hidden_layers
-        if isinstance(pruning, int):
-            return self._kept_by_rate(num_patches, pruning)
-        return self._kept_by_schedule(num_patches, list(pruning))
+        return kept_patches(self, self._method(), num_patches, pruning)
 
-    def _kept_by_rate(self, num_patches: int, rate: int) -> list[int]:
-        if rate < 0:
-            raise ValueError(f"The pruning rate is {rate}; it must be 0 or more patch tokens per module.")
-        modules = self.pruning_blocks
-        kept, remaining = [], num_patches
-        for block in range(1, self.num_hidden_layers + 1):
-            if block in modules:
-                aligned = self.align_first_module and self.use_cls_token and rate > 0 and block == modules[0]
-                remaining -= rate + aligned
-            kept.append(remaining)
-        if remaining < 1:
-            aligned = self.align_first_module and self.use_cls_token
-            limit = max(num_patches - 1 - aligned, 0) // len(modules)
-            raise ValueError(
-                f"A pruning rate of {rate} at {len(modules)} modules leaves {remaining} of {num_patches} patch "
-                f"tokens; at least 1 must stay: use a rate of at most {limit} or a larger image."
+    def _method(self) -> Any:
+        if self.token_reducer is None:
+            return None
+        if self.find_reducer is None:
+            raise ImportError(
+                "Token counts depend on the method; for them the package is needed: pip install cropr_hf"
             )
-        multiple, prefix = self.token_multiple, self.num_prefix_tokens
-        return [min(-(-(entry + prefix) // multiple) * multiple - prefix, num_patches) for entry in kept]
-
-    def _kept_by_schedule(self, num_patches: int, schedule: list[int]) -> list[int]:
-        if len(schedule) != self.num_hidden_layers:
-            raise ValueError(
-                f"The pruning schedule has {len(schedule)} entries; it needs one per block, {self.num_hidden_layers}."
-            )
-        if any(later > earlier for earlier, later in pairwise(schedule)):
-            raise ValueError(f"The pruning schedule {schedule} increases; pruned tokens cannot come back.")
-        if schedule[-1] < 1:
-            raise ValueError(f"The pruning schedule {schedule} leaves no patch token; keep at least 1.")
-        modules, kept, remaining = self.pruning_blocks, [], num_patches
-        for block, entry in enumerate(schedule, start=1):
-            if block in modules:
-                if entry > remaining:
-                    raise ValueError(
-                        f"The pruning schedule keeps {entry} patch tokens after block {block}, but the input has only "
-                        f"{remaining} there; use a larger image, or `set_pruning` with a schedule for this size."
-                    )
-                remaining = entry
-            elif block > 1 and entry < schedule[block - 2]:
-                raise ValueError(
-                    f"The pruning schedule {schedule} falls after block {block}, where there is no module; modules "
-                    f"follow the blocks {modules}."
-                )
-            kept.append(remaining)
-        return kept
+        return self.find_reducer(self)
 
     def window_grid(self, block: int, num_patches: int, grid_size: tuple[int, int]) -> tuple[int, int] | None:
-        """Rows and columns of the tokens that a windowed block cuts into windows; `None` where attention is global.
-
-        Pruned tokens are laid out on the grid of whole windows whose shape is nearest to that of the image. Where even
-        that is more than four times as long or as high, windows would be strips, and attention is global.
-
-        Args:
-            block: number of the block, 1 to L.
-            num_patches: patch tokens in the sequence there.
-            grid_size: rows and columns of the patches before pruning.
-        """
-        rows, columns = grid_size
+        """Rows and columns of the tokens that block 1 to L cuts into windows; see `token_schedule.window_grid`."""
         if not self.window_size or block - 1 not in self.window_block_indices:
             return None
-        if num_patches == rows * columns:
-            return grid_size
-        windows, rest = divmod(num_patches, self.window_size**2)
-        if rest:
-            return None
-        nearest, down = float("inf"), 1
-        for count in range(1, windows + 1):
-            height, width = count * columns, windows // count * rows  # in units that make them equal for the image
-            stretch = max(height, width) / min(height, width)
-            if windows % count == 0 and stretch < nearest:
-                nearest, down = stretch, count
-        return (down * self.window_size, windows // down * self.window_size) if nearest <= 4 else None
+        return window_grid(self.window_size, num_patches, grid_size)
 
     def validate_backbone(self):
         """Checks of the plain ViT, across fields."""
@@ -613,51 +525,32 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
                 if getattr(self, name) is not None:
                     raise ValueError(
                         f"`{name}` is {getattr(self, name)} but `token_reducer` is None; name a reducer, such as "
-                        f"'cropr', or leave `{name}` out."
+                        f"{type(self).token_reducer!r}, or leave `{name}` out."
                     )
             if self.use_auxiliary_heads:
-                raise ValueError("`use_auxiliary_heads=True` needs a `token_reducer` that has them, such as 'cropr'.")
+                raise ValueError(
+                    "`use_auxiliary_heads=True` needs a `token_reducer` that has them, such as "
+                    f"{type(self).token_reducer!r}."
+                )
             return
         if self.pruning_rate is not None and self.pruning_schedule is not None:
             raise ValueError("Give `pruning_rate` or `pruning_schedule`, not both.")
-        if self._last_prunable_block < 1:
-            raise ValueError(
-                f"{self.num_hidden_layers} blocks leave no block to prune after"
-                f"{' with last layer fusion' if self.last_layer_fusion else ''}; use more blocks or "
-                "`token_reducer=None`."
-            )
+        if self.pruning_rate is not None and self.pruning_rate < 0:
+            raise ValueError(f"The pruning rate is {self.pruning_rate}; it must be 0 or more patch tokens per module.")
         if self.hidden_size % self.scorer_num_heads:
             raise ValueError(
                 f"`hidden_size` {self.hidden_size} is not divisible by `scorer_num_heads` {self.scorer_num_heads}."
             )
         if self.aggregator_mlp_ratio is not None and self.aggregator_mlp_ratio <= 0:
             raise ValueError("`aggregator_mlp_ratio` must be positive; `None` is no MLP.")
-        kept = self.kept_patches()
-        if self.pruning_rate and kept[-1] == self.num_patches:
-            raise ValueError(
-                f"`token_multiple` {self.token_multiple} rounds what a pruning rate of {self.pruning_rate} leaves up "
-                f"to all {self.num_patches} patch tokens; use a higher rate or a smaller multiple."
-            )
-        if self.pruning_schedule is not None:
-            blocks = self.pruning_blocks
-            last = self._last_prunable_block
-            if self.pruning_schedule[0] > self.num_patches:
-                raise ValueError(
-                    f"The pruning schedule keeps {self.pruning_schedule[0]} patch tokens after block 1, but "
-                    f"`image_size` {self.image_size} has only {self.num_patches}."
-                )
-            if not blocks or blocks[-1] > last:
-                reason = " (last layer fusion needs a block before the last)" if self.last_layer_fusion else ""
-                raise ValueError(
-                    f"The pruning schedule {list(self.pruning_schedule)} prunes after the blocks {blocks}; it must "
-                    f"prune at least once, and last after block {last} of {self.num_hidden_layers}{reason}."
-                )
 
 
-def _replaced_pruning(overrides: dict[str, Any]) -> set[str]:
+def _replaced_fields(stored: dict[str, Any], overrides: dict[str, Any]) -> set[str]:
     """Stored fields that no longer hold when overrides say how to prune."""
-    pruning = {"pruning_rate", "pruning_schedule"}
-    return pruning if pruning & overrides.keys() or overrides.get("token_reducer", "") is None else set()
+    pruning, reducer = {"pruning_rate", "pruning_schedule"}, stored.get("token_reducer", CroprViTConfig.token_reducer)
+    wanted = overrides.get("token_reducer", reducer)
+    replaced = pruning if pruning & overrides.keys() or wanted is None else set()
+    return replaced if wanted == reducer else replaced | {"reducer_config", "reducer_package"}
 
 
-__all__ = ["CroprViTConfig", "schedule_from_sides"]
+__all__ = ["CroprViTConfig"]

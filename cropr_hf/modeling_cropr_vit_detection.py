@@ -11,62 +11,48 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Object detection and instance segmentation: a Cascade Mask R-CNN on the simple feature pyramid of ViTDet.
+"""Object detection and instance segmentation by a Cascade Mask R-CNN; its parts are in `detection_heads`.
 
-From top to bottom, as an image passes: pyramid, proposals, the cascade of box heads, the mask head, suppression of
-duplicates, and the two task classes. Boxes are (x1, y1, x2, y2) in pixels of the input, everywhere but in labels and
-outputs. The detector is that of EVA-02 (arXiv 2303.11331) and ViTDet (arXiv 2203.16527), on the parts of torchvision.
+Boxes are (x1, y1, x2, y2) in pixels of the input, everywhere but in labels and outputs.
 
-Symbols: B images, D hidden size, F channels of the pyramid, R regions of all images together, C classes, K detections.
+Symbols: B images, F channels of the pyramid, R regions of all images together, C classes, K detections.
 """
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
-from torchvision.models.convnext import LayerNorm2d
-from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, BoxCoder, Matcher
-from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
+from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import (
-    Conv2dNormActivation,
     batched_nms,
     box_convert,
-    box_iou,
     clip_boxes_to_image,
     remove_small_boxes,
-    roi_align,
 )
-from torchvision.ops.poolers import LevelMapper
 from transformers import initialization as init
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils.generic import can_return_tuple, maybe_autocast
 
 from .configuration_cropr_vit import CroprViTConfig
-from .modeling_cropr_vit import (
-    CroprViTModel,
-    CroprViTPreTrainedModel,
-    class_presence,
-    pad_to_patches,
-    presence_loss,
+from .detection_heads import (
+    BOX_POOLING,
+    CASCADE,
+    MASK_POOLING,
+    CroprViTBoxHead,
+    CroprViTFeaturePyramid,
+    CroprViTMaskHead,
+    CroprViTProposalNetwork,
+    match_boxes,
+    paste_masks,
+    pool_regions,
+    pyramid_strides,
+    soft_nms,
 )
-
-
-# Of EVA-02's and ViTDet's detectors. What users change is in the configuration.
-ANCHOR_RATIOS = (0.5, 1.0, 2.0)  # height / width
-ANCHORS_PER_IMAGE = 256  # that train the proposals
-CASCADE = ((0.5, (10.0, 10.0, 5.0, 5.0)), (0.6, (20.0, 20.0, 10.0, 10.0)), (0.7, (30.0, 30.0, 15.0, 15.0)))
-BOX_POOLING, MASK_POOLING = 7, 14  # cells per side of a region
-SOFT_NMS_LEAST_SCORE = 1e-3
-
-layer_norm = partial(LayerNorm2d, eps=1e-6)
+from .labels import check_object_labels, class_presence
+from .modeling_cropr_vit import CroprViTModel, CroprViTPreTrainedModel, presence_loss
+from .vit_layers import pad_to_patches
 
 
 @dataclass
@@ -86,6 +72,7 @@ class CroprViTDetectionOutput(ModelOutput):
             cover the image without padding.
         main_loss: loss without the auxiliary losses, detached, in training.
         auxiliary_losses: (modules,), detached, in training with auxiliary heads.
+        method_losses: further losses of the method, by name, detached, in training.
         pruned_after_block, hidden_states, attentions: see `CroprViTModelOutput`.
     """
 
@@ -96,324 +83,10 @@ class CroprViTDetectionOutput(ModelOutput):
     pred_masks: torch.Tensor | None = None
     main_loss: torch.Tensor | None = None
     auxiliary_losses: torch.Tensor | None = None
+    method_losses: dict[str, torch.Tensor] | None = None
     pruned_after_block: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Pyramid
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def set_initial_std(head: nn.Module, std: float | None = None) -> None:
-    """Notes at each layer of a head how widely its first weights spread; by default as for ReLU (He et al.)."""
-    for layer in head.modules():
-        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
-            gain = 1.0 if isinstance(layer, nn.Linear) else 2.0
-            layer.initial_std = (gain / layer.weight[0].numel()) ** 0.5 if std is None else std  # type: ignore[assignment]
-
-
-class CroprViTFeaturePyramid(nn.Module):
-    """Simple feature pyramid (ViTDet section 3): five levels from the one map of a plain ViT.
-
-    With patches of 16 pixels the strides are 4, 8, 16, 32 and 64.
-    """
-
-    def __init__(self, config: CroprViTConfig):
-        super().__init__()
-        size, channels = config.hidden_size, config.pyramid_channels
-
-        def double(channels: int) -> nn.Module:
-            return nn.ConvTranspose2d(channels, channels // 2, kernel_size=2, stride=2)
-
-        def level(in_channels: int, *resize: nn.Module) -> nn.Module:
-            conv = partial(Conv2dNormActivation, norm_layer=layer_norm, activation_layer=None)
-            return nn.Sequential(
-                nn.Sequential(*resize), conv(in_channels, channels, kernel_size=1), conv(channels, channels)
-            )
-
-        self.levels = nn.ModuleList(
-            [
-                level(size // 4, double(size), layer_norm(size // 2), nn.GELU(), double(size // 2)),
-                level(size // 2, double(size)),
-                level(size),
-                level(size, nn.MaxPool2d(kernel_size=2)),
-            ]
-        )
-        set_initial_std(self)
-
-    def forward(self, feature_map: torch.Tensor) -> list[torch.Tensor]:
-        """(B, D, rows, columns) -> five maps (B, F, ., .), 4, 2, 1, 1/2 and 1/4 times as large."""
-        levels = [level(feature_map) for level in self.levels]
-        return [*levels, F.max_pool2d(levels[-1], kernel_size=1, stride=2)]
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Proposals
-# --------------------------------------------------------------------------------------------------------------------
-
-
-class CroprViTAnchors(AnchorGenerator):
-    """Anchors of one size per level, centred at multiples of the stride; not rounded to pixels, as in Detectron2."""
-
-    def __init__(self, config: CroprViTConfig):
-        super().__init__(tuple((size,) for size in config.anchor_sizes), (ANCHOR_RATIOS,) * len(config.anchor_sizes))
-        self.strides = pyramid_strides(config)
-
-    def forward(self, image_list: ImageList, feature_maps: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The same anchors (A, 4) for every image, levels one after the other."""
-        roots = torch.tensor(ANCHOR_RATIOS, device=feature_maps[0].device).sqrt()
-        corners = torch.stack([1 / roots, roots], dim=1) / 2
-        # Computed here: tensors that are no buffers do not survive building a model on the meta device.
-        self.cell_anchors = [size * torch.cat([-corners, corners], dim=1) for (size,) in self.sizes]
-        grids = [list(feature_map.shape[-2:]) for feature_map in feature_maps]
-        anchors = torch.cat(self.grid_anchors(grids, [(stride, stride) for stride in self.strides]))
-        return [anchors] * len(image_list.image_sizes)
-
-
-class CroprViTProposalHead(RPNHead):
-    """Two convolutions, objectness and box deltas, shared by the levels; float32 out of weights of any dtype."""
-
-    def forward(self, x: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Maps (B, F, h, w) -> objectness (B, 3, h, w) and deltas (B, 12, h, w)."""
-        objectness, deltas = super().forward([features.to(self.cls_logits.weight.dtype) for features in x])
-        return [logits.float() for logits in objectness], [delta.float() for delta in deltas]
-
-
-class CroprViTProposalNetwork(RegionProposalNetwork):
-    """Region proposal network of torchvision with the losses and settings of EVA-02's detector."""
-
-    def __init__(self, config: CroprViTConfig):
-        super().__init__(
-            CroprViTAnchors(config),
-            CroprViTProposalHead(config.pyramid_channels, len(ANCHOR_RATIOS), conv_depth=2),
-            fg_iou_thresh=0.7,
-            bg_iou_thresh=0.3,
-            batch_size_per_image=ANCHORS_PER_IMAGE,
-            positive_fraction=0.5,
-            pre_nms_top_n={"training": 2 * config.num_proposals, "testing": config.num_proposals},
-            post_nms_top_n={"training": config.num_proposals, "testing": config.num_proposals},
-            nms_thresh=0.7,
-        )
-        set_initial_std(self.head, 0.01)
-
-    def forward(self, images: ImageList, features: dict[str, torch.Tensor], targets: Any = None):
-        """Proposals (n, 4) of each image and, with `targets`, losses."""
-        # The parent has losses in training mode only; here targets decide, so that evaluation has a loss as well.
-        self.train(targets is not None)
-        return super().forward(images, features, targets)
-
-    def compute_loss(
-        self,
-        objectness: torch.Tensor,
-        pred_bbox_deltas: torch.Tensor,
-        labels: list[torch.Tensor],
-        regression_targets: list[torch.Tensor],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cross-entropy of sampled anchors and L1 of the positive ones, over the number that is to be sampled."""
-        positive, negative = (torch.cat(masks).bool() for masks in self.fg_bg_sampler(labels))
-        sampled = positive | negative
-        total = ANCHORS_PER_IMAGE * len(labels)
-        objectness_loss = F.binary_cross_entropy_with_logits(
-            objectness.flatten()[sampled], torch.cat(labels)[sampled], reduction="sum"
-        )
-        box_loss = F.l1_loss(pred_bbox_deltas[positive], torch.cat(regression_targets)[positive], reduction="sum")
-        return objectness_loss / total, box_loss / total
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Heads on regions
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def pyramid_strides(config: CroprViTConfig) -> list[float]:
-    """Pixels from cell to cell at each of the five levels."""
-    return [config.patch_size * factor for factor in (0.25, 0.5, 1.0, 2.0, 4.0)]
-
-
-def pool_regions(
-    features: Sequence[torch.Tensor], boxes: list[torch.Tensor], strides: Sequence[float], size: int
-) -> torch.Tensor:
-    """RoIAlign, each region on the level that suits its size (FPN section 4.2).
-
-    Args:
-        features: maps (B, F, h, w) of the first four levels.
-        boxes: (n, 4) of each image.
-        strides: of the levels.
-        size: cells per side of a region.
-
-    Returns:
-        (R, F, size, size)
-    """
-    # A box of 14 x 14 patches goes to the level of the patches: 224 pixels with patches of 16.
-    levels = LevelMapper(0, 3, canonical_scale=14 * strides[2], canonical_level=2)(boxes)
-    images = torch.cat([torch.full_like(box[:, :1], image) for image, box in enumerate(boxes)])
-    regions = torch.cat([images, torch.cat(boxes)], dim=1)
-    pooled = features[0].new_zeros(len(regions), features[0].shape[1], size, size)
-    for level, (feature_map, stride) in enumerate(zip(features, strides)):
-        here = torch.where(levels == level)[0]
-        pooled[here] = roi_align(feature_map, regions[here], size, 1 / stride, aligned=True)
-    return pooled
-
-
-def match_boxes(
-    boxes: torch.Tensor, target: dict[str, torch.Tensor], least_iou: float, background: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Class of each box (n, 4), `background` below `least_iou`, and the index of the object that it overlaps most."""
-    if not len(target["boxes"]) or not len(boxes):
-        return boxes.new_full((len(boxes),), background, dtype=torch.long), boxes.new_zeros(len(boxes)).long()
-    matcher = Matcher(least_iou, least_iou, allow_low_quality_matches=False)
-    matches = matcher(box_iou(target["boxes"], boxes))
-    objects = matches.clamp(min=0)
-    return torch.where(matches >= 0, target["class_labels"][objects], background), objects
-
-
-class CroprViTBoxHead(nn.Module):
-    """One stage of the cascade: classes, and one refined box per region whatever its class."""
-
-    def __init__(self, config: CroprViTConfig, least_iou: float, weights: tuple[float, float, float, float]):
-        super().__init__()
-        channels, size = config.pyramid_channels, config.box_head_size
-        self.least_iou = least_iou  # of a region and an object that it stands for, in training
-        self.box_coder = BoxCoder(weights)
-        self.layers = FastRCNNConvFCHead((channels, BOX_POOLING, BOX_POOLING), [channels] * 4, [size], layer_norm)
-        self.class_predictor = nn.Linear(size, (config.num_labels or 0) + 1)
-        self.box_predictor = nn.Linear(size, 4)
-        set_initial_std(self.layers)
-        set_initial_std(self.class_predictor, 0.01)
-        set_initial_std(self.box_predictor, 0.001)
-
-    def forward(self, regions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(R, F, 7, 7) -> logits (R, C + 1), background last, and deltas (R, 4), in float32."""
-        hidden_states = self.layers(regions.to(self.box_predictor.weight.dtype))
-        return self.class_predictor(hidden_states).float(), self.box_predictor(hidden_states).float()
-
-    def refine(
-        self, deltas: torch.Tensor, boxes: list[torch.Tensor], image_sizes: list[tuple[int, int]]
-    ) -> list[torch.Tensor]:
-        """Boxes (n, 4) of each image, moved by deltas (R, 4), which get no gradient, and clipped to the image."""
-        moved = self.box_coder.decode_single(deltas.detach(), torch.cat(boxes)).split([len(box) for box in boxes])
-        return [clip_boxes_to_image(box, size) for box, size in zip(moved, image_sizes)]
-
-    def loss(
-        self,
-        logits: torch.Tensor,
-        deltas: torch.Tensor,
-        boxes: torch.Tensor,
-        labels: torch.Tensor,
-        goals: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cross-entropy, and L1 of the deltas from objects' boxes (R, 4) to `goals`, both means over all regions."""
-        count = max(len(labels), 1)
-        positive = labels < logits.shape[1] - 1
-        wanted = self.box_coder.encode_single(goals[positive], boxes[positive])
-        class_loss = F.cross_entropy(logits, labels, reduction="sum")
-        return class_loss / count, F.l1_loss(deltas[positive], wanted, reduction="sum") / count
-
-
-class CroprViTMaskHead(nn.Module):
-    """Four convolutions, upsampling, and one mask per class."""
-
-    def __init__(self, config: CroprViTConfig):
-        super().__init__()
-        channels = config.pyramid_channels
-        self.layers = MaskRCNNHeads(channels, [channels] * 4, dilation=1, norm_layer=layer_norm)
-        self.predictor = MaskRCNNPredictor(channels, channels, config.num_labels)
-        set_initial_std(self)
-        set_initial_std(self.predictor.mask_fcn_logits, 0.001)
-
-    def forward(self, regions: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """(R, F, 14, 14) and classes (R,) -> logits (R, 28, 28) of the mask of each region's class, in float32."""
-        logits = self.predictor(self.layers(regions.to(self.predictor.conv5_mask.weight.dtype)))
-        return logits[torch.arange(len(labels), device=labels.device), labels].float()
-
-    @staticmethod
-    def loss(
-        logits: torch.Tensor, boxes: list[torch.Tensor], objects: list[torch.Tensor], masks: list[torch.Tensor]
-    ) -> torch.Tensor:
-        """Mean binary cross-entropy.
-
-        Args:
-            logits: (R, 28, 28)
-            boxes: (n, 4) of each image.
-            objects: (n,) index of the object that each box stands for.
-            masks: (objects, height, width) of each image.
-        """
-        size = logits.shape[-1]
-        goals = []
-        for box, index, mask in zip(boxes, objects, masks):
-            regions = torch.cat([index[:, None].to(box), box], dim=1)
-            goals.append(roi_align(mask[:, None].float(), regions, size, aligned=True)[:, 0] >= 0.5)
-        total = F.binary_cross_entropy_with_logits(logits, torch.cat(goals).float(), reduction="sum")
-        return total / max(logits.numel(), 1)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# From scores to detections
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def soft_nms(
-    boxes: torch.Tensor, scores: torch.Tensor, classes: torch.Tensor, iou_threshold: float, max_detections: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Linear soft suppression per class (Bodla et al., arXiv 1704.04503).
-
-    The best box is taken again and again, and the scores of the others of its class are multiplied by 1 - IoU where
-    IoU reaches the threshold. Scores only fall, so nothing after `max_detections` needs to be computed.
-
-    Args:
-        boxes: (n, 4)
-        scores, classes: (n,)
-
-    Returns:
-        Indices of at most `max_detections` boxes, the best first, and their new scores, none below 0.001.
-    """
-    # Classes are moved apart, so that boxes of different classes do not overlap.
-    boxes = boxes + (classes * (boxes.max() + 1))[:, None] if len(boxes) else boxes
-    taken, final = [], []
-    for _ in range(min(max_detections, len(boxes))):
-        score, best = scores.max(dim=0)
-        taken.append(best)
-        final.append(score)
-        overlap = box_iou(boxes[best][None], boxes)[0]
-        scores = torch.where(overlap >= iou_threshold, scores * (1 - overlap), scores)
-        scores = scores.index_fill(0, best, -1.0)
-    if not taken:
-        return classes[:0], scores
-    indices, new_scores = torch.stack(taken), torch.stack(final)
-    kept = new_scores >= SOFT_NMS_LEAST_SCORE
-    return indices[kept], new_scores[kept]
-
-
-def paste_masks(
-    probabilities: torch.Tensor, boxes: torch.Tensor, image_size: tuple[int, int], size: tuple[int, int]
-) -> torch.Tensor:
-    """Masks within boxes -> masks of the image.
-
-    Args:
-        probabilities: (n, 28, 28)
-        boxes: (n, 4) in pixels of the image.
-        image_size: height and width of the image in pixels.
-        size: height and width of the result, which covers the image.
-
-    Returns:
-        (n, *size), 0 outside of the boxes.
-    """
-    axes = []
-    for axis in (0, 1):  # x, y
-        length, pixels = size[1 - axis], image_size[1 - axis]
-        centres = (torch.arange(length, device=boxes.device) + 0.5) * pixels / length
-        start, end = boxes[:, axis, None], boxes[:, axis + 2, None]
-        axes.append((centres - start) / (end - start).clamp(min=1e-6) * 2 - 1)  # -1 to 1 within the box
-    # (n, width) and (n, height) -> (n, height, width, 2)
-    grid = torch.stack([axes[0][:, None].expand(-1, size[0], -1), axes[1][:, :, None].expand(-1, -1, size[1])], dim=-1)
-    return F.grid_sample(probabilities[:, None], grid, align_corners=False)[:, 0]
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Task classes
-# --------------------------------------------------------------------------------------------------------------------
 
 
 class CroprViTDetector(CroprViTPreTrainedModel):
@@ -430,6 +103,7 @@ class CroprViTDetector(CroprViTPreTrainedModel):
         "use_final_norm": False,
         "pooling": "patch_mean",
         "norm_before_pooling": False,
+        "last_layer_fusion": True,
     }
     _can_compile_fullgraph = False  # the number of detections depends on the image
 
@@ -512,7 +186,7 @@ class CroprViTDetector(CroprViTPreTrainedModel):
                 if outputs.auxiliary_logits is not None:
                     presence = class_presence([target["class_labels"] for target in targets], self.num_labels)
                     auxiliary_losses = [presence_loss(logits, presence) for logits in outputs.auxiliary_logits]
-                results |= self._sum_losses(torch.stack(list(losses.values())).sum(), auxiliary_losses)
+                results |= self._sum_losses(torch.stack(list(losses.values())).sum(), auxiliary_losses, outputs)
                 results["loss_dict"] = {name: loss.detach() for name, loss in losses.items()}
             if not self.training:  # nobody reads detections there
                 detections = self.detect(features, images)
@@ -688,7 +362,7 @@ class CroprViTDetector(CroprViTPreTrainedModel):
         height, width = pixel_values.shape[-2:]
         targets = []
         for image, (label, image_size) in enumerate(zip(labels, image_sizes)):
-            self._check_label(image, label, (height, width))
+            check_object_labels(self.config, image, label, (height, width), self.has_masks)
             boxes = label["boxes"].to(pixel_values.device).float().reshape(-1, 4)
             boxes = box_convert(boxes, "cxcywh", "xyxy") * boxes.new_tensor([width, height, width, height])
             clipped = clip_boxes_to_image(boxes, image_size)
@@ -703,50 +377,6 @@ class CroprViTDetector(CroprViTPreTrainedModel):
                 target["masks"] = label["masks"].to(pixel_values.device)
             targets.append(target)
         return targets
-
-    def _check_label(self, image: int, label: Any, image_size: tuple[int, int]) -> None:
-        wanted = ["class_labels", "boxes", *(["masks"] if self.has_masks else [])]
-        if not isinstance(label, Mapping):
-            raise ValueError(
-                f"`labels[{image}]` is a {type(label).__name__}; it must be a dictionary of {', '.join(wanted)}."
-            )
-        missing = [name for name in wanted if name not in label]
-        if missing:
-            raise ValueError(f"`labels[{image}]` lacks {', '.join(missing)}; it must have {', '.join(wanted)}.")
-        for name in wanted:
-            if not isinstance(label[name], torch.Tensor):
-                raise ValueError(f"`{name}` in `labels[{image}]` is a {type(label[name]).__name__}; give a tensor.")
-        classes, boxes = label["class_labels"], label["boxes"]
-        count = classes.numel()
-        whole = not classes.is_floating_point() and classes.dtype != torch.bool
-        right_boxes = whole and tuple(boxes.shape) == (count, 4) if count else not boxes.numel()
-        if classes.dim() != 1 or not right_boxes:
-            raise ValueError(
-                f"`labels[{image}]` has `class_labels` {classes.dtype} of the shape {tuple(classes.shape)} and "
-                f"`boxes` of the shape {tuple(boxes.shape)}; they must be whole numbers (n,), and (n, 4)."
-            )
-        if self.has_masks and tuple(label["masks"].shape) != (count, *image_size):
-            raise ValueError(
-                f"`labels[{image}]` has `masks` of the shape {tuple(label['masks'].shape)}; it must be (objects, "
-                f"height, width) = {(count, *image_size)}."
-            )
-        if not count:
-            return
-        if classes.min() < 0 or classes.max() >= self.num_labels:
-            raise ValueError(
-                f"`labels[{image}]` has classes between {classes.min().item()} and {classes.max().item()}; they must "
-                f"be in [0, {self.num_labels - 1}]. Set `num_labels` to the number of classes."
-            )
-        if (
-            not ((boxes[:, :2] >= 0) & (boxes[:, :2] <= 1)).all()
-            # Rounding its corners to float32 would empty a narrower box.
-            or not ((boxes[:, 2:] > 1e-6) & (boxes[:, 2:] <= 1)).all()
-        ):
-            raise ValueError(
-                f"`labels[{image}]` has `boxes` between {boxes.min().item():g} and {boxes.max().item():g}; centres "
-                "must be in [0, 1], widths and heights in (0, 1], as shares of `pixel_values`. Divide pixels by width "
-                "and height, and drop empty boxes."
-            )
 
 
 def _image_sizes(pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None) -> list[tuple[int, int]]:

@@ -22,16 +22,17 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_relative_import_files
 
 from .configuration_cropr_vit import CroprViTConfig
-from .token_reduction import TokenReducer, has_auxiliary_heads, strip_state_dict
+from .token_reduction import TokenReducer, find_token_reducer, has_auxiliary_heads
 
 
 TRAINING_CONFIG_FOLDER = "training_config"
@@ -51,8 +52,10 @@ class StrippableModel(PreTrainedModel):
     config: CroprViTConfig
     # Modules that a configuration with another schedule, or without pruning, has no place for.
     _keys_to_ignore_on_load_unexpected = [r"(^|\.)token_reducers\.\d+\."]
-    # What was done with these weights, for the model card; see `cropr_hf.model_card`. `CroprTrainer` fills it in.
+    # What was done with these weights, for the model card. `CroprTrainer` fills it in.
     record: dict[str, Any] | None = None
+    # Writes the model card. The package hands it in; code from the Hub has none, and leaves it out.
+    write_card: Callable[..., None] | None = None
 
     def remove_auxiliary_heads(self) -> None:
         """Turns the model in memory into the stripped one, which gives the same outputs in evaluation."""
@@ -70,10 +73,10 @@ class StrippableModel(PreTrainedModel):
             `ValueError`: when the token reducer has no auxiliary heads.
         """
         reducers = [module for module in self.modules() if isinstance(module, TokenReducer)]
-        if not any(reducer.has_auxiliary_heads for reducer in reducers):
+        if not any(reducer.supports_auxiliary_heads for reducer in reducers):
             raise ValueError(
                 f"The token reducer {self.config.token_reducer!r} has no auxiliary heads to add; "
-                "`token_reducer='cropr'` has."
+                f"{CroprViTConfig.token_reducer!r} has."
             )
         if self.config.use_auxiliary_heads:
             return
@@ -136,12 +139,12 @@ class StrippableModel(PreTrainedModel):
         """
         prefix = "" if self.base_model is self else self.base_model_prefix + "."
         resized = [entry if isinstance(entry, str) else entry[0] for entry in info.get("mismatched_keys", ())]
-        queries = [name for name in resized if name.endswith("router.scorer.queries")]
-        if queries:
+        method = find_token_reducer(self.config)
+        if lost := [name for name in resized if method is not None and name.endswith(method.fixed_weights)]:
             raise ValueError(
-                f"The complete checkpoint {path} has another number of queries than the configuration, so that its "
-                "scores would be lost; strip it first (load it with `use_auxiliary_heads=False`, save it), and load "
-                "the result."
+                f"The complete checkpoint {path} has another shape of {lost[0]} (another number of queries?) than the "
+                "configuration, so that its scores would be lost; strip it first (load it with "
+                "`use_auxiliary_heads=False`, save it), and load the result."
             )
         resized = sorted(name for name in resized if name.startswith(prefix) and "token_reducers." not in name)
         if resized:
@@ -194,7 +197,8 @@ class StrippableModel(PreTrainedModel):
         if os.path.isfile(save_directory):
             raise ValueError(f"{save_directory} is a file; give a folder to save to.")
         if strip:
-            state_dict = strip_state_dict(self.state_dict() if state_dict is None else state_dict)
+            weights = self.state_dict() if state_dict is None else state_dict
+            state_dict = strip_state_dict(weights, find_token_reducer(self.config))
         repo_id = kwargs.pop("repo_id", None)
         hub_kwargs = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if push_to_hub and name in kwargs}
         if not is_main_process:
@@ -213,8 +217,8 @@ class StrippableModel(PreTrainedModel):
             self.config.use_auxiliary_heads = self.config.use_auxiliary_heads and not strip
             try:
                 super().save_pretrained(staging, True, state_dict, False, *args, **kwargs)
-                if is_published:
-                    _write_card(self, staging, repo_id or folder, num_parameters, save_directory)
+                if is_published and self.write_card is not None:
+                    self.write_card(staging, repo_id or folder, num_parameters, save_directory)
             finally:
                 self.config.use_auxiliary_heads = self.config.use_auxiliary_heads or strip
             if strip:
@@ -282,8 +286,25 @@ def _stored_config(path: str | os.PathLike, kwargs: dict[str, Any]) -> dict[str,
     return stored
 
 
+def strip_state_dict(state_dict: dict[str, torch.Tensor], method: type[TokenReducer]) -> dict[str, torch.Tensor]:
+    """Weights of the stripped model from those of a model with auxiliary heads; others pass unchanged.
+
+    It reads nothing but `state_dict`, so it also serves gathered weights (FSDP, DeepSpeed).
+    """
+    stripped: dict[str, torch.Tensor] = {}
+    modules: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in state_dict.items():
+        if match := re.fullmatch(r"((?:.*\.)?token_reducers\.\d+\.)(.+)", name):
+            modules.setdefault(match[1], {})[match[2]] = tensor
+        else:
+            stripped[name] = tensor
+    for prefix, weights in modules.items():
+        stripped |= {prefix + name: tensor for name, tensor in method.strip(weights).items()}
+    return stripped
+
+
 def _save_training_config(folder: str, config_class: type[PreTrainedConfig]) -> None:
-    """Beside a stripped `config.json`, the same with heads on, and for remote code the file that reads it."""
+    """Beside a stripped `config.json`, the same with heads on, and for remote code the files that read it."""
     with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
         stored = json.load(file)
     training_folder = os.path.join(folder, TRAINING_CONFIG_FOLDER)
@@ -291,7 +312,9 @@ def _save_training_config(folder: str, config_class: type[PreTrainedConfig]) -> 
     with open(os.path.join(training_folder, "config.json"), "w", encoding="utf-8") as file:
         json.dump({**stored, "use_auxiliary_heads": True}, file, indent=2, sort_keys=True)
     if "auto_map" in stored:
-        shutil.copy(inspect.getfile(config_class), training_folder)
+        code = inspect.getfile(config_class)
+        for file in (code, *get_relative_import_files(code)):
+            shutil.copy(file, training_folder)
 
 
 def _upload(
@@ -321,15 +344,6 @@ def _has_own_card(api: HfApi, repo_id: str, revision: str | None) -> bool:
     card = api.hf_hub_download(repo_id, CARD_NAME, revision=revision)
     with open(card, encoding="utf-8", errors="replace") as file:
         return CARD_MARK not in file.read()
-
-
-def _write_card(model: StrippableModel, folder: str, name: str, num_parameters: int, target: str) -> None:
-    """The model card, unless this file is the copy on the Hub and runs without the package that it comes from."""
-    try:
-        from cropr_hf.model_card import write_card
-    except ImportError:
-        return
-    write_card(model, folder, name, num_parameters, target)
 
 
 def _weight_patterns(variant: str | None) -> list[str]:

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from .modeling_cropr_vit import upsample
+from .modeling_cropr_vit_segmentation import upsample
 
 
 @torch.no_grad()

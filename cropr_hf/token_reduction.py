@@ -11,36 +11,30 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Token Cropr (Bergner, Lippert, Mahendran, CVPR 2025, arXiv 2412.00965): the whole method, from top to bottom.
+"""What every token reduction method is made of. It names none of them.
 
 1. Operations on token sequences: pure functions on tensors.
 2. `TokenState`: what travels through the encoder and moves together.
-3. `TokenReducer`: the interface of a pruning method, and the registry.
-4. `CroprModule`: router (scorer and selector), aggregator, auxiliary head.
-5. Stripping: from a trained module to the vector that inference needs.
+3. `TokenReducer`: the interface of a method, its settings, and the registry.
 
-Symbols: B images, T tokens (prefix and patches), K tokens kept, N queries, H heads, D hidden size, C classes.
+Symbols: B images, T tokens (prefix and patches) now, T0 tokens of the unpruned sequence, K tokens kept, H heads,
+D hidden size, C classes, L blocks.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 import torch
+from huggingface_hub.dataclasses import strict
 from torch import nn
 from torch.nn import functional as F
-from transformers import initialization as init
-from transformers.activations import ACT2FN
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils.generic import maybe_autocast
 
 from .configuration_cropr_vit import CroprViTConfig
-
-
-NORM_EPS = 1e-6  # of the norms inside a Cropr module, as in the reference code
+from .token_schedule import check_pruning, kept_by_constant_rate, pruning_blocks
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -86,26 +80,6 @@ def resample_grid(
     return grid.flatten(2).transpose(1, 2).to(table.dtype)
 
 
-def score_tokens(hidden_states: torch.Tensor, query: torch.Tensor, pre_norm: bool = False) -> torch.Tensor:
-    """Scores of the router: a = X q, the attention logits summed over queries and heads.
-
-    Computed in float32 under any dtype or autocast, so that low precision ranks tokens nearly as float32 does.
-
-    Args:
-        hidden_states: (B, T, D)
-        query: (D,), the sum of the queries (see `fold_scorer`).
-        pre_norm: normalise the tokens first; the affine part of the norm is in `query`.
-
-    Returns:
-        (B, T), float32, on no particular scale.
-    """
-    with maybe_autocast(device_type=hidden_states.device.type, enabled=False):
-        hidden_states = hidden_states.float()
-        if pre_norm:
-            hidden_states = F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=NORM_EPS)
-        return hidden_states @ query.to(hidden_states)
-
-
 def select_tokens(
     scores: torch.Tensor, num_keep: int, num_prefix_tokens: int = 0, padding: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,50 +106,38 @@ def select_tokens(
     return order[:, :num_keep].sort(dim=1).values, order[:, num_keep:]
 
 
-def aggregate_tokens(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Cross-attention of the aggregator: Z = softmax(Q Kᵀ / √d) V, heads concatenated.
-
-    A fused kernel computes the same logits again rather than keep N x T of them: the sum over queries that scores
-    need is `score_tokens`.
-
-    Args:
-        queries: (1, H, N, D / H)
-        keys, values: (B, H, T, D / H)
-
-    Returns:
-        (B, N, D)
-    """
-    aggregated = F.scaled_dot_product_attention(queries.expand(keys.shape[0], -1, -1, -1), keys, values)
-    # (B, H, N, D / H) -> (B, N, H, D / H) -> (B, N, D)
-    return aggregated.transpose(1, 2).flatten(2)
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # 2. The state that travels through the encoder
 # --------------------------------------------------------------------------------------------------------------------
 
 
 Rotation = tuple[torch.Tensor, torch.Tensor]  # cosine and sine
+SIZES, KEY_BIAS = "sizes", "key_bias"  # columns that the model reads
 
 
 @dataclass
 class TokenState:
-    """Token sequences and what belongs to their tokens.
+    """Token sequences and what belongs to their tokens. Methods return a new state and never change one.
 
-    Only hidden states and indices move when tokens are pruned. Whatever a token has by its place in the image is
-    looked up by its index, in tables that stay as they are.
+    Whatever a token has by its place in the image is looked up by its index, in tables that stay as they are. What
+    else it has stands in a column. Both move with the tokens.
 
     Attributes:
-        hidden_states: (B, T, D), prefix tokens first, patches in raster order.
+        hidden_states: (B, T, D), prefix tokens first; patches in raster order, unless a method reorders them.
         token_indices: (B or 1, T), place of each token in the unpruned sequence.
-        rotary_tables: rotary positions of the unpruned sequence, each (1, T there, head size / 2), by the name of what
-            they are positions in: "image", and "window" for places inside the windows of windowed attention.
+        rotary_tables: rotary positions of the unpruned sequence, each (1, T0, head size / 2), by the name of what they
+            are positions in: "image", and "window" for places inside the windows of windowed attention.
         rotations: the same of the tokens in `hidden_states`, (B or 1, T, head size / 2); the tables by default.
-        padding: (B, T of the unpruned sequence), true for tokens that are pruned before all others, or `None`.
+        padding: (B, T0), true for tokens that are pruned before all others, or `None`.
         num_prefix_tokens: CLS and register tokens in `hidden_states`.
-        pruned: the patch tokens that were pruned, in the order in which they were.
+        columns: further facts about each token, (B, T, ...) by name; see `sizes` and `key_bias`.
+        slots: (B, T0), where in `hidden_states` each token of the unpruned sequence went by merging, or `None`.
+        pruned: the patch tokens that left the sequence, in the order in which they did.
+        restored: whether they are back.
         grid_size: rows and columns of the patches before pruning; what has one query per patch needs it.
         keeps_pruned_states: whether `pruned` has the hidden states, which fusion needs.
+        auxiliary_logits: (B, N, C) by the block that the auxiliary head follows, in training.
+        losses: of methods, by name, in training; the task class adds them to its loss.
     """
 
     hidden_states: torch.Tensor
@@ -184,9 +146,14 @@ class TokenState:
     rotations: dict[str, Rotation] = field(default_factory=dict)
     padding: torch.Tensor | None = None
     num_prefix_tokens: int = 0
+    columns: dict[str, torch.Tensor] = field(default_factory=dict)
+    slots: torch.Tensor | None = None
     pruned: tuple[PrunedTokens, ...] = ()
+    restored: bool = False
     grid_size: tuple[int, int] | None = None
     keeps_pruned_states: bool = True
+    auxiliary_logits: dict[int, torch.Tensor] = field(default_factory=dict)
+    losses: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.rotations = self.rotations or self.rotary_tables
@@ -196,50 +163,123 @@ class TokenState:
         """Patch tokens in the sequence now."""
         return self.hidden_states.shape[1] - self.num_prefix_tokens
 
+    @property
+    def sizes(self) -> torch.Tensor | None:
+        """How many tokens each one stands for, (B, T); `None` is one each. Means over tokens weigh by it."""
+        return self.columns.get(SIZES)
+
+    @property
+    def key_bias(self) -> torch.Tensor | None:
+        """What attention adds to the logits of each token as a key, (B, T), or `None`."""
+        return self.columns.get(KEY_BIAS)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every token of the unpruned sequence is there."""
+        return self.restored or not self.pruned
+
     def prune(self, kept: torch.Tensor, pruned: torch.Tensor, block: int) -> TokenState:
-        """Keeps the tokens at `kept` (B, K), prefix included, and sets those at `pruned` aside."""
+        """Keeps the tokens at `kept` (B, K), prefix included, and sets those at `pruned` aside.
+
+        Raises:
+            `ValueError`: after a merge.
+        """
+        if self.slots is not None:
+            raise ValueError("Tokens were merged before; a method prunes or merges, not both.")
         places = self.token_indices.expand(kept.shape[0], -1)
-        indices, states = gather_tokens(kept, places, self.hidden_states)
+        indices, states, *columns = gather_tokens(kept, places, self.hidden_states, *self.columns.values())
         set_aside = gather_tokens(pruned, *([places, self.hidden_states] if self.keeps_pruned_states else [places]))
-        rotations: dict[str, Any] = {
-            name: gather_tokens(indices, *table) for name, table in self.rotary_tables.items()
-        }
         return replace(
             self,
             hidden_states=states,
             token_indices=indices,
-            rotations=rotations,
+            rotations=self._rotations_of(indices),
+            columns=dict(zip(self.columns, columns)),
             pruned=(*self.pruned, PrunedTokens(block, *set_aside)),
         )
 
-    def fuse(self) -> TokenState:
-        """Last Layer Fusion: every pruned token, as it was when pruned, back at its place.
+    def merge(
+        self,
+        hidden_states: torch.Tensor,
+        survivors: torch.Tensor,
+        merged: torch.Tensor,
+        slots: torch.Tensor,
+        block: int,
+        columns: dict[str, torch.Tensor],
+    ) -> TokenState:
+        """Tokens after some were merged into others, in any order.
+
+        Args:
+            hidden_states: (B, K, D), the new sequence, prefix tokens first.
+            survivors: (B, K), the token of the present sequence whose place each of them keeps.
+            merged: (B, T - K), tokens of the present sequence that are no longer tokens of their own.
+            slots: (B, T), where in the new sequence each token of the present one went.
+            block: in or after which it happens.
+            columns: of the new sequence, (B, K, ...).
+
+        Raises:
+            `ValueError`: after tokens were pruned.
+        """
+        if self.pruned and self.slots is None:
+            raise ValueError("Tokens were pruned before; a method prunes or merges, not both.")
+        places = self.token_indices.expand(len(slots), -1)
+        indices = places.gather(1, survivors)
+        return replace(
+            self,
+            hidden_states=hidden_states,
+            token_indices=indices,
+            rotations=self._rotations_of(indices),
+            columns=columns,
+            slots=slots if self.slots is None else slots.gather(1, self.slots),
+            pruned=(*self.pruned, PrunedTokens(block, places.gather(1, merged))),
+        )
+
+    def restore(self) -> TokenState:
+        """Every token back at its place: a pruned one as it was when pruned (Last Layer Fusion in the paper), a merged
+        one as a copy of what it was merged into.
 
         Raises:
             `ValueError`: when the hidden states of pruned tokens were not kept.
         """
-        if not self.pruned:
+        if self.is_whole:
             return self
+        if self.slots is not None:
+            (states,) = gather_tokens(self.slots, self.hidden_states)
+            indices = torch.arange(self.slots.shape[1], device=self.slots.device)[None]
+        else:
+            states, indices = self._fused()
+        return replace(
+            self,
+            hidden_states=states,
+            token_indices=indices,
+            rotations=self.rotary_tables,
+            columns={},
+            slots=None,
+            pruned=tuple(replace(tokens, hidden_states=None) for tokens in self.pruned),
+            restored=True,
+        )
+
+    def _fused(self) -> tuple[torch.Tensor, torch.Tensor]:
         states, indices = [self.hidden_states], [self.token_indices]
         for tokens in self.pruned:
             if tokens.hidden_states is None:
-                raise ValueError("The states of pruned tokens were dropped; set `keeps_pruned_states` to fuse them.")
+                raise ValueError(
+                    "The states of pruned tokens were dropped; set `keeps_pruned_states` to restore them."
+                )
             states.append(tokens.hidden_states)
             indices.append(tokens.token_indices)
         restored, order = torch.cat(indices, dim=1).sort(dim=1)
         (fused,) = gather_tokens(order, torch.cat(states, dim=1))
-        return replace(
-            self,
-            hidden_states=fused,
-            token_indices=restored,
-            rotations=self.rotary_tables,
-            pruned=(),
-        )
+        return fused, restored
+
+    def _rotations_of(self, indices: torch.Tensor) -> dict[str, Any]:
+        return {name: gather_tokens(indices, *table) for name, table in self.rotary_tables.items()}
 
     def pruning_map(self, num_blocks: int) -> torch.Tensor:
-        """Block after which each patch was pruned, `num_blocks` if it never was: (B, patches in raster order)."""
+        """Block after which each patch left, `num_blocks` if it never did: (B, patches in raster order)."""
         batch_size, length = self.hidden_states.shape[:2]
-        length += sum(tokens.token_indices.shape[1] for tokens in self.pruned)
+        if not self.is_whole:
+            length += sum(tokens.token_indices.shape[1] for tokens in self.pruned)
         blocks = self.token_indices.new_full((batch_size, length), num_blocks)
         for tokens in self.pruned:
             blocks = blocks.scatter(1, tokens.token_indices, tokens.block)
@@ -247,18 +287,19 @@ class TokenState:
 
     def padding_of_tokens(self) -> torch.Tensor | None:
         """`padding` of the tokens in the sequence: (B, T)."""
-        if self.padding is None or not self.pruned:
+        if self.padding is None or self.is_whole:
             return self.padding
         return self.padding.gather(1, self.token_indices)
 
 
 @dataclass
 class PrunedTokens:
-    """Patch tokens that one module pruned.
+    """Patch tokens that left the sequence at one block.
 
     Attributes:
-        block: the block (1 to L) that the module follows.
-        token_indices: (B, P), their places in the unpruned sequence, from the highest score to the lowest.
+        block: 1 to L.
+        token_indices: (B, P), their places in the unpruned sequence; of a method that ranks, from the highest score
+            to the lowest.
         hidden_states: (B, P, D), as they were when pruned, or `None`.
     """
 
@@ -267,44 +308,217 @@ class PrunedTokens:
     hidden_states: torch.Tensor | None = None
 
 
+@dataclass
+class AttentionFacts:
+    """What a method can read off the attention of a block, without its weights, which fused kernels do not return.
+
+    Attributes:
+        queries, keys: (B, H, T, d), rotated.
+        content_keys: the keys before rotation: what a token is about, and not where it stands.
+        scaling: of their products.
+        key_bias: (B, T) or `None`.
+    """
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    content_keys: torch.Tensor
+    scaling: float
+    key_bias: torch.Tensor | None
+
+    def class_attention(self) -> torch.Tensor:
+        """Attention weights of the first token to all tokens, (B, H, T), in O(T D)."""
+        # (B, H, 1, d) x (B, H, d, T) -> (B, H, T)
+        logits = (self.queries[:, :, :1] @ self.keys.transpose(-2, -1))[:, :, 0].float() * self.scaling
+        return (logits if self.key_bias is None else logits + self.key_bias[:, None]).softmax(dim=-1)
+
+
 # --------------------------------------------------------------------------------------------------------------------
-# 3. The interface of a pruning method
+# 3. The interface of a method, and the registry
 # --------------------------------------------------------------------------------------------------------------------
+
+
+class OwnWeights(nn.Module):
+    """A module that initialises what Transformers cannot. It must hold parameters itself, or it is passed over."""
+
+    def init_weights(self) -> None:
+        """Gives the parameters their first values, by `transformers.initialization`."""
+        raise NotImplementedError
+
+
+@strict
+@dataclass
+class ReducerConfig:
+    """Fields of one method, which `config.reducer_config` holds as a dictionary. Most methods have none."""
 
 
 class TokenReducer(nn.Module):
-    """A pruning method, as one module after one block.
+    """A token reduction method, as one module per block at which it acts.
 
-    The encoder calls `forward` after the block and never asks which method runs. A method that needs parameters for
-    training alone sets `has_auxiliary_heads` and implements the two methods that add and remove them.
+    The encoder calls the hooks and never asks which method runs; what a method is, its class attributes say. A method
+    overrides what it needs. Most act in `after_block`; one that `acts_inside` does between attention and MLP.
 
     Args:
-        config: settings of the method.
-        block: the block (1 to L) that the module follows.
+        config: of the model.
+        block: the block (1 to L) at which the module acts.
+
+    Attributes:
+        name: as `config.token_reducer` has it.
+        label: in tables and pictures.
+        title, url, citation: in model cards: what the method is called, where it was published, and its BibTeX entry.
+        config_class: its own fields.
+        learns: whether its choices are by chance before it is trained; otherwise it can be used without training.
+        supports_auxiliary_heads: whether it has parts that only training needs; see `add_auxiliary_heads`.
+        merges: whether tokens are merged rather than dropped.
+        acts_inside: whether it has an `after_attention`.
+        fuses_by_default: what `config.last_layer_fusion` is unless it is given.
+        deterministic: whether the same image always gives the same output.
+        supports_windows: whether it can run with windowed attention.
+        needs_cls: whether it needs a CLS token.
+        fixed_weights: names of weights that make no sense in another shape.
     """
 
     name: str
-    has_auxiliary_heads = False
+    label: str
+    title: str
+    url: str | None = None
+    citation: str | None = None
+    config_class: type[ReducerConfig] = ReducerConfig
+    learns = False
+    supports_auxiliary_heads = False
+    merges = False
+    acts_inside = False
+    fuses_by_default = True
+    deterministic = True
+    supports_windows = False
+    needs_cls = False
+    fixed_weights: tuple[str, ...] = ()
 
     def __init__(self, config: CroprViTConfig, block: int):
         super().__init__()
         self.block = block
 
-    def forward(self, state: TokenState, num_keep: int) -> tuple[TokenState, torch.Tensor | None]:
-        """Reduces `state` to `num_keep` patch tokens; also auxiliary logits (B, N, C), in training with heads only."""
-        if num_keep < state.num_patches:
-            state = state.prune(*self.select(state, num_keep), self.block)
-        return state, None
+    # Where it acts, and how many tokens it leaves: see `token_schedule`.
 
-    def select(self, state: TokenState, num_keep: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Indices of the kept (with prefix) and the pruned tokens, as `select_tokens` returns them."""
-        raise NotImplementedError
+    @classmethod
+    def blocks(cls, config: CroprViTConfig) -> list[int]:
+        """Blocks (1 to L) at which it can act: those after which another block works on fewer tokens, as the last one
+        (with fusion the last two) do not; or within which the MLP does.
+        """
+        last = config.num_hidden_layers - bool(config.last_layer_fusion) - (not cls.acts_inside)
+        return list(range(1, last + 1))
+
+    @classmethod
+    def kept_by_rate(cls, config: CroprViTConfig, num_patches: int, rate: int) -> list[int]:
+        """Patch tokens left after each of the L blocks for `config.pruning_rate`; that of the paper by default."""
+        return kept_by_constant_rate(config, cls.blocks(config), num_patches, rate)
+
+    @classmethod
+    def reachable_counts(cls, num_patches: int, kept: Sequence[int]) -> list[int]:
+        """The counts that the method can reach nearest to `kept`, patch tokens left after each block."""
+        return list(kept)
+
+    # What it does to tokens. `num_keep` is what the schedule leaves at its block.
+
+    def before_block(self, state: TokenState) -> TokenState:
+        """Called before its block."""
+        return state
+
+    def after_attention(self, state: TokenState, num_keep: int, facts: AttentionFacts) -> TokenState:
+        """Called between attention and MLP of its block, if it `acts_inside`."""
+        return state
+
+    def after_block(self, state: TokenState, num_keep: int) -> TokenState:
+        """Called after its block."""
+        return state
+
+    def restore(self, state: TokenState) -> TokenState:
+        """All tokens at their places, for fusion and for feature maps."""
+        return state.restore()
+
+    def scores(self, state: TokenState) -> torch.Tensor | None:
+        """How much each token matters, (B, T), on any scale, for the schedule search; `None` if it does not score."""
+        return None
+
+    def keep_best(self, state: TokenState, num_keep: int) -> TokenState:
+        """Prunes to the `num_keep` patch tokens with the highest scores, and those of padding first."""
+        if num_keep == state.num_patches:
+            return state
+        scores: Any = self.scores(state)
+        kept, pruned = select_tokens(scores, num_keep, state.num_prefix_tokens, state.padding_of_tokens())
+        return state.prune(kept, pruned, self.block)
+
+    # What training needs beside it
 
     def remove_auxiliary_heads(self) -> None:
         """Drops what only training needs; selection stays the same."""
 
     def add_auxiliary_heads(self, config: CroprViTConfig, initialize: Callable[[nn.Module], Any]) -> None:
         """Adds what training needs; selection stays the same. `initialize` gives a new module its first weights."""
+
+    @classmethod
+    def strip(cls, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What inference needs of the weights of one module, by their names in it."""
+        return weights
+
+    # What it asks of the model
+
+    @classmethod
+    def uses_key_bias(cls, config: CroprViTConfig) -> bool:
+        """Whether it gives tokens a `key_bias`, which some attention kernels do not support."""
+        return False
+
+    @classmethod
+    def settings(cls, config: CroprViTConfig) -> Any:
+        """Its fields, from `config.reducer_config`.
+
+        Raises:
+            `ValueError`: for a field that it does not have, or a value that the field does not allow.
+        """
+        given = config.reducer_config or {}
+        known = [item.name for item in fields(cls.config_class)]
+        for name in given:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+                raise ValueError(
+                    f"`reducer_config` has {name!r}, which is not a field of the token reducer {cls.name!r}; "
+                    + (f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known) or 'none'}.")
+                )
+        return cls.config_class(**given)
+
+    @classmethod
+    def check(cls, config: CroprViTConfig) -> None:
+        """Raises `ValueError` for a configuration with which it cannot run."""
+        cls.settings(config)
+        if config.use_auxiliary_heads and not cls.supports_auxiliary_heads:
+            raise ValueError(
+                f"The token reducer {cls.name!r} does not support auxiliary heads; set `use_auxiliary_heads=False`."
+            )
+        if cls.needs_cls and not config.use_cls_token:
+            raise ValueError(
+                f"The token reducer {cls.name!r} needs a CLS token, but `use_cls_token` is False; choose another "
+                "reducer, or a model with a CLS token."
+            )
+        if config.window_block_indices and not cls.supports_windows:
+            raise ValueError(
+                f"The token reducer {cls.name!r} does not support windowed attention, but `window_block_indices` is "
+                f"{list(config.window_block_indices)}; choose another reducer, or a model without windows."
+            )
+        if config.prune_padding_first and cls.merges:
+            raise ValueError(
+                f"`prune_padding_first` is True, but the token reducer {cls.name!r} merges tokens and drops none; set "
+                "it to False."
+            )
+        check_attention(config._attn_implementation, cls.name if cls.uses_key_bias(config) else None)
+        check_pruning(config, cls)
+
+
+def check_attention(implementation: str | None, biased_by: str | None) -> None:
+    """Raises `ValueError` for an attention kernel without a key bias where a method needs one."""
+    if biased_by is not None and "flash" in (implementation or ""):
+        raise ValueError(
+            f"The token reducer {biased_by!r} adds a bias to attention logits, which {implementation!r} does not "
+            "support; use `attn_implementation='sdpa'`."
+        )
 
 
 TOKEN_REDUCERS: dict[str, type[TokenReducer]] = {}
@@ -323,299 +537,47 @@ def register_token_reducer(reducer: ReducerType) -> ReducerType:
     return reducer
 
 
+def find_token_reducer(config: CroprViTConfig) -> Any:
+    """The class of the method of a configuration; `None` if it does not prune.
+
+    Raises:
+        `ValueError`: for one that is not registered.
+    """
+    name = config.token_reducer
+    if name is None or name in TOKEN_REDUCERS:
+        return TOKEN_REDUCERS.get(name)  # type: ignore[arg-type]
+    if config.reducer_package is not None:
+        raise ValueError(
+            f"The token reducer {name!r} is not installed; it is part of the package {config.reducer_package!r}: "
+            "install it, and import it before the model is loaded."
+        )
+    near = difflib.get_close_matches(name, TOKEN_REDUCERS, n=3, cutoff=0.5)
+    raise ValueError(
+        f"Unknown token reducer {name!r}; "
+        + (f"did you mean {' or '.join(map(repr, near))}? " if near else "")
+        + f"Choose one of {', '.join(sorted(TOKEN_REDUCERS))}, or None for the unpruned model."
+    )
+
+
 def has_auxiliary_heads(token_reducer: str | None) -> bool:
     """Whether models with this `config.token_reducer` can have auxiliary heads; `False` for an unknown name."""
-    return token_reducer in TOKEN_REDUCERS and TOKEN_REDUCERS[token_reducer].has_auxiliary_heads
+    return token_reducer in TOKEN_REDUCERS and TOKEN_REDUCERS[token_reducer].supports_auxiliary_heads
 
 
 def build_token_reducers(config: CroprViTConfig) -> nn.ModuleDict:
-    """The modules of a model, by the number of the block that each follows; empty when it does not prune.
+    """The modules of a model, by the number of the block at which each acts; empty when it does not prune.
+
+    The configuration notes which package a method comes from that does not lie beside this file.
 
     Raises:
-        `ValueError`: for a reducer that is not registered, or one without heads when the config asks for them.
+        `ValueError`: for a method that is not registered, or that cannot run with the configuration.
     """
-    if config.token_reducer is None:
-        return nn.ModuleDict()
-    reducer = TOKEN_REDUCERS.get(config.token_reducer)
+    reducer = find_token_reducer(config)
     if reducer is None:
-        raise ValueError(
-            f"Unknown token reducer {config.token_reducer!r}; choose one of {', '.join(sorted(TOKEN_REDUCERS))}, or "
-            "None for the unpruned model."
-        )
-    if config.use_auxiliary_heads and not reducer.has_auxiliary_heads:
-        raise ValueError(
-            f"The token reducer {config.token_reducer!r} has no auxiliary heads; set `use_auxiliary_heads=False`."
-        )
-    return nn.ModuleDict({str(block): reducer(config, block) for block in config.pruning_blocks})
-
-
-@register_token_reducer
-class RandomReducer(TokenReducer):
-    """The baseline of the paper: keeps patch tokens drawn at random, in training and inference."""
-
-    name = "random"
-
-    def select(self, state: TokenState, num_keep: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `TokenReducer.select`."""
-        scores = torch.rand(state.hidden_states.shape[:2], device=state.hidden_states.device)
-        return select_tokens(scores, num_keep, state.num_prefix_tokens, state.padding_of_tokens())
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# 4. The Cropr module
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def _init_truncated_normal(tensor: torch.Tensor, std: float) -> None:
-    init.trunc_normal_(tensor, mean=0.0, std=std, a=-2 * std, b=2 * std)
-
-
-class Scorer(nn.Module):
-    """Learnable queries and the optional parts of their attention to the tokens (training form).
-
-    The paper's best scorer is the plainest: queries alone. Projections and norm are its ablation.
-    """
-
-    def __init__(self, config: CroprViTConfig):
-        super().__init__()
-        size = config.hidden_size
-        self.num_heads = config.scorer_num_heads
-        self.antialias = config.interpolate_antialias
-        self.query_grid = config.grid_size if config.num_queries is None else None  # with one query per patch
-        self.queries = nn.Parameter(torch.empty(config.num_queries or config.num_patches, size))
-        self.norm = nn.LayerNorm(size, eps=NORM_EPS) if config.scorer_pre_norm else nn.Identity()
-        self.query_projection = nn.Linear(size, size, bias=False) if config.scorer_query_projection else nn.Identity()
-        self.key_projection = nn.Linear(size, size, bias=False) if config.scorer_key_projection else nn.Identity()
-
-    def init_weights(self) -> None:
-        """Queries as in the paper: truncated normal, standard deviation D^(-1/2)."""
-        _init_truncated_normal(self.queries, std=self.queries.shape[-1] ** -0.5)
-
-    def forward(self) -> torch.Tensor:
-        """The one vector (D,) that scores as all queries together do."""
-        with maybe_autocast(device_type=self.queries.device.type, enabled=False):
-            return fold_scorer(
-                self.queries,
-                query_projection=getattr(self.query_projection, "weight", None),
-                key_projection=getattr(self.key_projection, "weight", None),
-                norm_weight=getattr(self.norm, "weight", None),
-            )
-
-    def queries_for(self, grid_size: tuple[int, int] | None) -> torch.Tensor:
-        """Queries (N, D) for an image of `grid_size` patches: one per patch are interpolated to another grid."""
-        if self.query_grid is None or grid_size is None or grid_size == self.query_grid:
-            return self.queries
-        return resample_grid(self.queries[None], self.query_grid, grid_size, self.antialias)[0]
-
-    @torch.no_grad()
-    def unfold(self, folded_query: torch.Tensor) -> None:
-        """Sets the weights so that they fold to `folded_query` (D,); the queries keep their random differences."""
-        for projection in (self.query_projection, self.key_projection):
-            if isinstance(projection, nn.Linear):
-                nn.init.eye_(projection.weight)
-        queries = self.queries.float()
-        self.queries.copy_(queries + (folded_query.float() - queries.sum(dim=0)) / len(queries))
-        # Half precision rounds each query; the first makes up for it.
-        self.queries[0] += folded_query - self.queries.float().sum(dim=0)
-
-    def split_heads(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(B, T, D) -> (B, H, T, D / H)"""
-        return tokens.unflatten(-1, (self.num_heads, -1)).transpose(-3, -2)
-
-
-class FoldedScorer(nn.Module):
-    """The scorer of a stripped model: one vector, which nothing trains."""
-
-    def __init__(self, folded_query: torch.Tensor):
-        super().__init__()
-        self.folded_query = nn.Parameter(folded_query, requires_grad=False)
-
-    def init_weights(self) -> None:
-        """Spread of a single query."""
-        _init_truncated_normal(self.folded_query, std=self.folded_query.shape[-1] ** -0.5)
-
-    def forward(self) -> torch.Tensor:
-        """The folded vector (D,)."""
-        return self.folded_query
-
-    def train(self, mode: bool = True) -> FoldedScorer:
-        """Stays frozen: loading replaces parameters, and no loss reaches this one."""
-        super().train(mode)
-        return self.requires_grad_(False)
-
-
-class Router(nn.Module):
-    """Scorer and selector: decides which tokens stay."""
-
-    def __init__(self, config: CroprViTConfig):
-        super().__init__()
-        self.pre_norm = config.scorer_pre_norm
-        self.scorer: Scorer | FoldedScorer
-        if config.use_auxiliary_heads:
-            self.scorer = Scorer(config)
-        else:
-            self.scorer = FoldedScorer(torch.empty(config.hidden_size))
-
-    def forward(self, state: TokenState, num_keep: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Indices of the kept and the pruned tokens; see `select_tokens`."""
-        scores = score_tokens(state.hidden_states, self.scorer(), self.pre_norm)
-        return select_tokens(scores, num_keep, state.num_prefix_tokens, state.padding_of_tokens())
-
-
-class Aggregator(GradientCheckpointingLayer):
-    """Gathers what the scorer attends to (training only): Z = softmax(Q Kᵀ / √d) V, then Z + MLP(LN(Z))."""
-
-    def __init__(self, config: CroprViTConfig):
-        super().__init__()
-        size = config.hidden_size
-        self.value_projection = (
-            nn.Linear(size, size, bias=False) if config.aggregator_value_projection else nn.Identity()
-        )
-        # Several heads are mixed by a projection, as in the reference code; a single one needs none.
-        self.output_projection = nn.Linear(size, size) if config.scorer_num_heads > 1 else nn.Identity()
-        self.mlp: nn.Module | None = None
-        if config.aggregator_mlp_ratio is not None:
-            inner = int(size * config.aggregator_mlp_ratio)
-            self.mlp = nn.Sequential(
-                nn.LayerNorm(size, eps=NORM_EPS), nn.Linear(size, inner), ACT2FN["gelu"], nn.Linear(inner, size)
-            )
-
-    def forward(self, queries: torch.Tensor, hidden_states: torch.Tensor, scorer: Scorer) -> torch.Tensor:
-        """Queries (N, D) and tokens (B, T, D) -> (B, N, D)"""
-        hidden_states = scorer.norm(hidden_states)
-        aggregated = aggregate_tokens(
-            scorer.split_heads(scorer.query_projection(queries)[None]),
-            scorer.split_heads(scorer.key_projection(hidden_states)),
-            scorer.split_heads(self.value_projection(hidden_states)),
-        )
-        aggregated = self.output_projection(aggregated)
-        return aggregated if self.mlp is None else aggregated + self.mlp(aggregated)
-
-
-class AuxiliaryClassifier(nn.Linear):
-    """Linear layer with first weights of its own; Transformers initialises only modules that hold parameters."""
-
-    def init_weights(self) -> None:
-        """As in the reference code: truncated normal 0.02, bias 0."""
-        _init_truncated_normal(self.weight, std=0.02)
-        init.zeros_(self.bias)
-
-
-class AuxiliaryHead(nn.Module):
-    """LayerNorm and classifier, whose loss trains the scorer (training only)."""
-
-    def __init__(self, config: CroprViTConfig):
-        super().__init__()
-        self.norm = nn.LayerNorm(config.hidden_size, eps=NORM_EPS)
-        self.classifier = AuxiliaryClassifier(config.hidden_size, config.num_labels or 0)
-
-    def forward(self, aggregated: torch.Tensor) -> torch.Tensor:
-        """(B, N, D) -> (B, N, C)"""
-        return self.classifier(self.norm(aggregated))
-
-
-@register_token_reducer
-class CroprModule(TokenReducer):
-    """Token Cropr after one block: router always, aggregator and auxiliary head for training.
-
-    The module sees tokens through a stop-gradient: auxiliary losses train it and not the backbone, and the main loss,
-    which reaches the backbone through the kept tokens, cannot reach it.
-    """
-
-    name = "cropr"
-    has_auxiliary_heads = True
-
-    def __init__(self, config: CroprViTConfig, block: int):
-        super().__init__(config, block)
-        self.router = Router(config)
-        self.aggregator = Aggregator(config) if config.use_auxiliary_heads else None
-        self.auxiliary_head = AuxiliaryHead(config) if config.use_auxiliary_heads else None
-
-    def select(self, state: TokenState, num_keep: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `TokenReducer.select`."""
-        with torch.no_grad():  # ranking has no gradient
-            return self.router(state, num_keep)
-
-    def forward(self, state: TokenState, num_keep: int) -> tuple[TokenState, torch.Tensor | None]:
-        """See `TokenReducer.forward`."""
-        auxiliary_logits = None
-        if self.training and self.aggregator is not None and self.auxiliary_head is not None:
-            scorer: Any = self.router.scorer  # not folded while there are heads
-            aggregated = self.aggregator(scorer.queries_for(state.grid_size), state.hidden_states.detach(), scorer)
-            auxiliary_logits = self.auxiliary_head(aggregated)
-        state, _ = super().forward(state, num_keep)
-        return state, auxiliary_logits
-
-    def remove_auxiliary_heads(self) -> None:
-        """See `TokenReducer.remove_auxiliary_heads`."""
-        self.router.scorer = FoldedScorer(self.router.scorer().detach().clone()).train(self.training)
-        self.aggregator = self.auxiliary_head = None
-
-    def add_auxiliary_heads(self, config: CroprViTConfig, initialize: Callable[[nn.Module], Any]) -> None:
-        """See `TokenReducer.add_auxiliary_heads`."""
-        folded_query = self.router.scorer().detach()
-        scorer, aggregator, head = Scorer(config), Aggregator(config), AuxiliaryHead(config)
-        for module in (scorer, aggregator, head):
-            module.to(folded_query).train(self.training)
-            initialize(module)
-        scorer.unfold(folded_query)
-        self.router.scorer, self.aggregator, self.auxiliary_head = scorer, aggregator, head
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# 5. Stripping
-# --------------------------------------------------------------------------------------------------------------------
-
-
-TRAINING_PARTS = ("router.scorer.", "aggregator.", "auxiliary_head.")
-
-
-def fold_scorer(
-    queries: torch.Tensor,
-    query_projection: torch.Tensor | None = None,
-    key_projection: torch.Tensor | None = None,
-    norm_weight: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """One vector that ranks tokens as all queries do: Σₙ (W_q qₙ)ᵀ W_k (γ ⊙ x̂ + β) = fold · x̂ + constant.
-
-    Scores are linear in the queries, and a sum over heads of products is the product over all channels, so neither
-    the number of queries nor that of heads matters; the constant does not change a ranking.
-
-    Args:
-        queries: (N, D)
-        query_projection, key_projection: weights (D, D) of linear layers, if there are any.
-        norm_weight: (D,) scale of the norm before the attention, if there is one.
-
-    Returns:
-        (D,), in the dtype of `queries`, summed in float32.
-    """
-    folded = queries.float().sum(dim=0)
-    if query_projection is not None:
-        folded = query_projection.float() @ folded
-    if key_projection is not None:
-        folded = folded @ key_projection.float()
-    if norm_weight is not None:
-        folded = folded * norm_weight.float()
-    return folded.to(queries.dtype)
-
-
-def strip_state_dict(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights of the stripped model from those of a model with auxiliary heads; other tensors pass unchanged.
-
-    It reads nothing but `state_dict`, so it also serves gathered weights (FSDP, DeepSpeed).
-    """
-    stripped = {}
-    for name, tensor in state_dict.items():
-        match = re.fullmatch(r"(?P<module>(.*\.)?token_reducers\.\d+\.)(?P<part>.+)", name)
-        part = match["part"] if match else ""
-        if match and part == "router.scorer.queries":
-            scorer = match["module"] + "router.scorer."
-            stripped[scorer + "folded_query"] = fold_scorer(
-                tensor,
-                query_projection=state_dict.get(scorer + "query_projection.weight"),
-                key_projection=state_dict.get(scorer + "key_projection.weight"),
-                norm_weight=state_dict.get(scorer + "norm.weight"),
-            )
-        elif part == "router.scorer.folded_query" or not part.startswith(TRAINING_PARTS):
-            stripped[name] = tensor
-    return stripped
+        return nn.ModuleDict()
+    if config.last_layer_fusion is None:
+        config.last_layer_fusion = reducer.fuses_by_default
+    reducer.check(config)
+    if reducer.__module__.rpartition(".")[0] != __package__:
+        config.reducer_package = reducer.__module__.partition(".")[0]
+    return nn.ModuleDict({str(block): reducer(config, block) for block in pruning_blocks(config, reducer)})

@@ -24,25 +24,26 @@ from demo import DemoArguments, fine_tune
 from train_image_classification import ACCURACY
 from transformers import AutoImageProcessor, HfArgumentParser
 from transformers import logging as transformers_logging
+from transformers.hf_argparser import HfArg
 
 from cropr_hf import CroprViTForImageClassification, curriculum_schedule, evaluate_schedules
-from cropr_hf.benchmark import argument, markdown_table
-from cropr_hf.visualization import plot_tradeoff
+from cropr_hf.speed.plots import plot_tradeoff
+from cropr_hf.speed.tables import markdown_table
 
 
 @dataclass
 class AnySpeedArguments:
     """Settings; the defaults take about five minutes on two CPU cores."""
 
-    pretrained: str = argument(DemoArguments.pretrained, "A plain ViT for cluttered digits.")
-    output_dir: str = argument("outputs/any_speed", "Where checkpoints, record and picture go.")
+    pretrained: str = HfArg(default=DemoArguments.pretrained, help="A plain ViT for cluttered digits.")
+    output_dir: str = HfArg(default="outputs/any_speed", help="Where checkpoints, record and picture go.")
     pruning_schedule: list[int] = field(default_factory=lambda: [144, 48, 16, 4, 4, 4])
     strengths: list[float] = field(default_factory=lambda: [0.5, 0.75, 0.9, 1.0])
-    train_images: int = argument(5000, "Training images of each checkpoint.")
-    epochs: int = argument(1, "Passes over them.")
-    test_images: int = argument(2000, "Images to measure on.")
-    batch_size: int = argument(64, "Images per call in the measurements.")
-    seed: int = argument(42, "Of the training images and of the training.")
+    train_images: int = HfArg(default=5000, help="Training images of each checkpoint.")
+    epochs: int = HfArg(default=1, help="Passes over them.")
+    test_images: int = HfArg(default=2000, help="Images to measure on.")
+    batch_size: int = HfArg(default=64, help="Images per call in the measurements.")
+    seed: int = HfArg(default=42, help="Of the training images and of the training.")
 
 
 def train(args: AnySpeedArguments, name: str, schedule: list[int], *options: str) -> CroprViTForImageClassification:

@@ -30,8 +30,9 @@ from transformers import HfArgumentParser
 from transformers import logging as transformers_logging
 
 from cropr_hf import CroprViTConfig
-from cropr_hf.benchmark import BenchmarkArguments, markdown_table, run
-from cropr_hf.model_card import PICTURE_NAME, add_to_record
+from cropr_hf.publishing.model_card import PICTURE_NAME, add_to_record
+from cropr_hf.speed.benchmark import BenchmarkArguments, run
+from cropr_hf.speed.tables import markdown_table
 
 
 HERE = Path(__file__).parent

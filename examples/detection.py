@@ -20,7 +20,6 @@ from shared import (
     Eva02Arguments,
     ModelArguments,
     RecipeArguments,
-    argument,
     draw_digits,
     input_size,
     load_model,
@@ -34,6 +33,7 @@ from torchvision.ops import box_convert, masks_to_boxes
 from torchvision.transforms import v2
 from transformers import logging as transformers_logging
 from transformers import set_seed
+from transformers.hf_argparser import HfArg
 
 from cropr_hf import CroprViTConfig, CroprViTImageProcessor
 from cropr_hf.training import CroprTrainer, layer_decay_optimizer
@@ -61,9 +61,9 @@ class DetectorArguments(Eva02Arguments):
     """`ModelArguments` whose default model is prepared as in the paper."""
 
     recipe = {name: getattr(EVA02_DETECTOR, name) for name in EVA02_FIELDS}
-    drop_path_rate: float = argument(0.4, "Stochastic depth of the last but one block.")
+    drop_path_rate: float = HfArg(default=0.4, help="Stochastic depth of the last but one block.")
     label_smoothing: float = field(default=0.0, init=False)  # no argument: detectors have none
-    config: str = argument("{}", "Further fields of the configuration, as JSON.")
+    config: str = HfArg(default="{}", help="Further fields of the configuration, as JSON.")
 
     def overrides(self) -> dict[str, Any]:
         """See `ModelArguments.overrides`."""
@@ -74,22 +74,31 @@ class DetectorArguments(Eva02Arguments):
 class DataArguments:
     """Which images and objects, and how the training images are changed."""
 
-    dataset_name: str | None = argument(None, f"Data set id on the Hub, or '{CLUTTERED_DIGITS}', instead of files.")
-    dataset_config_name: str | None = argument(None, "Configuration of that data set.")
-    dataset_revision: str | None = argument(None, "Branch, tag or commit of that data set.")
-    box_format: str = argument("xywh", f"How that data set gives boxes: {' or '.join(BOX_FORMATS)} (corners).")
-    train_images_dir: str = argument("coco/train2017", "Folder of the training images.")
-    train_annotations: str = argument("coco/annotations/instances_train2017.json", "Their objects, in COCO format.")
-    validation_images_dir: str = argument("coco/val2017", "Folder of the validation images.")
-    validation_annotations: str = argument("coco/annotations/instances_val2017.json", "Their objects.")
-    train_val_split: float = argument(0.15, "Share of the training images to validate on, if there are no others.")
-    max_train_samples: int | None = argument(None, "Use fewer training images.")
-    max_eval_samples: int | None = argument(None, "Use fewer validation images.")
-    image_column_name: str = argument("image", "Column of the images.")
-    label_column_name: str = argument("objects", "Column of the objects.")
-    horizontal_flip: float | None = argument(None, "Probability of a mirror image; 0.5, and 0 for digits.")
-    scale_range: list[float] | None = argument(
-        None, "Least and greatest random size, relative to what fits the input; 0.1 2.0, and 0.8 1.25 for digits."
+    dataset_name: str | None = HfArg(
+        default=None, help=f"Data set id on the Hub, or '{CLUTTERED_DIGITS}', instead of files."
+    )
+    dataset_config_name: str | None = HfArg(default=None, help="Configuration of that data set.")
+    dataset_revision: str | None = HfArg(default=None, help="Branch, tag or commit of that data set.")
+    box_format: str = HfArg(
+        default="xywh", help=f"How that data set gives boxes: {' or '.join(BOX_FORMATS)} (corners)."
+    )
+    train_images_dir: str = HfArg(default="coco/train2017", help="Folder of the training images.")
+    train_annotations: str = HfArg(
+        default="coco/annotations/instances_train2017.json", help="Their objects, in COCO format."
+    )
+    validation_images_dir: str = HfArg(default="coco/val2017", help="Folder of the validation images.")
+    validation_annotations: str = HfArg(default="coco/annotations/instances_val2017.json", help="Their objects.")
+    train_val_split: float = HfArg(
+        default=0.15, help="Share of the training images to validate on, if there are no others."
+    )
+    max_train_samples: int | None = HfArg(default=None, help="Use fewer training images.")
+    max_eval_samples: int | None = HfArg(default=None, help="Use fewer validation images.")
+    image_column_name: str = HfArg(default="image", help="Column of the images.")
+    label_column_name: str = HfArg(default="objects", help="Column of the objects.")
+    horizontal_flip: float | None = HfArg(default=None, help="Probability of a mirror image; 0.5, and 0 for digits.")
+    scale_range: list[float] | None = HfArg(
+        default=None,
+        help="Least and greatest random size, relative to what fits the input; 0.1 2.0, and 0.8 1.25 for digits.",
     )
 
     def __post_init__(self) -> None:
@@ -112,24 +121,24 @@ class DataArguments:
 class CocoArguments(RecipeArguments):
     """`TrainingArguments` with the defaults of EVA-02-L on COCO."""
 
-    max_steps: int = argument(60_000, "Steps; -1 for --num_train_epochs.")
-    learning_rate: float = argument(5e-5, "Peak learning rate of the heads.")
-    layer_decay: float = argument(0.8, "Factor of the learning rate per block, from the heads down.")
-    weight_decay: float = argument(0.1, "Of matrices; vectors and positions have none.")
-    lr_scheduler_type: str = argument("constant_with_warmup", "Learning-rate schedule.")
-    warmup_steps: float = argument(1000, "Steps of linear warm-up, or their share if below 1.")
+    max_steps: int = HfArg(default=60_000, help="Steps; -1 for --num_train_epochs.")
+    learning_rate: float = HfArg(default=5e-5, help="Peak learning rate of the heads.")
+    layer_decay: float = HfArg(default=0.8, help="Factor of the learning rate per block, from the heads down.")
+    weight_decay: float = HfArg(default=0.1, help="Of matrices; vectors and positions have none.")
+    lr_scheduler_type: str = HfArg(default="constant_with_warmup", help="Learning-rate schedule.")
+    warmup_steps: float = HfArg(default=1000, help="Steps of linear warm-up, or their share if below 1.")
     lr_drops: list[float] = field(
         default_factory=lambda: [0.8, 0.9],
         metadata={"help": "Shares of the training after which the scheduled rate is ten times lower; 1 is never."},
     )
-    max_grad_norm: float = argument(0.0, "Greatest norm of the gradient; 0 is no limit.")
-    per_device_train_batch_size: int = argument(2, "Images per process and forward pass.")
-    gradient_accumulation_steps: int = argument(64, "Forward passes per step: 128 images on one device.")
-    per_device_eval_batch_size: int = argument(2, "Images per process and evaluation step.")
-    eval_strategy: str = argument("steps", "When to evaluate.")
-    eval_steps: float = argument(5000, "Steps between evaluations.")
-    save_strategy: str = argument("steps", "When to write a checkpoint.")
-    save_steps: float = argument(5000, "Steps between checkpoints.")
+    max_grad_norm: float = HfArg(default=0.0, help="Greatest norm of the gradient; 0 is no limit.")
+    per_device_train_batch_size: int = HfArg(default=2, help="Images per process and forward pass.")
+    gradient_accumulation_steps: int = HfArg(default=64, help="Forward passes per step: 128 images on one device.")
+    per_device_eval_batch_size: int = HfArg(default=2, help="Images per process and evaluation step.")
+    eval_strategy: str = HfArg(default="steps", help="When to evaluate.")
+    eval_steps: float = HfArg(default=5000, help="Steps between evaluations.")
+    save_strategy: str = HfArg(default="steps", help="When to write a checkpoint.")
+    save_steps: float = HfArg(default=5000, help="Steps between checkpoints.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

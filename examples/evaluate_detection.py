@@ -38,10 +38,10 @@ from transformers import (
     AutoModelForObjectDetection,
     HfArgumentParser,
 )
+from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
 import cropr_hf  # noqa: F401 (registers the models with the Auto classes)
-from cropr_hf.benchmark import argument
 from cropr_hf.visualization import plot_detections
 
 
@@ -49,16 +49,18 @@ from cropr_hf.visualization import plot_detections
 class EvaluationArguments:
     """Which model to evaluate, and how."""
 
-    model_name_or_path: str = argument("outputs/object_detection", "Folder or Hub id of a detector.")
-    split: str = argument("validation", "Split of the data set.")
-    config: str = argument("{}", "Fields of the configuration to change, as JSON.")
-    batch_size: int = argument(2, "Images per forward pass.")
-    device: str = argument("cpu", "Where to run.")
-    seed: int = argument(0, "Of the drawn images.")
-    picture: str | None = argument(None, "A PNG file for a picture of detections and of what was pruned.")
-    picture_images: int = argument(8, "Images in that picture.")
-    picture_threshold: float = argument(0.5, "Least score of a detection in that picture.")
-    update_record: bool = argument(False, "Whether to add the result to the record and the card of that folder.")
+    model_name_or_path: str = HfArg(default="outputs/object_detection", help="Folder or Hub id of a detector.")
+    split: str = HfArg(default="validation", help="Split of the data set.")
+    config: str = HfArg(default="{}", help="Fields of the configuration to change, as JSON.")
+    batch_size: int = HfArg(default=2, help="Images per forward pass.")
+    device: str = HfArg(default="cpu", help="Where to run.")
+    seed: int = HfArg(default=0, help="Of the drawn images.")
+    picture: str | None = HfArg(default=None, help="A PNG file for a picture of detections and of what was pruned.")
+    picture_images: int = HfArg(default=8, help="Images in that picture.")
+    picture_threshold: float = HfArg(default=0.5, help="Least score of a detection in that picture.")
+    update_record: bool = HfArg(
+        default=False, help="Whether to add the result to the record and the card of that folder."
+    )
 
 
 class Detector:

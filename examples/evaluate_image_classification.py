@@ -22,10 +22,10 @@ from datasets import Dataset, load_dataset
 from shared import CLUTTERED_DIGITS, record_evaluation
 from train_image_classification import ACCURACY
 from transformers import AutoImageProcessor, AutoModelForImageClassification, HfArgumentParser
+from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
 import cropr_hf  # noqa: F401 (registers the models with the Auto classes)
-from cropr_hf.benchmark import argument
 from cropr_hf.visualization import plot_pruning
 
 
@@ -33,19 +33,21 @@ from cropr_hf.visualization import plot_pruning
 class Arguments:
     """What to evaluate on what."""
 
-    model_name_or_path: str = argument("outputs/image_classification", "Folder or Hub id of a classifier.")
-    dataset_name: str = argument(CLUTTERED_DIGITS, f"Data set id on the Hub, or '{CLUTTERED_DIGITS}'.")
-    dataset_config_name: str | None = argument(None, "Configuration of that data set.")
-    split: str = argument("test", "Split of the data set.")
-    max_eval_samples: int = argument(2000, "Images to use at most.")
-    image_column_name: str = argument("image", "Column of the images.")
-    label_column_name: str = argument("label", "Column of the classes.")
-    batch_size: int = argument(64, "Images per step.")
-    device: str = argument("cpu", "Where to run.")
-    seed: int = argument(0, "Of the drawn images.")
-    picture: str | None = argument(None, "A PNG file for a picture of what was pruned.")
-    picture_images: int = argument(8, "Images in that picture.")
-    update_record: bool = argument(False, "Whether to add the result to the record and the card of that folder.")
+    model_name_or_path: str = HfArg(default="outputs/image_classification", help="Folder or Hub id of a classifier.")
+    dataset_name: str = HfArg(default=CLUTTERED_DIGITS, help=f"Data set id on the Hub, or '{CLUTTERED_DIGITS}'.")
+    dataset_config_name: str | None = HfArg(default=None, help="Configuration of that data set.")
+    split: str = HfArg(default="test", help="Split of the data set.")
+    max_eval_samples: int = HfArg(default=2000, help="Images to use at most.")
+    image_column_name: str = HfArg(default="image", help="Column of the images.")
+    label_column_name: str = HfArg(default="label", help="Column of the classes.")
+    batch_size: int = HfArg(default=64, help="Images per step.")
+    device: str = HfArg(default="cpu", help="Where to run.")
+    seed: int = HfArg(default=0, help="Of the drawn images.")
+    picture: str | None = HfArg(default=None, help="A PNG file for a picture of what was pruned.")
+    picture_images: int = HfArg(default=8, help="Images in that picture.")
+    update_record: bool = HfArg(
+        default=False, help="Whether to add the result to the record and the card of that folder."
+    )
 
 
 def load_images(args: Arguments) -> Dataset:

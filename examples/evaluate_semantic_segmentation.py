@@ -31,10 +31,10 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 from train_semantic_segmentation import MEAN_IOU, DataArguments, fill_up, fill_values, load_source
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, HfArgumentParser
+from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
 import cropr_hf  # noqa: F401 (registers the models with the Auto classes)
-from cropr_hf.benchmark import argument
 from cropr_hf.sliding_window import sliding_window_logits
 from cropr_hf.visualization import plot_segmentation
 
@@ -43,15 +43,19 @@ from cropr_hf.visualization import plot_segmentation
 class EvaluationArguments:
     """Which model to evaluate, and how."""
 
-    model_name_or_path: str = argument("outputs/semantic_segmentation", "Folder or Hub id of a segmentation model.")
-    split: str = argument("validation", "Split of the data set.")
-    stride: int | None = argument(None, "Step of sliding windows in pixels, if they are to slide.")
-    batch_size: int = argument(8, "Windows per forward pass.")
-    device: str = argument("cpu", "Where to run.")
-    seed: int = argument(0, "Of the drawn images.")
-    picture: str | None = argument(None, "A PNG file for a picture of predictions and of what was pruned.")
-    picture_images: int = argument(6, "Images in that picture.")
-    update_record: bool = argument(False, "Whether to add the result to the record and the card of that folder.")
+    model_name_or_path: str = HfArg(
+        default="outputs/semantic_segmentation", help="Folder or Hub id of a segmentation model."
+    )
+    split: str = HfArg(default="validation", help="Split of the data set.")
+    stride: int | None = HfArg(default=None, help="Step of sliding windows in pixels, if they are to slide.")
+    batch_size: int = HfArg(default=8, help="Windows per forward pass.")
+    device: str = HfArg(default="cpu", help="Where to run.")
+    seed: int = HfArg(default=0, help="Of the drawn images.")
+    picture: str | None = HfArg(default=None, help="A PNG file for a picture of predictions and of what was pruned.")
+    picture_images: int = HfArg(default=6, help="Images in that picture.")
+    update_record: bool = HfArg(
+        default=False, help="Whether to add the result to the record and the card of that folder."
+    )
 
 
 class Segmenter:

@@ -39,8 +39,11 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
 
-from cropr_hf.benchmark import Timing, argument, library_versions, machine_name, markdown_table
+from cropr_hf.speed.instruments import library_versions, machine_name
+from cropr_hf.speed.tables import markdown_table
+from cropr_hf.speed.timing import Timing
 
 
 SERVER = Path(__file__).with_name("serve.py")
@@ -51,15 +54,15 @@ START_SECONDS = 600  # compilers take their time
 class Arguments:
     """Whom to load, and how."""
 
-    url: str | None = argument(None, "A server that runs.")
-    compare: str | None = argument(None, "Instead of a server: a model to compare with itself, unpruned.")
-    server_arguments: str = argument("", "Further arguments of both servers, in one string.")
-    clients: int = argument(16, "Requests at a time.")
-    seconds: float = argument(10.0, "Length of a round.")
-    rounds: int = argument(3, "Rounds of each server.")
-    image_dir: str | None = argument(None, "Folder of images to send; drawn ones otherwise.")
-    image_size: int = argument(320, "Width of drawn images, in pixels; the height is three quarters of it.")
-    output: str | None = argument(None, "A JSON file for the results.")
+    url: str | None = HfArg(default=None, help="A server that runs.")
+    compare: str | None = HfArg(default=None, help="Instead of a server: a model to compare with itself, unpruned.")
+    server_arguments: str = HfArg(default="", help="Further arguments of both servers, in one string.")
+    clients: int = HfArg(default=16, help="Requests at a time.")
+    seconds: float = HfArg(default=10.0, help="Length of a round.")
+    rounds: int = HfArg(default=3, help="Rounds of each server.")
+    image_dir: str | None = HfArg(default=None, help="Folder of images to send; drawn ones otherwise.")
+    image_size: int = HfArg(default=320, help="Width of drawn images, in pixels; the height is three quarters of it.")
+    output: str | None = HfArg(default=None, help="A JSON file for the results.")
 
 
 def load_images(args: Arguments) -> list[bytes]:

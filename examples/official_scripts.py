@@ -31,6 +31,7 @@ from datasets import Image as ImageFeature
 from detection import DIGIT_DETECTOR, DIGITS
 from PIL import Image
 from transformers import AutoImageProcessor, HfArgumentParser, SegformerImageProcessor, ViTImageProcessor
+from transformers.hf_argparser import HfArg
 
 from cropr_hf import (
     CroprViTForImageClassification,
@@ -38,8 +39,7 @@ from cropr_hf import (
     CroprViTForSemanticSegmentation,
     CroprViTImageProcessor,
 )
-from cropr_hf.benchmark import argument
-from cropr_hf.hub import save_for_hub
+from cropr_hf.publishing.hub import save_for_hub
 
 
 HERE = Path(__file__).parent
@@ -54,11 +54,11 @@ DETECTOR = {"image_size": DIGITS["image_size"], "pruning_schedule": [256, 144, 6
 class Arguments:
     """How much to write, and where."""
 
-    output_dir: str = argument("outputs/official", "Folder to write to; the scripts run in it.")
-    model_name_or_path: str = argument(str(HERE / "digits_vit"), "The pretrained ViT to start from.")
-    train_images: int = argument(2000, "Training images per task.")
-    eval_images: int = argument(500, "Images per task to validate on, and to test on.")
-    seed: int = argument(0, "Of the drawn images.")
+    output_dir: str = HfArg(default="outputs/official", help="Folder to write to; the scripts run in it.")
+    model_name_or_path: str = HfArg(default=str(HERE / "digits_vit"), help="The pretrained ViT to start from.")
+    train_images: int = HfArg(default=2000, help="Training images per task.")
+    eval_images: int = HfArg(default=500, help="Images per task to validate on, and to test on.")
+    seed: int = HfArg(default=0, help="Of the drawn images.")
 
     def splits(self, **settings: Any) -> dict[str, Dataset]:
         """The images of each split; `settings` are those of `cluttered_digits.DigitPainter`."""

@@ -37,8 +37,7 @@ from fastapi.responses import JSONResponse
 from PIL import Image, ImageOps, UnidentifiedImageError
 from starlette.requests import ClientDisconnect
 from transformers import AutoConfig, AutoImageProcessor, BatchFeature, HfArgumentParser
-
-from cropr_hf.benchmark import argument  # and with the package come the Auto classes of its models
+from transformers.hf_argparser import HfArg
 
 
 logger = logging.getLogger("uvicorn.error")
@@ -56,20 +55,22 @@ class Settings:
     """What to serve, and how."""
 
     model: str = field(metadata={"help": "Folder or Hub id of a model with its image processor."})
-    host: str = argument("127.0.0.1", "Address to listen at; 0.0.0.0 is all of the machine's.")
-    port: int = argument(8000, "Port to listen at.")
-    max_batch_size: int = argument(8, "Images that the model sees at once, at most.")
-    max_delay_ms: float = argument(5.0, "How long the first image of a batch waits for others.")
-    queue_size: int = argument(64, "Requests being received, waiting or computed, at most; others hear 503.")
-    threads: int = argument(torch.get_num_threads(), "CPU threads of the model.")
-    image_threads: int = argument(min(4, os.cpu_count() or 1), "Images prepared or answered at a time.")
-    pruning_rate: int | None = argument(None, "Patches pruned per module, if not as published; 0 prunes none.")
-    device: str = argument("cuda" if torch.cuda.is_available() else "cpu", "Where the model runs.")
-    dtype: Literal["float32", "bfloat16", "float16"] = argument("float32", "Type of the weights.")
-    compile: bool = argument(False, "Compile the encoder; the start takes a minute or more.")
-    max_megabytes: float = argument(10.0, "Size of a body, at most.")
-    max_megapixels: float = argument(40.0, "Size of an image, at most.")
-    body_seconds: float = argument(10.0, "Time that a client has to send its image.")
+    host: str = HfArg(default="127.0.0.1", help="Address to listen at; 0.0.0.0 is all of the machine's.")
+    port: int = HfArg(default=8000, help="Port to listen at.")
+    max_batch_size: int = HfArg(default=8, help="Images that the model sees at once, at most.")
+    max_delay_ms: float = HfArg(default=5.0, help="How long the first image of a batch waits for others.")
+    queue_size: int = HfArg(default=64, help="Requests being received, waiting or computed, at most; others hear 503.")
+    threads: int = HfArg(default=torch.get_num_threads(), help="CPU threads of the model.")
+    image_threads: int = HfArg(default=min(4, os.cpu_count() or 1), help="Images prepared or answered at a time.")
+    pruning_rate: int | None = HfArg(
+        default=None, help="Patches pruned per module, if not as published; 0 prunes none."
+    )
+    device: str = HfArg(default="cuda" if torch.cuda.is_available() else "cpu", help="Where the model runs.")
+    dtype: Literal["float32", "bfloat16", "float16"] = HfArg(default="float32", help="Type of the weights.")
+    compile: bool = HfArg(default=False, help="Compile the encoder; the start takes a minute or more.")
+    max_megabytes: float = HfArg(default=10.0, help="Size of a body, at most.")
+    max_megapixels: float = HfArg(default=40.0, help="Size of an image, at most.")
+    body_seconds: float = HfArg(default=10.0, help="Time that a client has to send its image.")
 
     def __post_init__(self) -> None:
         for name in ("max_batch_size", "queue_size", "threads", "image_threads"):

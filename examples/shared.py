@@ -20,11 +20,14 @@ from typing import Any, ClassVar
 import yaml
 from datasets import Dataset, DatasetDict, Image, IterableDataset, IterableDatasetDict
 from transformers import AutoConfig, AutoImageProcessor, HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
-from cropr_hf import CroprViTConfig, benchmark, has_auxiliary_heads
-from cropr_hf.benchmark import BenchmarkArguments, argument
-from cropr_hf.model_card import add_to_record, published_throughput, source_name
+from cropr_hf import CroprViTConfig, has_auxiliary_heads
+from cropr_hf.files import source_name
+from cropr_hf.publishing.model_card import add_to_record, published_throughput
+from cropr_hf.speed import benchmark
+from cropr_hf.speed.benchmark import BenchmarkArguments
 from cropr_hf.training import (
     CroprTrainer,
     PruningCurriculum,
@@ -50,21 +53,33 @@ EVA02 = "timm/eva02_large_patch14_224.mim_m38m"
 class ModelArguments:
     """Which model to start from, and how it prunes."""
 
-    model_name_or_path: str = argument("facebook/vit-mae-large", "A ViT of a supported family, or a Cropr checkpoint.")
-    image_processor_name: str | None = argument(None, "Image processor, if not that of the model.")
-    token_reducer: str | None = argument(None, "'cropr' (default for an unpruned source), 'random' or 'none'.")
-    pruning_rate: int | None = argument(None, "Patch tokens removed per module (R).")
-    pruning_schedule: list[int] | None = argument(None, "Patch tokens kept after each block, instead of a rate.")
-    last_layer_fusion: bool | None = argument(None, "Put pruned tokens back before the last block (default).")
-    image_size: int | None = argument(None, "Input size in pixels, if not that of the source.")
-    patch_size: int | None = argument(None, "Patch size in pixels, if not that of the source.")
-    drop_path_rate: float = argument(0.2, "Stochastic depth of the last but one block.")
-    label_smoothing: float = argument(0.0, "Of the main and the auxiliary losses.")
-    ignore_mismatched_sizes: bool = argument(False, "Accept another number of classes in a Cropr checkpoint.")
-    freeze_backbone: bool = argument(False, "Train Cropr modules and head alone.")
-    lora_rank: int | None = argument(None, "Train low-rank adapters of this rank instead of the blocks themselves.")
-    revision: str | None = argument(None, "Branch, tag or commit on the Hub.")
-    token: str | None = argument(None, "Hub token for private models and data sets.")
+    model_name_or_path: str = HfArg(
+        default="facebook/vit-mae-large", help="A ViT of a supported family, or a Cropr checkpoint."
+    )
+    image_processor_name: str | None = HfArg(default=None, help="Image processor, if not that of the model.")
+    token_reducer: str | None = HfArg(
+        default=None, help="'cropr' (default for an unpruned source), 'random' or 'none'."
+    )
+    pruning_rate: int | None = HfArg(default=None, help="Patch tokens removed per module (R).")
+    pruning_schedule: list[int] | None = HfArg(
+        default=None, help="Patch tokens kept after each block, instead of a rate."
+    )
+    last_layer_fusion: bool | None = HfArg(
+        default=None, help="Put pruned tokens back before the last block (default)."
+    )
+    image_size: int | None = HfArg(default=None, help="Input size in pixels, if not that of the source.")
+    patch_size: int | None = HfArg(default=None, help="Patch size in pixels, if not that of the source.")
+    drop_path_rate: float = HfArg(default=0.2, help="Stochastic depth of the last but one block.")
+    label_smoothing: float = HfArg(default=0.0, help="Of the main and the auxiliary losses.")
+    ignore_mismatched_sizes: bool = HfArg(
+        default=False, help="Accept another number of classes in a Cropr checkpoint."
+    )
+    freeze_backbone: bool = HfArg(default=False, help="Train Cropr modules and head alone.")
+    lora_rank: int | None = HfArg(
+        default=None, help="Train low-rank adapters of this rank instead of the blocks themselves."
+    )
+    revision: str | None = HfArg(default=None, help="Branch, tag or commit on the Hub.")
+    token: str | None = HfArg(default=None, help="Hub token for private models and data sets.")
 
     def overrides(self) -> dict[str, Any]:
         """Fields of the configuration that are given."""
@@ -85,7 +100,7 @@ class Eva02Arguments(ModelArguments):
     """`ModelArguments` whose default model is EVA-02-L, prepared by the fields in `recipe`."""
 
     recipe: ClassVar[dict[str, Any]] = {}
-    model_name_or_path: str = argument(EVA02, "A ViT of a supported family, or a Cropr checkpoint.")
+    model_name_or_path: str = HfArg(default=EVA02, help="A ViT of a supported family, or a Cropr checkpoint.")
 
     def overrides(self) -> dict[str, Any]:
         """See `ModelArguments.overrides`."""
@@ -108,29 +123,34 @@ class Eva02Arguments(ModelArguments):
 class StreamingArguments:
     """Whether images are read as they are needed."""
 
-    streaming: bool = argument(False, "Read images as they are needed, and store none; needs --max_steps.")
-    shuffle_buffer: int = argument(1000, "Images of the stream, not decoded, among which the next one is drawn.")
+    streaming: bool = HfArg(default=False, help="Read images as they are needed, and store none; needs --max_steps.")
+    shuffle_buffer: int = HfArg(
+        default=1000, help="Images of the stream, not decoded, among which the next one is drawn."
+    )
 
 
 @dataclass
 class RecipeArguments(TrainingArguments):
     """`TrainingArguments` with layer-wise decay and the curriculum."""
 
-    do_train: bool = argument(True, "Whether to train, or only to evaluate.")
-    weight_decay: float = argument(0.05, "Of matrices; vectors, prefix tokens and positions have none.")
-    layer_decay: float = argument(0.75, "Factor of the learning rate per block, from the head down.")
-    pruning_curriculum: float = argument(0.0, "Share of the training over which pruning grows from nothing; 0 is off.")
-    ema_decay: float | None = argument(
-        None, "Evaluate and publish an average of the weights that fades by this factor per step, such as 0.9999."
+    do_train: bool = HfArg(default=True, help="Whether to train, or only to evaluate.")
+    weight_decay: float = HfArg(default=0.05, help="Of matrices; vectors, prefix tokens and positions have none.")
+    layer_decay: float = HfArg(default=0.75, help="Factor of the learning rate per block, from the head down.")
+    pruning_curriculum: float = HfArg(
+        default=0.0, help="Share of the training over which pruning grows from nothing; 0 is off."
     )
-    benchmark_rounds: int = argument(5, "Rounds of timing for the model card, 3 or more; 0 is none.")
-    pruning_range: list[float] | None = argument(
-        None, "Draw the pruning of each step between these two shares of the configured one, such as 0 1."
+    ema_decay: float | None = HfArg(
+        default=None,
+        help="Evaluate and publish an average of the weights that fades by this factor per step, such as 0.9999.",
     )
-    eval_strategy: str = argument("epoch", "When to evaluate.")
-    save_strategy: str = argument("epoch", "When to write a checkpoint.")
-    logging_steps: float = argument(50, "Steps between logs.")
-    remove_unused_columns: bool | None = argument(False, "The transforms need the image column.")
+    benchmark_rounds: int = HfArg(default=5, help="Rounds of timing for the model card, 3 or more; 0 is none.")
+    pruning_range: list[float] | None = HfArg(
+        default=None, help="Draw the pruning of each step between these two shares of the configured one, such as 0 1."
+    )
+    eval_strategy: str = HfArg(default="epoch", help="When to evaluate.")
+    save_strategy: str = HfArg(default="epoch", help="When to write a checkpoint.")
+    logging_steps: float = HfArg(default=50, help="Steps between logs.")
+    remove_unused_columns: bool | None = HfArg(default=False, help="The transforms need the image column.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -37,7 +37,6 @@ from shared import (
     ModelArguments,
     RecipeArguments,
     StreamingArguments,
-    argument,
     draw_digits,
     input_size,
     load_model,
@@ -50,6 +49,7 @@ from shared import (
 from torchvision.transforms import v2
 from transformers import ViTImageProcessor, set_seed
 from transformers import logging as transformers_logging
+from transformers.hf_argparser import HfArg
 
 from cropr_hf import CroprViTConfig, CroprViTForImageClassification
 from cropr_hf.training import CroprTrainer, layer_decay_optimizer
@@ -63,9 +63,11 @@ BICUBIC = 3  # of Pillow, and of the transforms below
 class ClassifierArguments(ModelArguments):
     """`ModelArguments`, and what only a classifier has."""
 
-    label_smoothing: float = argument(0.1, "Of the main and the auxiliary losses.")
-    pooling: str | None = argument(None, "'mean', 'patch_mean' or 'cls', if not that of the source.")
-    norm_before_pooling: bool | None = argument(None, "Final norm before or after pooling, if not as in the source.")
+    label_smoothing: float = HfArg(default=0.1, help="Of the main and the auxiliary losses.")
+    pooling: str | None = HfArg(default=None, help="'mean', 'patch_mean' or 'cls', if not that of the source.")
+    norm_before_pooling: bool | None = HfArg(
+        default=None, help="Final norm before or after pooling, if not as in the source."
+    )
 
     def overrides(self) -> dict[str, Any]:
         """See `ModelArguments.overrides`."""
@@ -77,24 +79,31 @@ class ClassifierArguments(ModelArguments):
 class DataArguments(StreamingArguments):
     """Which images to train on, and how they are augmented."""
 
-    dataset_name: str | None = argument(None, f"Data set id on the Hub, or '{CLUTTERED_DIGITS}'.")
-    dataset_config_name: str | None = argument(None, "Configuration of that data set.")
-    train_dir: str | None = argument(None, "Folder with one folder of images per class, instead of a data set.")
-    validation_dir: str | None = argument(None, "The same for validation.")
-    train_val_split: float = argument(0.15, "Share of the training images to validate on, if there are no others.")
-    max_train_samples: int | None = argument(None, "Use fewer training images.")
-    max_eval_samples: int | None = argument(None, "Use fewer validation images.")
-    image_column_name: str = argument("image", "Column of the images.")
-    label_column_name: str = argument("label", "Column of the classes.")
-    center_crop: float | None = argument(
-        None, "Share of the shorter side that evaluation shows, from its middle; else all of it, stretched."
+    dataset_name: str | None = HfArg(default=None, help=f"Data set id on the Hub, or '{CLUTTERED_DIGITS}'.")
+    dataset_config_name: str | None = HfArg(default=None, help="Configuration of that data set.")
+    train_dir: str | None = HfArg(
+        default=None, help="Folder with one folder of images per class, instead of a data set."
     )
-    crop_min_scale: float = argument(0.08, "Smallest share of the image in a random crop; 1 is no crop.")
-    horizontal_flip: float = argument(0.5, "Probability of a mirror image.")
-    randaugment_magnitude: int = argument(9, "RandAugment with 2 operations of this magnitude (0 to 30); 0 is none.")
-    random_erasing: float = argument(0.25, "Probability of erasing a rectangle.")
-    mixup_alpha: float = argument(0.8, "Mixup; 0 is none.")
-    cutmix_alpha: float = argument(1.0, "Cutmix; 0 is none. A batch gets one of the two.")
+    validation_dir: str | None = HfArg(default=None, help="The same for validation.")
+    train_val_split: float = HfArg(
+        default=0.15, help="Share of the training images to validate on, if there are no others."
+    )
+    max_train_samples: int | None = HfArg(default=None, help="Use fewer training images.")
+    max_eval_samples: int | None = HfArg(default=None, help="Use fewer validation images.")
+    image_column_name: str = HfArg(default="image", help="Column of the images.")
+    label_column_name: str = HfArg(default="label", help="Column of the classes.")
+    center_crop: float | None = HfArg(
+        default=None,
+        help="Share of the shorter side that evaluation shows, from its middle; else all of it, stretched.",
+    )
+    crop_min_scale: float = HfArg(default=0.08, help="Smallest share of the image in a random crop; 1 is no crop.")
+    horizontal_flip: float = HfArg(default=0.5, help="Probability of a mirror image.")
+    randaugment_magnitude: int = HfArg(
+        default=9, help="RandAugment with 2 operations of this magnitude (0 to 30); 0 is none."
+    )
+    random_erasing: float = HfArg(default=0.25, help="Probability of erasing a rectangle.")
+    mixup_alpha: float = HfArg(default=0.8, help="Mixup; 0 is none.")
+    cutmix_alpha: float = HfArg(default=1.0, help="Cutmix; 0 is none. A batch gets one of the two.")
 
     def __post_init__(self) -> None:
         if self.train_dir is not None:
@@ -107,14 +116,16 @@ class DataArguments(StreamingArguments):
 class ImageNetArguments(RecipeArguments):
     """`TrainingArguments` with the defaults of the paper on ImageNet."""
 
-    output_dir: str = argument("outputs/image_classification", "Where checkpoints and the stripped model go.")
-    num_train_epochs: float = argument(50, "Passes over the training images.")
-    learning_rate: float = argument(1e-3, "Peak learning rate of the head.")
-    lr_scheduler_type: str = argument("cosine_with_min_lr", "Learning-rate schedule.")
+    output_dir: str = HfArg(
+        default="outputs/image_classification", help="Where checkpoints and the stripped model go."
+    )
+    num_train_epochs: float = HfArg(default=50, help="Passes over the training images.")
+    learning_rate: float = HfArg(default=1e-3, help="Peak learning rate of the head.")
+    lr_scheduler_type: str = HfArg(default="cosine_with_min_lr", help="Learning-rate schedule.")
     lr_scheduler_kwargs: dict | str | None = field(default_factory=lambda: {"min_lr": 1e-6})
-    warmup_steps: float = argument(0.1, "Steps of linear warm-up, or their share if below 1.")
-    per_device_train_batch_size: int = argument(64, "Images per process and step.")
-    per_device_eval_batch_size: int = argument(64, "Images per process and evaluation step.")
+    warmup_steps: float = HfArg(default=0.1, help="Steps of linear warm-up, or their share if below 1.")
+    per_device_train_batch_size: int = HfArg(default=64, help="Images per process and step.")
+    per_device_eval_batch_size: int = HfArg(default=64, help="Images per process and evaluation step.")
 
 
 def load_images(args: DataArguments, token: str | None, seed: int) -> Any:

@@ -25,16 +25,18 @@ here every object needs a mask, and the average precision of masks is measured a
 from dataclasses import dataclass
 
 from detection import CocoArguments, train
+from transformers.hf_argparser import HfArg
 
 from cropr_hf import CroprViTForInstanceSegmentation
-from cropr_hf.benchmark import argument
 
 
 @dataclass
 class InstanceSegmentationArguments(CocoArguments):
     """`CocoArguments` with a folder of their own."""
 
-    output_dir: str = argument("outputs/instance_segmentation", "Where checkpoints and the stripped model go.")
+    output_dir: str = HfArg(
+        default="outputs/instance_segmentation", help="Where checkpoints and the stripped model go."
+    )
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:

@@ -42,16 +42,16 @@ and images without objects are trained on as well.)
 from dataclasses import dataclass
 
 from detection import CocoArguments, train
+from transformers.hf_argparser import HfArg
 
 from cropr_hf import CroprViTForObjectDetection
-from cropr_hf.benchmark import argument
 
 
 @dataclass
 class ObjectDetectionArguments(CocoArguments):
     """`CocoArguments` with a folder of their own."""
 
-    output_dir: str = argument("outputs/object_detection", "Where checkpoints and the stripped model go.")
+    output_dir: str = HfArg(default="outputs/object_detection", help="Where checkpoints and the stripped model go.")
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:

@@ -49,7 +49,6 @@ from shared import (
     Eva02Arguments,
     RecipeArguments,
     StreamingArguments,
-    argument,
     draw_digits,
     input_size,
     load_model,
@@ -63,6 +62,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from transformers import EvalPrediction, SegformerImageProcessor, set_seed
 from transformers import logging as transformers_logging
+from transformers.hf_argparser import HfArg
 
 from cropr_hf import CroprViTForSemanticSegmentation
 from cropr_hf.training import CroprTrainer, layer_decay_optimizer
@@ -89,17 +89,19 @@ class SegmenterArguments(Eva02Arguments):
 class DataArguments:
     """Which images and label maps."""
 
-    dataset_name: str = argument(ADE20K, f"Data set id on the Hub, or '{CLUTTERED_DIGITS}'.")
-    dataset_config_name: str | None = argument(None, "Configuration of that data set.")
-    dataset_revision: str | None = argument(None, "Branch, tag or commit of that data set.")
-    data_dir: str | None = argument(None, "Folder with `images` and `annotations`, instead of a data set.")
-    id2label: str | None = argument(None, "JSON file of class names, or 'owner/name/file' on the Hub.")
-    reduce_labels: bool | None = argument(None, "Whether label 0 means none and classes start at 1, as in ADE20k.")
-    ignore_index: int = argument(255, "Label of pixels that do not count.")
-    max_train_samples: int | None = argument(None, "Use fewer training images.")
-    max_eval_samples: int | None = argument(None, "Use fewer validation images.")
-    image_column_name: str = argument("image", "Column of the images.")
-    label_column_name: str = argument("annotation", "Column of the label maps.")
+    dataset_name: str = HfArg(default=ADE20K, help=f"Data set id on the Hub, or '{CLUTTERED_DIGITS}'.")
+    dataset_config_name: str | None = HfArg(default=None, help="Configuration of that data set.")
+    dataset_revision: str | None = HfArg(default=None, help="Branch, tag or commit of that data set.")
+    data_dir: str | None = HfArg(default=None, help="Folder with `images` and `annotations`, instead of a data set.")
+    id2label: str | None = HfArg(default=None, help="JSON file of class names, or 'owner/name/file' on the Hub.")
+    reduce_labels: bool | None = HfArg(
+        default=None, help="Whether label 0 means none and classes start at 1, as in ADE20k."
+    )
+    ignore_index: int = HfArg(default=255, help="Label of pixels that do not count.")
+    max_train_samples: int | None = HfArg(default=None, help="Use fewer training images.")
+    max_eval_samples: int | None = HfArg(default=None, help="Use fewer validation images.")
+    image_column_name: str = HfArg(default="image", help="Column of the images.")
+    label_column_name: str = HfArg(default="annotation", help="Column of the label maps.")
 
     def __post_init__(self) -> None:
         if self.dataset_name == ADE20K and self.data_dir is None:
@@ -140,27 +142,37 @@ class TrainingDataArguments(StreamingArguments, DataArguments):
 class AugmentationArguments:
     """How training images are changed, and what is left to validate on."""
 
-    train_val_split: float = argument(0.15, "Share of the training images to validate on, if there are no others.")
-    min_scale: float = argument(0.5, "Smallest random size, relative to the largest that fits into the input.")
-    max_scale: float = argument(2.0, "Largest random size.")
-    horizontal_flip: float = argument(0.5, "Probability of a mirror image.")
-    photometric_distortion: float = argument(0.5, "Probability of each change of brightness, contrast and colour.")
+    train_val_split: float = HfArg(
+        default=0.15, help="Share of the training images to validate on, if there are no others."
+    )
+    min_scale: float = HfArg(
+        default=0.5, help="Smallest random size, relative to the largest that fits into the input."
+    )
+    max_scale: float = HfArg(default=2.0, help="Largest random size.")
+    horizontal_flip: float = HfArg(default=0.5, help="Probability of a mirror image.")
+    photometric_distortion: float = HfArg(
+        default=0.5, help="Probability of each change of brightness, contrast and colour."
+    )
 
 
 @dataclass
 class Ade20kArguments(RecipeArguments):
     """`TrainingArguments` with the defaults of the paper on ADE20k."""
 
-    output_dir: str = argument("outputs/semantic_segmentation", "Where checkpoints and the stripped model go.")
-    num_train_epochs: float = argument(64, "Passes over the training images.")
-    learning_rate: float = argument(2e-5, "First learning rate of the head.")
-    layer_decay: float = argument(0.9, "Factor of the learning rate per block, from the head down.")
-    lr_scheduler_type: str = argument("polynomial", "Learning-rate schedule.")
+    output_dir: str = HfArg(
+        default="outputs/semantic_segmentation", help="Where checkpoints and the stripped model go."
+    )
+    num_train_epochs: float = HfArg(default=64, help="Passes over the training images.")
+    learning_rate: float = HfArg(default=2e-5, help="First learning rate of the head.")
+    layer_decay: float = HfArg(default=0.9, help="Factor of the learning rate per block, from the head down.")
+    lr_scheduler_type: str = HfArg(default="polynomial", help="Learning-rate schedule.")
     lr_scheduler_kwargs: dict | str | None = field(default_factory=lambda: {"power": 0.9, "lr_end": 0.0})
-    pruning_curriculum: float = argument(0.5, "Share of the training over which pruning grows from nothing; 0 is off.")
-    per_device_train_batch_size: int = argument(8, "Images per process and step.")
-    per_device_eval_batch_size: int = argument(8, "Images per process and evaluation step.")
-    batch_eval_metrics: bool = argument(True, "Label maps are too many to be collected.")
+    pruning_curriculum: float = HfArg(
+        default=0.5, help="Share of the training over which pruning grows from nothing; 0 is off."
+    )
+    per_device_train_batch_size: int = HfArg(default=8, help="Images per process and step.")
+    per_device_eval_batch_size: int = HfArg(default=8, help="Images per process and evaluation step.")
+    batch_eval_metrics: bool = HfArg(default=True, help="Label maps are too many to be collected.")
 
 
 def load_images(args: DataArguments, train_val_split: float, token: str | None, seed: int) -> Any:

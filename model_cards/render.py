@@ -18,7 +18,7 @@ import yaml
 from transformers import PreTrainedConfig
 
 from cropr_hf import CroprViTConfig
-from cropr_hf.model_card import model_facts, read_record, render_card
+from cropr_hf.publishing.model_card import model_facts, read_record, render_card
 
 
 HERE = Path(__file__).resolve().parent

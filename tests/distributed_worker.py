@@ -18,11 +18,7 @@ from common import DETECTOR, make_images, object_labels
 from test_training import ColouredMaps, ColouredSquares, tiny_model, training_arguments
 from transformers import Trainer, TrainerCallback
 
-from cropr_hf import (
-    CroprViTForImageClassification,
-    CroprViTForInstanceSegmentation,
-    CroprViTForSemanticSegmentation,
-)
+from cropr_hf import CroprViTForImageClassification, CroprViTForInstanceSegmentation, CroprViTForSemanticSegmentation
 from cropr_hf.training import CroprTrainer, PruningCurriculum, last_whole_checkpoint, layer_decay_optimizer
 
 

@@ -17,23 +17,19 @@ from cropr_hf import (
     CroprViTForSemanticSegmentation,
     CroprViTModel,
 )
-from cropr_hf.benchmark import (
+from cropr_hf.speed.benchmark import (
     BenchmarkArguments,
-    Timing,
-    compare,
-    format_sweep,
-    format_table,
-    library_twins,
-    operation_times,
-    peak_memory,
+    library_references,
     pruning_candidates,
     run,
     sweep,
-    time_call,
-    transformers_twin,
+    transformers_reference,
 )
-from cropr_hf.cost import head_multiply_adds, multiply_adds
-from cropr_hf.visualization import plot_benchmark, plot_cost
+from cropr_hf.speed.cost import head_multiply_adds, multiply_adds
+from cropr_hf.speed.instruments import operation_times, peak_memory
+from cropr_hf.speed.plots import plot_benchmark, plot_cost
+from cropr_hf.speed.tables import format_sweep, format_table
+from cropr_hf.speed.timing import Timing, compare, time_call
 
 
 class TestMultiplyAdds:
@@ -159,19 +155,19 @@ def test_operations_of_a_call():
     assert spent == sorted(spent, reverse=True) and spent[-1] > 0
 
 
-def test_twins_are_the_same_model():
+def test_references_are_the_same_model():
     config = CroprViTConfig.from_size("tiny", token_reducer=None, num_labels=10)
-    twins = library_twins(config, "tiny")
-    assert set(twins) == {"transformers ViT", "timm"}
+    references = library_references(config, "tiny")
+    assert set(references) == {"transformers ViT", "timm"}
     ours = CroprViTForImageClassification(config).num_parameters()
-    for twin in twins.values():
-        parameters = sum(parameter.numel() for parameter in twin.parameters())
+    for reference in references.values():
+        parameters = sum(parameter.numel() for parameter in reference.parameters())
         assert parameters - ours == config.hidden_size  # a position for the CLS token
     rotary = CroprViTConfig.from_size("eva02_tiny", token_reducer=None, num_labels=10)
-    assert set(library_twins(rotary, "eva02_tiny")) == {"timm"}
+    assert set(library_references(rotary, "eva02_tiny")) == {"timm"}
     for field in ({"hidden_size": 96}, {"intermediate_size": 100}):
         other = CroprViTConfig.from_size("tiny", token_reducer=None, **field)
-        assert set(library_twins(other, "tiny")) == {"transformers ViT"}
+        assert set(library_references(other, "tiny")) == {"transformers ViT"}
 
 
 def test_candidates_share_schedule_and_shape():
@@ -194,7 +190,7 @@ def test_candidates_share_schedule_and_shape():
     )
     assert extra == 2 * 32  # one vector per module
     # Transformers' ViT has a position for the CLS token beside the token itself.
-    twin = transformers_twin(models["unpruned"].config)
+    twin = transformers_reference(models["unpruned"].config)
     assert twin.num_parameters() - models["unpruned"].num_parameters() == 32
 
 
@@ -215,7 +211,7 @@ def arguments(**fields):
 
 
 def test_run_records_what_it_measured():
-    record = run(arguments(twins=True, profile=True))
+    record = run(arguments(references=True, profile=True))
     assert set(record["results"]) == {"unpruned", "cropr", "random", "transformers ViT"}  # timm has no such size
     assert record["patches_kept"] == [12, 9, 9, 9]
     assert record["rounds"] == 3
@@ -321,7 +317,7 @@ def test_pictures_of_nothing_are_errors(swept):
         ({"min_rounds": [3, 2]}, "`min_rounds` 2 and `max_rounds` 3 must be 3 or more"),
         ({"pruning_rate": [3, 1000]}, "1000"),
         ({"cuda_graph": [True]}, "`cuda_graph` is for inference on a CUDA device, not for 'cpu'"),
-        ({"twins": [True], "training": [True]}, "leave out `twins` or `training`"),
+        ({"references": [True], "training": [True]}, "leave out `references` or `training`"),
     ],
 )
 def test_wrong_sweeps_are_errors_before_anything_is_measured(settings, message):
@@ -412,7 +408,10 @@ def test_an_unknown_task_is_an_error():
         ({"gradient_checkpointing": True}, "pass `training` as well"),
         ({"device": "gpu"}, "`device` is 'gpu', which torch cannot use here"),
         ({"device": "cuda:99"}, "`device` is 'cuda:99', which torch cannot use here"),
-        ({"task": "semantic_segmentation", "size": "tiny", "twins": True}, "`twins` are classifiers, the task is"),
+        (
+            {"task": "semantic_segmentation", "size": "tiny", "references": True},
+            "`references` are classifiers, the task is",
+        ),
     ],
 )
 def test_wrong_arguments_say_what_to_do(wrong, message):

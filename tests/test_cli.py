@@ -17,7 +17,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from cropr_hf import CroprViTForImageClassification, CroprViTForObjectDetection, __version__, cli
 from cropr_hf.cli import build_parser, main
-from cropr_hf.model_card import read_record
+from cropr_hf.publishing.model_card import read_record
 
 
 COMMANDS = ("convert", "strip", "export", "benchmark", "visualize", "card", "schedule")

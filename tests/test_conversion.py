@@ -57,7 +57,7 @@ from cropr_hf import (
 )
 from cropr_hf.conversion import SUPPORTED_FAMILIES
 from cropr_hf.conversion.hf import PLAIN_MLP_RULES, RULES
-from cropr_hf.conversion.table import Recipe, half_rotary_layout, resample_patch_kernel
+from cropr_hf.conversion.table import SourceDescription, half_rotary_layout, resample_patch_kernel
 from cropr_hf.conversion.timm import describe_timm
 
 
@@ -453,16 +453,16 @@ def test_an_image_of_broken_patches_is_cut_to_whole_ones():
 )
 def test_names_of_older_and_newer_releases_mean_the_same(old, new):
     """Left: Dinov2 in Transformers 5.10.1 and 5.17.0; right: in 5.23.0."""
-    recipe = Recipe({}, RULES)
+    recipe = SourceDescription({}, RULES)
     assert recipe.targets(old) == recipe.targets(new) != ()
 
 
 def test_the_fused_gate_of_older_releases_is_split_gate_first():
-    recipe = Recipe({}, RULES)
+    recipe = SourceDescription({}, RULES)
     names = ("layers.0.mlp.gate_proj.weight", "layers.0.mlp.up_proj.weight")
     assert recipe.targets("encoder.layer.0.mlp.weights_in.weight") == names
     assert tuple(recipe.targets(f"encoder.{name.replace('layers', 'layer')}")[0] for name in names) == names
-    plain = Recipe({}, PLAIN_MLP_RULES + RULES)
+    plain = SourceDescription({}, PLAIN_MLP_RULES + RULES)
     assert plain.targets("model.layer.0.mlp.up_proj.weight") == ("layers.0.mlp.fc1.weight",)
 
 

@@ -25,16 +25,16 @@ from cropr_hf import (
     CroprViTImageProcessor,
     CroprViTModel,
 )
-from cropr_hf.modeling_cropr_vit_detection import (
+from cropr_hf.detection_heads import (
     ANCHORS_PER_IMAGE,
     CASCADE,
     CroprViTMaskHead,
-    _image_sizes,
     match_boxes,
     paste_masks,
     pool_regions,
     soft_nms,
 )
+from cropr_hf.modeling_cropr_vit_detection import _image_sizes
 from cropr_hf.training import layer_decay_groups
 from tests.common import (
     DETECTOR,

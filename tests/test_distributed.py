@@ -19,7 +19,7 @@ from transformers import Trainer, TrainingArguments
 
 import cropr_hf
 from cropr_hf import CroprViTForImageClassification
-from cropr_hf.token_reduction import strip_state_dict
+from cropr_hf.saving import strip_state_dict
 from cropr_hf.training import CroprTrainer
 
 

@@ -28,12 +28,7 @@ from torch.nn import functional as F
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import nms
 
-from cropr_hf import (
-    CroprViTConfig,
-    CroprViTForInstanceSegmentation,
-    CroprViTForObjectDetection,
-    schedule_from_sides,
-)
+from cropr_hf import CroprViTConfig, CroprViTForInstanceSegmentation, CroprViTForObjectDetection, schedule_from_sides
 from cropr_hf.conversion import convert_eva02_detector
 from cropr_hf.conversion.eva02_detection import describe_eva02_detector
 from cropr_hf.conversion.table import rename_weights

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 import cropr_hf
-from cropr_hf.model_card import read_record
+from cropr_hf.publishing.model_card import read_record
 from cropr_hf.training import PruningCurriculum
 
 

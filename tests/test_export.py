@@ -19,8 +19,9 @@ from torch.testing import assert_close
 from transformers import ViTConfig, ViTModel
 
 import cropr_hf
-from cropr_hf import CroprViTForImageClassification, export
-from cropr_hf.export import export_model
+from cropr_hf import CroprViTForImageClassification
+from cropr_hf.publishing import export
+from cropr_hf.publishing.export import export_model
 
 
 # One module, a block on the tokens that are left, fusion; fewer blocks make smaller graphs.

@@ -19,7 +19,7 @@ from cropr_hf import (
     CroprViTForSemanticSegmentation,
     CroprViTImageProcessor,
 )
-from cropr_hf.hub import AUTO_MAP, save_for_hub
+from cropr_hf.publishing.hub import AUTO_MAP, save_for_hub
 from tests.common import DETECTOR
 
 

@@ -10,8 +10,8 @@ from test_training import ColouredSquares, tiny_model, training_arguments
 from torch.utils.data import Subset
 
 from cropr_hf import CroprViTForSemanticSegmentation
-from cropr_hf.hub import save_for_hub
-from cropr_hf.model_card import add_to_record, model_facts, read_record, render_card
+from cropr_hf.publishing.hub import save_for_hub
+from cropr_hf.publishing.model_card import add_to_record, model_facts, read_record, render_card
 from cropr_hf.training import CroprTrainer, changed_settings
 
 

@@ -9,8 +9,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from cropr_hf import CroprViTBackbone, CroprViTForImageClassification, CroprViTModel
-from cropr_hf.modeling_cropr_vit import CroprViTDropPath, CroprViTModelOutput
+from cropr_hf.modeling_cropr_vit import CroprViTModelOutput
 from cropr_hf.token_reduction import resample_grid
+from cropr_hf.vit_layers import CroprViTDropPath
 from tests.common import (
     CONFIGS,
     NUM_BLOCKS,
@@ -451,7 +452,7 @@ def test_unpruned_positions_interpolate_to_other_grids():
 @torch.no_grad()
 def test_rotary_attention_depends_on_relative_places_only(coordinates):
     """Turning every token by the same number of rows and columns changes no product of a query and a key."""
-    from cropr_hf.modeling_cropr_vit import rotate
+    from cropr_hf.vit_layers import rotate
 
     config = tiny_config("rope_registers", rope_coordinates=coordinates, num_attention_heads=2)
     rotary = CroprViTModel(config).rotary_embedding

@@ -22,7 +22,7 @@ from safetensors.torch import load
 from transformers import AutoModelForImageClassification, TrainerCallback, ViTImageProcessor
 
 from cropr_hf import CroprViTImageProcessor
-from cropr_hf.hub import save_for_hub
+from cropr_hf.publishing.hub import save_for_hub
 from cropr_hf.training import CroprTrainer, PruningCurriculum
 from tests.common import IMAGE_SIZE, TASKS, make_images
 from tests.test_training import ColouredSquares, tiny_model, training_arguments

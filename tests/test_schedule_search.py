@@ -18,16 +18,15 @@ from cropr_hf import (
     CroprViTForInstanceSegmentation,
     CroprViTForSemanticSegmentation,
     CroprViTModel,
-    benchmark,
     cli,
     find_schedule,
-    schedule_search,
     schedules,
 )
-from cropr_hf.cost import multiply_adds
-from cropr_hf.model_card import add_to_record, read_record
-from cropr_hf.modeling_cropr_vit import CroprViTEmbeddings, CroprViTLayer
+from cropr_hf.publishing.model_card import add_to_record, read_record
+from cropr_hf.speed import benchmark, schedule_search
+from cropr_hf.speed.cost import multiply_adds
 from cropr_hf.token_reduction import TokenReducer
+from cropr_hf.vit_layers import CroprViTEmbeddings, CroprViTLayer
 
 
 @pytest.fixture

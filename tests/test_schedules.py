@@ -11,13 +11,13 @@ from cropr_hf import (
     CroprViTConfig,
     CroprViTForImageClassification,
     CroprViTForSemanticSegmentation,
-    benchmark,
     curriculum_schedule,
     evaluate_schedules,
     schedules,
 )
-from cropr_hf.cost import multiply_adds
-from cropr_hf.visualization import plot_tradeoff
+from cropr_hf.speed import benchmark
+from cropr_hf.speed.cost import multiply_adds
+from cropr_hf.speed.plots import plot_tradeoff
 
 
 ROUNDS = {"min_rounds": 3, "max_rounds": 3}

@@ -8,7 +8,7 @@ from common import make_images, make_model, tiny_config
 from torch import nn
 
 from cropr_hf import CroprViTForSemanticSegmentation
-from cropr_hf.modeling_cropr_vit import upsample
+from cropr_hf.modeling_cropr_vit_segmentation import upsample
 from cropr_hf.sliding_window import sliding_window_logits
 
 

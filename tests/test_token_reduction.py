@@ -17,17 +17,10 @@ from cropr_hf import (
     TokenState,
     register_token_reducer,
 )
-from cropr_hf.token_reduction import (
-    CroprModule,
-    RandomReducer,
-    aggregate_tokens,
-    build_token_reducers,
-    fold_scorer,
-    gather_tokens,
-    score_tokens,
-    select_tokens,
-    strip_state_dict,
-)
+from cropr_hf.reducer_cropr import CroprModule, aggregate_tokens, fold_scorer, score_tokens
+from cropr_hf.reducer_random import RandomReducer
+from cropr_hf.saving import strip_state_dict
+from cropr_hf.token_reduction import build_token_reducers, gather_tokens, select_tokens
 from tests.common import NUM_LABELS, make_images, make_model, tiny_config
 
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from cropr_hf import CroprViTBackbone, CroprViTConfig, CroprViTModel, schedule_from_sides
 from cropr_hf.configuration_cropr_vit import WINDOW_ROPE_MODES
-from cropr_hf.modeling_cropr_vit import merge_windows, partition_windows
+from cropr_hf.vit_layers import merge_windows, partition_windows
 from tests.common import (
     NUM_BLOCKS,
     NUM_PATCHES,

@@ -32,7 +32,7 @@ from ..modeling_cropr_vit import (
 )
 from ..token_reduction import has_auxiliary_heads
 from . import hf, timm
-from .table import Recipe, Weights, audit_weights, convert_weights
+from .table import SourceDescription, Weights, audit_weights, convert_weights
 
 
 SUPPORTED_FAMILIES = (*hf.FAMILIES, "timm vit", "timm deit", "timm eva02")
@@ -156,7 +156,7 @@ def _load(source: Any, loading: dict[str, Any]) -> nn.Module:
     return hf.load_transformers(name, **loading)
 
 
-def check_fixed_fields(recipe: Recipe, overrides: dict[str, Any]) -> None:
+def check_fixed_fields(recipe: SourceDescription, overrides: dict[str, Any]) -> None:
     """Raises `ValueError` for an override of a field that the weights decide."""
     defaults = CroprViTConfig(**recipe.fields, token_reducer=None)
     for name in (*FIXED_FIELDS, *DROPPABLE_FIELDS):
@@ -170,7 +170,7 @@ def check_fixed_fields(recipe: Recipe, overrides: dict[str, Any]) -> None:
 def build_config(
     cls: type[CroprViTPreTrainedModel],
     config_class: type[CroprViTConfig],
-    recipe: Recipe,
+    recipe: SourceDescription,
     overrides: dict[str, Any],
 ) -> CroprViTConfig:
     """The configuration of a source, with what the target class and the user say."""
@@ -183,7 +183,7 @@ def build_config(
     return config
 
 
-def _labels(cls: type, recipe: Recipe, overrides: dict[str, Any]) -> dict[str, Any]:
+def _labels(cls: type, recipe: SourceDescription, overrides: dict[str, Any]) -> dict[str, Any]:
     """Fields for the labels of the source, where they stay: the names, unless they are overridden, and the number."""
     if not recipe.labels or not issubclass(cls, CroprViTForImageClassification):
         return {}
@@ -194,7 +194,7 @@ def _labels(cls: type, recipe: Recipe, overrides: dict[str, Any]) -> dict[str, A
     return recipe.labels
 
 
-def _keeps_classifier(cls: type, recipe: Recipe, config: CroprViTConfig) -> bool:
+def _keeps_classifier(cls: type, recipe: SourceDescription, config: CroprViTConfig) -> bool:
     """Whether the classifier of the source fits: as many labels, and the same pooled vector."""
     return (
         issubclass(cls, CroprViTForImageClassification)

@@ -34,7 +34,7 @@ from ..modeling_cropr_vit_detection import (
     CroprViTForObjectDetection,
 )
 from .convert import build_config, check_fixed_fields, check_names
-from .table import Recipe, Rule, Weights, audit_weights, convert_weights
+from .table import Rule, SourceDescription, Weights, audit_weights, convert_weights
 
 
 NET = "backbone.net."
@@ -221,7 +221,7 @@ def read_checkpoint(source: str | os.PathLike | Mapping[str, Any]) -> Mapping[st
     return checkpoint
 
 
-def describe_eva02_detector(weights: Mapping[str, torch.Tensor]) -> tuple[Recipe, dict[str, Any]]:
+def describe_eva02_detector(weights: Mapping[str, torch.Tensor]) -> tuple[SourceDescription, dict[str, Any]]:
     """Reads the configuration off the weights, which are those under `model`: only these have a table per block.
 
     Returns:
@@ -267,7 +267,7 @@ def describe_eva02_detector(weights: Mapping[str, torch.Tensor]) -> tuple[Recipe
         "box_head_size": _shape(weights, "roi_heads.box_head.0.fc1.weight", 2)[0],
     }
     _check_rotation(weights, CroprViTConfig(**fields, token_reducer=None), {"rope_glb": grid, "rope_win": window})
-    recipe = Recipe(fields, RULES, dropped=DROPPED, interleaved_rotary=True)
+    recipe = SourceDescription(fields, RULES, dropped=DROPPED, interleaved_rotary=True)
     return recipe, {"image_size": grid * patch_size, "num_labels": num_labels}
 
 

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Recipes for models of Transformers: ViT, DeiT, ViT-MAE, DINOv2, DINOv2 with registers, DINOv3 ViT.
+"""Descriptions of models of Transformers: ViT, DeiT, ViT-MAE, DINOv2, DINOv2 with registers, DINOv3 ViT.
 
 Read in the source of Transformers 5.10.1, 5.17.0 and 5.23.0 (`models/<family>/modeling_<family>.py`). The patterns
 accept the names of all of them: 5.23 renamed the attention and the SwiGLU layers of DINOv2.
@@ -26,7 +26,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
-from .table import Recipe, Rule
+from .table import Rule, SourceDescription
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ PLAIN_MLP_RULES: tuple[Rule, ...] = (
 )
 
 
-def describe_transformers(source: PreTrainedModel) -> Recipe:
+def describe_transformers(source: PreTrainedModel) -> SourceDescription:
     """The recipe for a model in memory.
 
     Raises:
@@ -147,7 +147,7 @@ def describe_transformers(source: PreTrainedModel) -> Recipe:
         labels = {name: copy(getattr(config, name)) for name in ("id2label", "label2id", "problem_type")}
         labels["num_labels"] = classifier.out_features
         fields["pooling"] = family.classifier_pooling or fields["pooling"]
-    return Recipe(
+    return SourceDescription(
         fields,
         RULES if fields.get("use_gated_mlp") else PLAIN_MLP_RULES + RULES,
         dropped=family.dropped,
@@ -216,7 +216,7 @@ def load_transformers(source: str | os.PathLike, **loading: Any) -> PreTrainedMo
     model_class = getattr(transformers, names[0], AutoModel)
     loaded: Any = model_class.from_pretrained(source, config=config, output_loading_info=True, **loading)
     model, info = loaded
-    recipe = Recipe({}, (), dropped=family.dropped, prefix=family.prefix)
+    recipe = SourceDescription({}, (), dropped=family.dropped, prefix=family.prefix)
     missing = sorted(name for name in info["missing_keys"] if not recipe.drops(name))
     if missing:
         raise ValueError(

@@ -40,7 +40,7 @@ NAMES_SHOWN = 8
 
 
 @dataclass(frozen=True)
-class Recipe:
+class SourceDescription:
     """What has to be known about one source model.
 
     Attributes:
@@ -72,7 +72,7 @@ class Recipe:
         return ()
 
 
-def convert_weights(source: Mapping[str, torch.Tensor], recipe: Recipe, config: CroprViTConfig) -> Weights:
+def convert_weights(source: Mapping[str, torch.Tensor], recipe: SourceDescription, config: CroprViTConfig) -> Weights:
     """Weights of `CroprViTModel` (without a prefix), and of the classifier, from those of the source.
 
     Args:
@@ -132,7 +132,7 @@ def resample_patch_kernel(kernel: torch.Tensor, patch_size: int) -> torch.Tensor
     return resampled.unflatten(2, (patch_size, patch_size)).to(kernel)
 
 
-def rename_weights(source: Mapping[str, torch.Tensor], recipe: Recipe) -> Weights:
+def rename_weights(source: Mapping[str, torch.Tensor], recipe: SourceDescription) -> Weights:
     """Applies the table; see `convert_weights`."""
     weights: Weights = {}
     unused = []

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Recipes for models of timm: `vit_*` and `deit*` (class `VisionTransformer`), `eva02_*` (class `Eva`).
+"""Descriptions of models of timm: `vit_*` and `deit*` (class `VisionTransformer`), `eva02_*` (class `Eva`).
 
 The live module is read instead of a config, since timm has none. Read in the source of timm 1.0.20 and 1.0.31
 (`timm/models/vision_transformer.py`, `deit.py`, `eva.py`, `timm/layers/`). Nothing here imports timm but `load_timm`.
@@ -23,7 +23,7 @@ from typing import Any
 from torch import nn
 
 from .hf import image_fields
-from .table import Recipe, Rule
+from .table import Rule, SourceDescription
 
 
 DISTILLED = "timm.models.deit.VisionTransformerDistilled"
@@ -67,7 +67,7 @@ DISTILLED_HEADS = r"head(_dist)?\.(weight|bias)"  # two classifiers on two token
 ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_pytorch_tanh", "QuickGELU": "quick_gelu", "SiLU": "silu"}
 
 
-def describe_timm(source: nn.Module) -> Recipe:
+def describe_timm(source: nn.Module) -> SourceDescription:
     """The recipe for a model in memory. Rates of dropout and stochastic depth are not taken over.
 
     Raises:
@@ -107,7 +107,7 @@ def describe_timm(source: nn.Module) -> Recipe:
         **_mlp_fields(block.mlp),
         **_rotary_fields(getattr(model, "rope", None)),
     }
-    return Recipe(
+    return SourceDescription(
         fields,
         MLP_RULES[type(block.mlp).__name__] + RULES,
         dropped=(DISTILLED_HEADS,) if distilled else (),

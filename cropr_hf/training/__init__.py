@@ -1,6 +1,6 @@
 """Thin helpers around the Trainer; the models also train with the plain one."""
 
-from ..schedules import curriculum_schedule
+from ..token_schedule import curriculum_schedule
 from .adapters import freeze_backbone, lora_model, merge_lora
 from .checkpoints import last_whole_checkpoint
 from .composite import train_routers

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..modeling_cropr_vit import CroprViTAttention, CroprViTDropPath, CroprViTModel, CroprViTPreTrainedModel
+from ..modeling_cropr_vit import CroprViTModel, CroprViTPreTrainedModel
+from ..vit_layers import CroprViTAttention, CroprViTDropPath
 
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
-from ..modeling_cropr_vit import CroprViTBackbone, CroprViTBackboneOutput, class_presence
+from ..labels import class_presence
+from ..modeling_cropr_vit import CroprViTBackbone, CroprViTBackboneOutput
 
 
 Presence = Callable[[dict[str, Any]], torch.Tensor | None]

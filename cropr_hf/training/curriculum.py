@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..schedules import curriculum_schedule
+from ..token_schedule import curriculum_schedule
 
 
 class PruningCurriculum(TrainerCallback):

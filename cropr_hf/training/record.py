@@ -1,4 +1,4 @@
-"""What a Trainer knows about a run, for the record beside the weights (see `cropr_hf.model_card`)."""
+"""What a Trainer knows about a run, for the record beside the weights (see `cropr_hf.publishing.model_card`)."""
 
 import dataclasses
 import functools
@@ -16,8 +16,9 @@ from huggingface_hub import ModelCard
 from transformers import Trainer
 from transformers.utils import logging
 
-from ..benchmark import library_versions, machine_name
-from ..model_card import CARD_NAME, source_name
+from ..files import source_name
+from ..saving import CARD_NAME
+from ..speed.instruments import library_versions, machine_name
 
 
 logger = logging.get_logger(__name__)

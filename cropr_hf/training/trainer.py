@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..model_card import class_name, merge_evaluation, model_facts, read_record, write_record
+from ..publishing.model_card import class_name, merge_evaluation, model_facts, read_record, write_record
 from ..saving import StrippableModel, is_checkpoint_folder
 from .checkpoints import last_whole_checkpoint
 from .ema import WeightAverage
@@ -24,8 +24,8 @@ from .streaming import TrainingStream
 class CroprTrainer(Trainer):
     """The `Trainer`, with the parts of the training loss in its logs, and a record of the run in the model card.
 
-    Beside `loss` stand `main_loss` and one `auxiliary_loss_<block>` per Cropr module, each the mean over the steps
-    (and processes) since the last log.
+    Beside `loss` stand `main_loss`, one `auxiliary_loss_<block>` per Cropr module, and losses of other methods by
+    their names, each the mean over the steps (and processes) since the last log.
 
     What is saved for publishing says how it was trained and what `evaluate` found after the training; `facts` holds
     what only a script knows (`dataset`, `settings`, ...), and replaces what the Trainer knows.
@@ -66,6 +66,7 @@ class CroprTrainer(Trainer):
         if outputs.get("auxiliary_losses") is not None:
             blocks = self.accelerator.unwrap_model(self.model).config.pruning_blocks
             parts |= {f"auxiliary_loss_{block}": loss for block, loss in zip(blocks, outputs["auxiliary_losses"])}
+        parts |= outputs.get("method_losses") or {}
         for name, part in parts.items():
             part = part.detach().mean()
             self._loss_parts[name] = self._loss_parts[name] + part if name in self._loss_parts else part

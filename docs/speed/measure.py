@@ -20,17 +20,11 @@ import torch
 from transformers import AutoImageProcessor
 
 from cropr_hf import CroprViTConfig, CroprViTForImageClassification, evaluate_schedules, find_schedule
-from cropr_hf.benchmark import (
-    UNPRUNED,
-    BenchmarkArguments,
-    compare,
-    library_versions,
-    machine_name,
-    pruning_candidates,
-    run,
-)
-from cropr_hf.cost import multiply_adds
 from cropr_hf.modeling_cropr_vit import CroprViTPreTrainedModel
+from cropr_hf.speed.benchmark import UNPRUNED, BenchmarkArguments, pruning_candidates, run
+from cropr_hf.speed.cost import multiply_adds
+from cropr_hf.speed.instruments import library_versions, machine_name
+from cropr_hf.speed.timing import compare
 
 
 FOLDER = Path(__file__).parent
@@ -61,7 +55,7 @@ BATCHES = {
 }
 GROUPS: dict[str, list[BenchmarkArguments]] = {
     "targets": [
-        BenchmarkArguments(size="large", pruning_rate=8, twins=True, min_rounds=8, max_rounds=9),
+        BenchmarkArguments(size="large", pruning_rate=8, references=True, min_rounds=8, max_rounds=9),
         BenchmarkArguments(
             size="large",
             pruning_rate=8,
@@ -75,7 +69,7 @@ GROUPS: dict[str, list[BenchmarkArguments]] = {
             pruning_rate=40,
             config='{"patch_size": 16}',
             batch_size=1,
-            twins=True,
+            references=True,
             min_rounds=7,
             max_rounds=8,
         ),

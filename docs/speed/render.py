@@ -9,8 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cropr_hf.benchmark import UNPRUNED, format_sweep, markdown_table
-from cropr_hf.visualization import plot_benchmark, plot_cost
+from cropr_hf.speed.benchmark import UNPRUNED
+from cropr_hf.speed.plots import plot_benchmark, plot_cost
+from cropr_hf.speed.tables import format_sweep, markdown_table
 
 
 FOLDER = Path(__file__).parent
@@ -35,7 +36,7 @@ def targets_table(records: list[dict[str, Any]]) -> str:
         name = f"{arguments['size']} {arguments['image_size'] or 224} px, R = {arguments['pruning_rate']}"
         name += ", without fusion" if config.get("last_layer_fusion") is False else ""
         name += ", training step" if arguments["training"] else ""
-        twins = [
+        references = [
             f"{1 / results[twin]['speedup']:.3f} ± {results[twin]['spread'] / results[twin]['speedup'] ** 2:.3f}"
             if twin in results
             else ""
@@ -50,7 +51,7 @@ def targets_table(records: list[dict[str, Any]]) -> str:
             "" if arguments["training"] else f"{record['multiply_add_bound']:.2f} ({record['linear_bound']:.2f})",
             "" if arguments["training"] else f"{record['share_of_bound']:.2f}",
             f"{record['share_of_random'][0]:.3f} ± {record['share_of_random'][1]:.3f}",
-            *twins,
+            *references,
         ]
         rows.append(cells)
     return markdown_table(columns, rows)

@@ -5,7 +5,7 @@ A record is the JSON file `record.json` beside the weights:
 - `model`: what it computes (`model_facts`),
 - `training`: data, settings, hardware, versions; written by `CroprTrainer`,
 - `evaluations`: one entry per data set and split, with its metrics,
-- `throughput`: a record of `cropr_hf.benchmark`,
+- `throughput`: a record of `cropr_hf.speed.benchmark`,
 - `metadata`: `language`, `license` and `tags` for the Hub.
 
 The card says what the record says, and nothing else.
@@ -23,9 +23,12 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.utils import logging
 
-from .configuration_cropr_vit import CroprViTConfig
-from .cost import multiply_adds, unpruned_config
-from .saving import CARD_MARK, CARD_NAME
+from ..configuration_cropr_vit import CroprViTConfig
+from ..files import source_name, write_file
+from ..saving import CARD_MARK, CARD_NAME
+from ..speed.cost import multiply_adds, unpruned_config
+from ..tasks import find_task
+from ..token_reduction import TOKEN_REDUCERS
 
 
 logger = logging.get_logger(__name__)
@@ -33,22 +36,6 @@ logger = logging.get_logger(__name__)
 RECORD_NAME = "record.json"
 PICTURE_NAME = "pruning.png"
 TEMPLATE = resources.files(__package__) / "templates" / "model_card.md"
-# Class of the model -> pipeline, Auto class.
-TASKS = {
-    "CroprViTForImageClassification": ("image-classification", "AutoModelForImageClassification"),
-    "CroprViTForSemanticSegmentation": ("image-segmentation", "AutoModelForSemanticSegmentation"),
-    "CroprViTForObjectDetection": ("object-detection", "AutoModelForObjectDetection"),
-    "CroprViTForInstanceSegmentation": ("image-segmentation", "AutoModelForInstanceSegmentation"),
-    "CroprViTModel": ("image-feature-extraction", "AutoModel"),
-    "CroprViTBackbone": ("image-feature-extraction", "AutoBackbone"),
-}
-SUMMARIES = {
-    "CroprViTForImageClassification": "classifies images",
-    "CroprViTForSemanticSegmentation": "labels every pixel of an image",
-    "CroprViTForObjectDetection": "finds objects and their boxes",
-    "CroprViTForInstanceSegmentation": "finds objects, their boxes and their masks",
-}
-METHODS = {"cropr": "[Token Cropr](https://arxiv.org/abs/2412.00965)", "random": "random pruning (a baseline)"}
 BAR_LENGTH = 40
 
 
@@ -92,13 +79,6 @@ def class_name(model: Any) -> str:
     return type(model).__name__.removeprefix("FSDP")
 
 
-def source_name(name: str | os.PathLike) -> str:
-    """A Hub id as it is, and of a local folder its name only: where it lies is nobody's business."""
-    path = str(name)
-    is_local = os.path.exists(path) or path.startswith((".", "~")) or os.path.isabs(path)
-    return Path(path).name if is_local else path
-
-
 def write_card(
     model: Any, folder: str | os.PathLike, name: str, num_parameters: int, target: str | os.PathLike | None = None
 ) -> None:
@@ -135,7 +115,7 @@ def read_record(folder: str | os.PathLike) -> dict[str, Any]:
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is no JSON ({error}); save the model again, or correct the file.") from error
+        raise ValueError(f"{file} is not valid JSON ({error}); save the model again, or correct the file.") from error
     if not isinstance(record, dict) or "model" not in record:
         raise ValueError(f"{file} has no section `model`; save the model again, or correct the file.")
     return record
@@ -164,7 +144,7 @@ def add_to_record(
         folder: with weights and `record.json`.
         evaluation: `dataset`, `split`, `num_examples`, `metrics`, such as `{"accuracy": 0.93}`, and where they are not
             those of the folder, `settings`; it replaces one of the same data set, split and settings.
-        throughput: what `cropr_hf.benchmark.run` returns.
+        throughput: what `cropr_hf.speed.benchmark.run` returns.
 
     Raises:
         `ValueError`: when the folder has no record, or the evaluation no data set or metrics that are numbers.
@@ -184,7 +164,7 @@ def add_to_record(
 
 
 def published_throughput(record: dict[str, Any]) -> dict[str, Any]:
-    """A record of `cropr_hf.benchmark` without the paths among its arguments."""
+    """A record of `cropr_hf.speed.benchmark` without the paths among its arguments."""
     paths = ("model_name_or_path", "output")
     return record | {"arguments": {name: value for name, value in record["arguments"].items() if name not in paths}}
 
@@ -214,14 +194,16 @@ def render_card(record: Mapping[str, Any], folder: str | os.PathLike | None = No
     training = record.get("training", {})
     is_pruned = model["patches_kept"][-1] < model["num_patches"]
     metadata = record.get("metadata", {})
+    method = TOKEN_REDUCERS.get(model["token_reducer"])
+    kind = "token-merging" if method is not None and method.merges else "token-pruning"
     data = ModelCardData(
         library_name="transformers",
         language=metadata.get("language"),
         license=metadata.get("license") or training.get("base_licence"),
         base_model=base if on_hub else None,
         datasets=[training["dataset"]] if _is_hub_id(training.get("dataset") or "") else None,
-        pipeline_tag=TASKS.get(model["class"], (None,))[0],
-        tags=["vision", *(["cropr", "token-pruning"] if is_pruned else []), *metadata.get("tags", [])],
+        pipeline_tag=_pipeline(model["class"]),
+        tags=["vision", *([model["token_reducer"], kind] if is_pruned else []), *metadata.get("tags", [])],
         **({"model_name": name, "eval_results": results} if (results := _eval_results(record)) else {}),
     )
     return ModelCard.from_template(
@@ -229,7 +211,7 @@ def render_card(record: Mapping[str, Any], folder: str | os.PathLike | None = No
         template_str=TEMPLATE.read_text(encoding="utf-8"),
         mark=CARD_MARK,
         name=name,
-        summary=_summary(model, is_pruned),
+        summary=_summary(model, is_pruned, is_trained=bool(training)),
         base_model=f"[{base}](https://huggingface.co/{base})" if on_hub else base and f"`{base}`",
         base_licence=training.get("base_licence"),
         model=model,
@@ -240,7 +222,8 @@ def render_card(record: Mapping[str, Any], folder: str | os.PathLike | None = No
         recipe=record.get("recipe"),
         evaluations=record.get("evaluations"),
         throughput=record.get("throughput"),
-        is_stripped=model["token_reducer"] == "cropr" and not model.get("use_auxiliary_heads"),
+        method=method if is_pruned else None,
+        is_stripped=method is not None and method.supports_auxiliary_heads and not model.get("use_auxiliary_heads"),
         usage=_usage(model["class"], name),
         has_code=folder is not None and (folder / "modeling_cropr_vit.py").exists(),
         training=_training_table(training),
@@ -248,13 +231,27 @@ def render_card(record: Mapping[str, Any], folder: str | os.PathLike | None = No
     )
 
 
-def _summary(model: Mapping[str, Any], is_pruned: bool) -> str:
-    does = SUMMARIES.get(model["class"], "encodes images")
+def _summary(model: Mapping[str, Any], is_pruned: bool, is_trained: bool) -> str:
+    found = find_task(model["class"])
+    does = "encodes images" if found is None else found[1].summary
     if not is_pruned:
         return f"A vision transformer that {does}."
-    method = METHODS.get(model["token_reducer"], f"`{model['token_reducer']}`")
+    name = model["token_reducer"]
+    method = TOKEN_REDUCERS.get(name)
     share = 1 - model["patches_kept"][-1] / model["num_patches"]
-    return f"A vision transformer that {does}, and drops {share:.0%} of the image patches on the way by {method}."
+    if method is None:
+        return f"A vision transformer that {does}, and drops {share:.0%} of the image patches on the way by `{name}`."
+    linked = method.title if method.url is None else f"[{method.title}]({method.url})"
+    acts = "merges" if method.merges else "drops"
+    free = "" if method.learns or is_trained else ", training-free"
+    return (
+        f"A vision transformer that {does}, and {acts} {share:.0%} of the image patches on the way by {linked}{free}."
+    )
+
+
+def _pipeline(class_name: str) -> str | None:
+    found = find_task(class_name)
+    return None if found is None else found[1].pipeline
 
 
 def _token_bars(model: Mapping[str, Any]) -> str:
@@ -277,9 +274,10 @@ def _giga(count: int) -> str:
 
 
 def _usage(class_name: str, name: str) -> str:
-    pipeline, auto_class = TASKS.get(class_name, (None, "AutoModel"))
+    found = find_task(class_name)
+    auto_class, pipeline = ("AutoModel", None) if found is None else (found[1].auto_class, found[1].pipeline)
     lines = ["import cropr_hf  # registers the models with the Auto classes"]
-    if class_name in SUMMARIES:
+    if found is not None and found[1].has_loss:  # the pipeline of the others has no use for pruned features
         subtask = ', subtask="instance"' if class_name == "CroprViTForInstanceSegmentation" else ""
         lines += ["from transformers import pipeline", "", f'model = pipeline("{pipeline}", model="{name}")']
         lines.append(f'print(model("image.jpg"{subtask}))')
@@ -317,7 +315,7 @@ def _yaml(settings: Mapping[str, Any] | None) -> str | None:
 
 
 def _eval_results(record: Mapping[str, Any]) -> list[EvalResult]:
-    task = TASKS.get(record["model"]["class"], ("other",))[0]
+    task = _pipeline(record["model"]["class"]) or "other"
     return [
         EvalResult(
             task_type=task,
@@ -337,11 +335,3 @@ def _eval_results(record: Mapping[str, Any]) -> list[EvalResult]:
 
 def _is_hub_id(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
-
-
-def write_file(path: str | os.PathLike, text: str) -> None:
-    """Never leaves half a file behind."""
-    path = Path(path).resolve()  # a link stays one
-    temporary = path.with_name(f"_{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -10,12 +10,15 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from .benchmark import UNPRUNED, check_rounds, compare
-from .configuration_cropr_vit import CroprViTConfig
+from ..configuration_cropr_vit import CroprViTConfig
+from ..modeling_cropr_vit import CroprViTPreTrainedModel
+from ..token_reduction import TokenReducer, TokenState, find_token_reducer
+from ..token_schedule import entering_patches
+from ..vit_layers import pad_to_patches
+from .benchmark import UNPRUNED
 from .cost import head_multiply_adds, multiply_adds
-from .modeling_cropr_vit import CroprViTPreTrainedModel
-from .schedules import circumstances, compare_schedules, images_to_time, left_as_found, run_pruned
-from .token_reduction import score_tokens
+from .timing import check_rounds, compare
+from .tradeoff import circumstances, compare_schedules, images_to_time, left_as_found, run_pruned
 
 
 logger = logging.get_logger(__name__)
@@ -28,6 +31,7 @@ TIMED_BLOCKS = 3  # in a row: a single one would find its weights in the cache, 
 GRID_COUNTS = 48  # token counts among which a free schedule is sought, before it is refined
 CLOSE_ENOUGH = 0.02  # measured against asked for
 CORRECTIONS = 3
+MLP_SHARE = 2 / 3  # of the weights of a block, and so about of its time
 
 
 @dataclass
@@ -105,7 +109,7 @@ def find_schedule(
         token_multiple: tokens, prefix included, are a multiple of it wherever some are pruned; 8 or 16 suit many GPUs.
             That of the configuration by default. With windowed attention the patches that are kept are also a square
             of windows.
-        min_rounds, max_rounds, tolerance: of each timing, see `cropr_hf.benchmark.compare`.
+        min_rounds, max_rounds, tolerance: of each timing, see `cropr_hf.speed.timing.compare`.
 
     Raises:
         `ValueError`: without exactly one budget, for one that needs no pruning or that no schedule of the shape can
@@ -222,6 +226,7 @@ class _Costs:
         fusion: whether the last block has all tokens.
         counts: numbers of patch tokens that a schedule may keep, ascending; the last one is all.
         aligned: whether the first module removes one token more.
+        method: of the model.
     """
 
     unpruned: float
@@ -231,6 +236,7 @@ class _Costs:
     fusion: bool
     counts: np.ndarray
     aligned: bool
+    method: type[TokenReducer]
 
     @property
     def num_patches(self) -> int:
@@ -243,11 +249,17 @@ class _Costs:
 
     def seconds(self, schedule: Sequence[int]) -> float:
         """Of the model: what is not in the blocks (patch embedding, heads) takes the same time as without pruning."""
-        entering = [self.num_patches, *schedule[:-1]]
-        if self.fusion:
-            entering[-1] = self.num_patches
-        saved = (self.block(kind, self.num_patches) - self.block(kind, n) for kind, n in zip(self.kinds, entering))
+        counts: Any = np.array(entering_patches(schedule, self.num_patches, self.fusion), dtype=float)
+        if self.method.acts_inside:
+            counts = (1 - MLP_SHARE) * counts + MLP_SHARE * np.minimum(counts, self._leaving(schedule))
+        saved = (self.block(kind, self.num_patches) - self.block(kind, n) for kind, n in zip(self.kinds, counts))
         return self.unpruned - float(sum(saved))
+
+    def _leaving(self, schedule: Sequence[int]) -> np.ndarray:
+        leaving = np.array(schedule)
+        if self.fusion:
+            leaving[-1] = self.num_patches
+        return leaving
 
     def schedule(self, kept: Sequence[int]) -> list[int]:
         """An entry per block from one per module."""
@@ -256,7 +268,7 @@ class _Costs:
         for block in range(1, len(self.kinds) + 1):
             remaining = int(after.get(block, remaining))
             schedule.append(remaining)
-        return schedule
+        return self.method.reachable_counts(self.num_patches, schedule)
 
     def constant(self, rate: float) -> list[int]:
         """As much after every module, as `CroprViTConfig.kept_patches` has it for whole numbers."""
@@ -276,11 +288,13 @@ def _time_blocks(model: Any, pixel_values: torch.Tensor, counts: np.ndarray, tim
     kinds = ["windowed" if index in windowed else "global" for index in range(num_blocks)]
     candidates: dict[str, Callable[[], Any]] = {UNPRUNED: partial(run_pruned, model, pixel_values, 0)}
     timed: dict[str, tuple[str, int, int]] = {}
+    whole, window_table = model.base_model.embed(pad_to_patches(pixel_values, config.patch_size))
     for count in sorted({int(_nearest(counts, share * counts[-1])) for share in TIMED_SHARES}):
-        for kind, (args, kwargs) in _block_inputs(model, pixel_values, count, int(counts[-1]), kinds).items():
-            layers = [layer for layer, other in zip(model.base_model.layers, kinds) if other == kind][:TIMED_BLOCKS]
-            timed[f"{kind} {count}"] = (kind, count, len(layers))
-            candidates[f"{kind} {count}"] = partial(_run_blocks, layers, args, kwargs)
+        state = _pruned_to(whole, count)
+        for kind in dict.fromkeys(kinds):
+            blocks = [block for block, other in enumerate(kinds, start=1) if other == kind][:TIMED_BLOCKS]
+            timed[f"{kind} {count}"] = (kind, count, len(blocks))
+            candidates[f"{kind} {count}"] = partial(_run_blocks, model.base_model, blocks, state, window_table)
     timings = compare(candidates, UNPRUNED, *timing, device=model.device)
     unpruned = timings[UNPRUNED].median
     times: dict[str, dict[int, float]] = {kind: {} for kind in dict.fromkeys(kinds)}
@@ -291,69 +305,58 @@ def _time_blocks(model: Any, pixel_values: torch.Tensor, counts: np.ndarray, tim
     in_blocks = sum(times[kind][int(counts[-1])] for kind in kinds)
     if in_blocks > unpruned:  # nor the blocks slower than the model
         times = {kind: {n: own * unpruned / in_blocks for n, own in by.items()} for kind, by in times.items()}
-    aligned = config.align_first_module and config.use_cls_token
-    return _Costs(unpruned, times, kinds, config.pruning_blocks, config.last_layer_fusion, counts, aligned)
+    method = find_token_reducer(config)
+    by_the_paper = method.kept_by_rate.__func__ is TokenReducer.kept_by_rate.__func__  # type: ignore[attr-defined]
+    aligned = by_the_paper and config.align_first_module and config.use_cls_token
+    fusion = bool(config.last_layer_fusion)
+    return _Costs(unpruned, times, kinds, config.pruning_blocks, fusion, counts, aligned, method)
 
 
-def _block_inputs(
-    model: Any, pixel_values: torch.Tensor, count: int, num_patches: int, kinds: list[str]
-) -> dict[str, tuple[Any, Any]]:
-    """What a block of each kind is called with when `count` patch tokens are left.
-
-    It is taken from a run of the model that prunes to `count` after its first module: so positions and windows are
-    those that the block would have.
-    """
-    schedule, first, end = [count] * len(kinds), 0, len(kinds)
-    if count < num_patches:
-        first, end = model.config.pruning_blocks[0], end - model.config.last_layer_fusion
-        schedule[: first - 1] = [num_patches] * (first - 1)
-    inputs: dict[str, tuple[Any, Any]] = {}
-
-    def keep(kind: str, layer: Any, args: Any, kwargs: Any) -> None:
-        inputs.setdefault(kind, (args, kwargs))
-
-    layers = list(zip(kinds, model.base_model.layers))[first:end]
-    hooks = [layer.register_forward_pre_hook(partial(keep, kind), with_kwargs=True) for kind, layer in layers]
-    try:
-        run_pruned(model, pixel_values, schedule)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return inputs
+def _pruned_to(state: TokenState, count: int) -> TokenState:
+    """A state of as many patch tokens: speed does not depend on which they are."""
+    if count == state.num_patches:
+        return state
+    places = torch.arange(state.hidden_states.shape[1], device=state.hidden_states.device)
+    places = places.expand(state.hidden_states.shape[0], -1)
+    left = state.num_prefix_tokens + count
+    return state.prune(places[:, :left], places[:, left:], block=1)
 
 
-def _run_blocks(layers: Sequence[torch.nn.Module], args: Any, kwargs: Any) -> None:
-    for layer in layers:
-        layer(*args, **kwargs)
+def _run_blocks(base_model: Any, blocks: Sequence[int], state: TokenState, window_table: Any) -> None:
+    for block in blocks:
+        state = base_model.run_block(base_model.layers[block - 1], block, state, window_table)
 
 
 def _lost_mass(model: Any, calibration: Iterable[Any], num_patches: int) -> np.ndarray:
     """Mean share of the mass that is lost when only the best k patch tokens are left: (modules, num_patches + 1)."""
     base = model.base_model
     blocks = model.config.pruning_blocks
-    routers = [getattr(base.token_reducers[str(block)], "router", None) for block in blocks]
-    if None in routers:
+    reducers = [base.token_reducers[str(block)] for block in blocks]
+    method = type(reducers[0])
+    if method.scores is TokenReducer.scores or not method.deterministic:
         raise ValueError(
             f"The token reducer {model.config.token_reducer!r} does not score tokens; leave `calibration` out."
         )
     lost, images = np.zeros((len(blocks), num_patches + 1)), 0
 
-    def add(index: int, router: Any, layer: Any, args: Any, hidden_states: torch.Tensor) -> None:
-        patches = hidden_states[:, model.config.num_prefix_tokens :]
-        if patches.shape[1] != num_patches:
+    def add(index: int, reducer: TokenReducer, layer: Any, args: Any, hidden_states: torch.Tensor) -> None:
+        indices = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
+        state = TokenState(hidden_states, indices, num_prefix_tokens=model.config.num_prefix_tokens)
+        if state.num_patches != num_patches:
             raise ValueError(
-                f"An image of the calibration has {patches.shape[1]} patches, those that are timed have "
+                f"An image of the calibration has {state.num_patches} patches, those that are timed have "
                 f"{num_patches}; give both the size that the model will meet."
             )
-        scores = score_tokens(patches, router.scorer(), router.pre_norm)
+        scores: Any = reducer.scores(state)
+        scores = scores[:, state.num_prefix_tokens :]
         scores = (scores - scores.mean(dim=1, keepdim=True)) / scores.std(dim=1, keepdim=True).clamp(min=1e-12)
         kept = scores.softmax(dim=1).sort(dim=1, descending=True).values.cumsum(dim=1)
         outside = (1 - torch.nn.functional.pad(kept, (1, 0))).clamp(min=0)
         lost[index] += outside.double().sum(dim=0).cpu().numpy()
 
     hooks = [
-        base.layers[block - 1].register_forward_hook(partial(add, index, router))
-        for index, (block, router) in enumerate(zip(blocks, routers))
+        base.layers[block - 1].register_forward_hook(partial(add, index, reducer))
+        for index, (block, reducer) in enumerate(zip(blocks, reducers))
     ]
     try:
         for batch in logging.tqdm(calibration, desc="Calibration"):

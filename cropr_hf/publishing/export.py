@@ -13,32 +13,20 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from .configuration_cropr_vit import CroprViTConfig
-from .modeling_cropr_rf_detr import CroprRfDetrForObjectDetection
-from .modeling_cropr_vit import (
-    CroprViTBackbone,
-    CroprViTForImageClassification,
-    CroprViTForSemanticSegmentation,
-    CroprViTModel,
-)
-from .modeling_cropr_vit_detection import CroprViTDetector
-from .saving import StrippableModel
-from .token_reduction import RandomReducer
+from ..configuration_cropr_vit import CroprViTConfig
+from ..files import check_file
+from ..modeling_cropr_vit import CroprViTBackbone
+from ..modeling_cropr_vit_detection import CroprViTDetector
+from ..saving import StrippableModel
+from ..tasks import RF_DETR, TASKS
+from ..token_reduction import TokenReducer
 
 
 logger = logging.get_logger(__name__)
 
 ONNX_OPSET = 20
 SUFFIXES = (".pt2", ".onnx")
-# What leaves the graph of each class; that of backbones and detectors has names of its own.
-OUTPUTS: dict[Any, tuple[str, ...]] = {
-    CroprViTModel: ("last_hidden_state", "pooler_output"),
-    CroprViTForImageClassification: ("logits",),
-    CroprViTForSemanticSegmentation: ("logits",),
-    CroprRfDetrForObjectDetection: ("logits", "pred_boxes"),
-    CroprViTBackbone: (),
-    CroprViTDetector: (),
-}
+EXPORTED = (*TASKS.values(), RF_DETR)
 
 Tensors = dict[str, torch.Tensor]
 
@@ -61,7 +49,7 @@ def export_model(
     on the device that the model is on now. The file appears when it has passed the check, and not otherwise.
 
     Args:
-        model: one of `OUTPUTS`, without auxiliary heads.
+        model: of a class in `cropr_hf.tasks`, without auxiliary heads.
         path: a file that ends with `.pt2` (for `torch.export.load`) or `.onnx` (opset `ONNX_OPSET`; weights beyond
             2 GB go to a file `.onnx.data` beside it).
         image_size: height and width in pixels, or one number for both; by default those of the configuration.
@@ -124,18 +112,6 @@ def export_model(
     return difference
 
 
-def check_file(path: str | os.PathLike) -> Path:
-    """The absolute path of a file to write; raises `ValueError` if it cannot be, before the work is done."""
-    target = Path(path).absolute()
-    if not target.parent.is_dir():
-        raise ValueError(f"{path} is to be written, but there is no folder {Path(path).parent}; make it first.")
-    if target.exists() and not target.is_file():
-        raise ValueError(f"{path} is to be written, but is no file; give another name.")
-    if not os.access(target.parent, os.W_OK):
-        raise ValueError(f"{path} is to be written, but the folder {target.parent} is read-only; choose another.")
-    return target
-
-
 def input_size(config: CroprViTConfig, image_size: int | Sequence[int] | None) -> tuple[int, int]:
     """Height and width in pixels from one number for both, a pair, or `None` for those of the configuration.
 
@@ -176,26 +152,25 @@ class _Graph(nn.Module):
         elif isinstance(self.model, CroprViTBackbone):
             named = dict(zip(self.model.out_features, outputs.feature_maps))
         else:
-            (names,) = [names for kind, names in OUTPUTS.items() if isinstance(self.model, kind)]
-            named = {name: outputs[name] for name in names}
+            (task,) = [task for task in EXPORTED if isinstance(self.model, task.model_class)]
+            named = {name: outputs[name] for name in task.outputs}
         return {name: tensor.float() for name, tensor in named.items()}
 
 
 def _check_model(model: Any) -> None:
-    if not any(isinstance(model, kind) for kind in OUTPUTS):
-        raise ValueError(
-            f"There is no export of {type(model).__name__}; only of {', '.join(kind.__name__ for kind in OUTPUTS)}."
-        )
+    if not any(isinstance(model, task.model_class) for task in EXPORTED):
+        names = ", ".join(task.model_class.__name__ for task in EXPORTED)
+        raise ValueError(f"There is no export of {type(model).__name__}; only of {names}.")
     for part in model.modules():
         if isinstance(part, StrippableModel) and part.config.use_auxiliary_heads:
             raise ValueError(
                 f"The {type(part).__name__} has auxiliary heads, which only training needs; save it, then call its "
                 "`remove_auxiliary_heads()`, or load the model with `use_auxiliary_heads=False`."
             )
-        if isinstance(part, RandomReducer):
+        if isinstance(part, TokenReducer) and not part.deterministic:
             raise ValueError(
-                "The token reducer 'random' draws random numbers, so that no file could be checked against the model; "
-                "export a model with another one, or with `token_reducer=None`."
+                f"The token reducer {part.name!r} draws random numbers, so that no file could be checked against the "
+                "model; export a model with another one, or with `token_reducer=None`."
             )
 
 

@@ -1,5 +1,6 @@
 """Folders for the Hub that also work without this package."""
 
+import inspect
 import os
 import shutil
 from collections.abc import Iterator
@@ -9,21 +10,28 @@ from typing import Any
 
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from .image_processing_cropr_vit import CroprViTImageProcessor
-from .modeling_cropr_vit import CroprViTPreTrainedModel
-from .modeling_cropr_vit_detection import CroprViTForInstanceSegmentation
+from .. import methods
+from ..configuration_cropr_vit import CroprViTConfig
+from ..files import write_file
+from ..image_processing_cropr_vit import CroprViTImageProcessor
+from ..modeling_cropr_vit import CroprViTPreTrainedModel
+from ..tasks import TASKS
+from ..token_reduction import find_token_reducer
+
+
+ROOT = Path(__file__).parents[1]  # of the code that travels
+METHODS = "reducers.py"  # names the files of methods, a line each
+
+
+def _place(code: type) -> str:
+    return f"{code.__module__.rpartition('.')[2]}.{code.__name__}"
 
 
 AUTO_MAP = {
-    "AutoConfig": "configuration_cropr_vit.CroprViTConfig",
-    "AutoModel": "modeling_cropr_vit.CroprViTModel",
-    "AutoBackbone": "modeling_cropr_vit.CroprViTBackbone",
-    "AutoModelForImageClassification": "modeling_cropr_vit.CroprViTForImageClassification",
-    "AutoModelForSemanticSegmentation": "modeling_cropr_vit.CroprViTForSemanticSegmentation",
-    "AutoModelForObjectDetection": "modeling_cropr_vit_detection.CroprViTForObjectDetection",
-    "AutoModelForInstanceSegmentation": "modeling_cropr_vit_detection.CroprViTForInstanceSegmentation",
+    "AutoConfig": _place(CroprViTConfig),
+    **{task.auto_class: _place(task.model_class) for task in TASKS.values()},
 }
-IMAGE_PROCESSOR_MAP = {"AutoImageProcessor": "image_processing_cropr_vit.CroprViTImageProcessor"}
+IMAGE_PROCESSOR_MAP = {"AutoImageProcessor": _place(CroprViTImageProcessor)}
 
 
 def save_for_hub(
@@ -49,25 +57,38 @@ def save_for_hub(
             f"The model is a {type(model).__name__}; the code that is saved is that of `CroprViT*` models. Publish "
             "others with `save_pretrained`."
         )
-    if model.config.token_reducer not in (None, "cropr", "random"):
+    method = find_token_reducer(model.config)
+    if method is not None and not method.__module__.startswith(ROOT.name + "."):
         raise ValueError(
-            f"The token reducer {model.config.token_reducer!r} is not part of the code that is saved; publish with "
-            "`save_pretrained`, and name the package that registers it in the model card."
+            f"The token reducer {method.name!r} is not part of the code that is saved; publish with "
+            f"`save_pretrained`, and name the package that registers it, {method.__module__.partition('.')[0]!r}, in the model card."
         )
     os.makedirs(save_directory, exist_ok=True)
     modules = {entry.split(".")[0] for entry in (*AUTO_MAP.values(), *IMAGE_PROCESSOR_MAP.values())}
-    files = {str(Path(__file__).with_name(f"{module}.py")) for module in modules}
+    files = {str(ROOT / f"{module}.py") for module in modules}
     for file in files.union(*(get_relative_import_files(file) for file in files)):
         shutil.copyfile(file, os.path.join(save_directory, Path(file).name))
+    if method is not None and method.__module__.startswith(methods.__name__ + "."):
+        _add_method(method, Path(save_directory))
     if image_processor is not None:
         own_processor = isinstance(image_processor, CroprViTImageProcessor)
         with _auto_map(image_processor, IMAGE_PROCESSOR_MAP if own_processor else None):
             image_processor.save_pretrained(save_directory)
     # The segmentation pipeline looks for this entry first, and would take a semantic model otherwise.
-    is_instance_model = isinstance(model, CroprViTForInstanceSegmentation)
-    segmenter = "AutoModelForInstanceSegmentation" if is_instance_model else "AutoModelForSemanticSegmentation"
+    is_instance_model = isinstance(model, TASKS["instance_segmentation"].model_class)
+    segmenter = TASKS["instance_segmentation" if is_instance_model else "semantic_segmentation"].auto_class
     with _auto_map(model.config, {**AUTO_MAP, "AutoModelForImageSegmentation": AUTO_MAP[segmenter]}):
         model.save_pretrained(save_directory, **kwargs)
+
+
+def _add_method(method: type, folder: Path) -> None:
+    """Adds the file of a method to code that is flat, and its line to those of the methods that are there anyway."""
+    name = f"reducer_{method.__module__.rpartition('.')[2]}"
+    code = Path(inspect.getfile(method)).read_text(encoding="utf-8")
+    write_file(folder / f"{name}.py", code.replace("\nfrom ..", "\nfrom ."))
+    listed = (folder / METHODS).read_text(encoding="utf-8")
+    line = f"from .{name} import {method.__name__}  # noqa: F401\n"
+    write_file(folder / METHODS, listed.replace("\n\n\n__all__", f"\n{line}\n\n__all__", 1))
 
 
 @contextmanager

@@ -9,48 +9,17 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from .benchmark import UNPRUNED, Timing, check_rounds, compare, library_versions, machine_name
-from .configuration_cropr_vit import CroprViTConfig
+from ..configuration_cropr_vit import CroprViTConfig
+from ..files import source_name
+from ..modeling_cropr_vit import CroprViTPreTrainedModel
+from ..token_schedule import Pruning
+from .benchmark import UNPRUNED
 from .cost import head_multiply_adds, multiply_adds
-from .model_card import source_name
-from .modeling_cropr_vit import CroprViTPreTrainedModel
+from .instruments import library_versions, machine_name
+from .timing import Timing, check_rounds, compare
 
 
-TOKEN_MULTIPLE = 8
 DEFAULT_BATCH_SIZE = 8
-Pruning = int | Sequence[int] | None  # as `set_pruning` takes it
-
-
-def curriculum_schedule(config: CroprViTConfig, progress: float) -> list[int]:
-    """Patch tokens kept after each block when pruning is a share of what is configured, for `set_pruning`.
-
-    Below the configured pruning, the tokens after a block, prefix included, are all of them or a multiple of 8,
-    rounded up: kernels like such lengths, and there are few different ones. Where the final schedule leaves whole
-    windows of windowed attention, they are squares of windows.
-
-    Args:
-        config: its schedule at `image_size` is the final one.
-        progress: in [0, 1], where 0 keeps every token and 1 is the final schedule.
-
-    Raises:
-        `ValueError`: for a progress out of range.
-    """
-    if not 0 <= progress <= 1:
-        raise ValueError(f"`progress` is {progress}; it must be in [0, 1], such as 0.5 for half of the pruning.")
-    final, all_patches, prefix = config.kept_patches(), config.num_patches, config.num_prefix_tokens
-    if progress == 1:
-        return final
-    window = config.window_size**2
-    tiles = window > 0 and all(kept % window == 0 for kept in final if kept < all_patches)
-    schedule = []
-    for kept in final:
-        tokens = prefix + kept + (1.0 - progress) * (all_patches - kept)
-        if tiles:
-            rounded = (math.ceil(math.sqrt(tokens) / config.window_size) * config.window_size) ** 2
-        else:
-            rounded = math.ceil(tokens / TOKEN_MULTIPLE) * TOKEN_MULTIPLE
-        schedule.append(min(rounded - prefix, all_patches))
-    return schedule
 
 
 def evaluate_schedules(
@@ -71,7 +40,7 @@ def evaluate_schedules(
         metric: gets the model, in evaluation mode and pruning by one of the schedules, and returns a number, which
             goes by the name "metric", or a mapping of names to numbers.
         pixel_values: (B, channels, height, width), a batch to time; 8 images of noise of `image_size` by default.
-        min_rounds, max_rounds, tolerance: of the timing, see `cropr_hf.benchmark.compare`.
+        min_rounds, max_rounds, tolerance: of the timing, see `cropr_hf.speed.timing.compare`.
 
     Returns:
         A record that `json` can write: machine, versions, settings, and `points`, one per schedule in their order.
@@ -153,7 +122,7 @@ def images_to_time(model: Any, pixel_values: torch.Tensor | None) -> tuple[torch
 def compare_schedules(
     model: Any, pixel_values: torch.Tensor, schedules: Mapping[str, Pruning], timing: tuple[int, int, float]
 ) -> dict[str, Timing]:
-    """Times a model under schedules, and unpruned, in turns; `timing` is as `cropr_hf.benchmark.compare` takes it."""
+    """Times a model under schedules, and unpruned, in turns; `timing` is as `speed.timing.compare` takes it."""
     both: dict[str, Pruning] = {UNPRUNED: 0, **schedules}
     calls = {name: partial(run_pruned, model, pixel_values, pruning) for name, pruning in both.items()}
     return compare(calls, UNPRUNED, *timing, device=model.device)

@@ -1,0 +1,33 @@
+"""What several command lines understand alike."""
+
+import json
+from typing import Any
+
+import torch
+
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def parse_config(text: str) -> dict[str, Any]:
+    """Fields of a configuration from the command line; raises `ValueError` if they are no JSON object."""
+    try:
+        fields = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--config is {text!r}, which is not valid JSON ({error}).") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"--config is {text!r}; give an object, such as '{{\"pruning_rate\": 8}}'.")
+    return fields
+
+
+def parse_device(name: str) -> torch.device:
+    """A device by its name; raises `ValueError` if there is none, or none that `time_call` can time."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"`device` is {name!r}, which torch cannot use here ({reason}); try cpu.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"`device` is {name!r}; times are taken on cpu and cuda devices.")
+    return device

@@ -1,0 +1,141 @@
+# Copyright 2026 The cropr_hf authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What labels must look like, and what is wrong with those that do not."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from .configuration_cropr_vit import CroprViTConfig
+
+
+def check_image_labels(config: CroprViTConfig, labels: torch.Tensor, batch_size: int) -> None:
+    """Raises `ValueError` for labels that `CroprViTForImageClassification` does not take."""
+    if torch.compiler.is_compiling():
+        return  # a data-dependent check would break the graph
+    multi_label = config.problem_type == "multi_label_classification"
+    if config.num_labels < 2 and not multi_label:
+        raise ValueError(
+            f"The loss over {config.num_labels} class is always 0; set `num_labels` to 2 or more, or `problem_type` "
+            "to 'multi_label_classification'."
+        )
+    if labels.is_floating_point() or multi_label:
+        check_class_shares(labels, batch_size, config.num_labels)
+    elif labels.shape != (batch_size,):
+        raise ValueError(f"`labels` have the shape {tuple(labels.shape)}; it must be ({batch_size},).")
+    elif ((labels >= config.num_labels) | ((labels < 0) & (labels != -100))).any():
+        raise ValueError(
+            f"`labels` are between {labels.min().item()} and {labels.max().item()}; they must be in "
+            f"[0, {config.num_labels - 1}], or -100 to be ignored. Set `num_labels` to the number of classes."
+        )
+
+
+def check_class_shares(labels: torch.Tensor, batch_size: int, num_labels: int) -> None:
+    """Raises `ValueError` unless soft targets, or the presence of classes, are (B, C) in [0, 1]."""
+    if torch.compiler.is_compiling():
+        return  # a data-dependent check would break the graph
+    if not num_labels or labels.shape != (batch_size, num_labels):
+        raise ValueError(
+            f"`labels` have the shape {tuple(labels.shape)}; it must be (batch size, classes) = ({batch_size}, "
+            f"{num_labels}) with soft targets, or the presence of several classes. Set `num_labels` to their number."
+        )
+    if labels.min() < 0 or labels.max() > 1:
+        raise ValueError(
+            f"`labels` are between {labels.min().item()} and {labels.max().item()}; soft targets, or the presence of "
+            "several classes, must be in [0, 1]."
+        )
+
+
+def check_label_maps(config: CroprViTConfig, labels: torch.Tensor, batch_size: int) -> None:
+    """Raises `ValueError` for labels that `CroprViTForSemanticSegmentation` does not take."""
+    if torch.compiler.is_compiling():
+        return  # a data-dependent check would break the graph
+    if config.num_labels < 2:
+        raise ValueError("The loss over 1 class is always 0; set `num_labels` to 2 or more.")
+    if labels.dim() != 3 or len(labels) != batch_size or labels.is_floating_point() or not labels.numel():
+        raise ValueError(
+            f"`labels` are {labels.dtype} of the shape {tuple(labels.shape)}; they must be whole numbers of the "
+            f"shape ({batch_size}, height, width)."
+        )
+    ignored = config.semantic_loss_ignore_index
+    if ((labels != ignored) & ((labels < 0) | (labels >= config.num_labels))).any():
+        raise ValueError(
+            f"`labels` are between {labels.min().item()} and {labels.max().item()}; they must be in "
+            f"[0, {config.num_labels - 1}], or {ignored} to be ignored. Set `num_labels` to the number of classes, "
+            "or reduce the labels (`do_reduce_labels` of the image processor) if 0 means none."
+        )
+
+
+def check_object_labels(
+    config: CroprViTConfig, image: int, label: Any, image_size: tuple[int, int], has_masks: bool
+) -> None:
+    """Raises `ValueError` for labels of one image that the detectors do not take.
+
+    Args:
+        image: its number in the batch, for the message.
+        image_size: height and width of the batch in pixels.
+        has_masks: whether there must be masks.
+    """
+    wanted = ["class_labels", "boxes", *(["masks"] if has_masks else [])]
+    if not isinstance(label, Mapping):
+        raise ValueError(
+            f"`labels[{image}]` is a {type(label).__name__}; it must be a dictionary of {', '.join(wanted)}."
+        )
+    missing = [name for name in wanted if name not in label]
+    if missing:
+        raise ValueError(f"`labels[{image}]` lacks {', '.join(missing)}; it must have {', '.join(wanted)}.")
+    for name in wanted:
+        if not isinstance(label[name], torch.Tensor):
+            raise ValueError(f"`{name}` in `labels[{image}]` is a {type(label[name]).__name__}; give a tensor.")
+    classes, boxes = label["class_labels"], label["boxes"]
+    count = classes.numel()
+    whole = not classes.is_floating_point() and classes.dtype != torch.bool
+    right_boxes = whole and tuple(boxes.shape) == (count, 4) if count else not boxes.numel()
+    if classes.dim() != 1 or not right_boxes:
+        raise ValueError(
+            f"`labels[{image}]` has `class_labels` {classes.dtype} of the shape {tuple(classes.shape)} and "
+            f"`boxes` of the shape {tuple(boxes.shape)}; they must be whole numbers (n,), and (n, 4)."
+        )
+    if has_masks and tuple(label["masks"].shape) != (count, *image_size):
+        raise ValueError(
+            f"`labels[{image}]` has `masks` of the shape {tuple(label['masks'].shape)}; it must be (objects, "
+            f"height, width) = {(count, *image_size)}."
+        )
+    if not count:
+        return
+    if classes.min() < 0 or classes.max() >= config.num_labels:
+        raise ValueError(
+            f"`labels[{image}]` has classes between {classes.min().item()} and {classes.max().item()}; they must "
+            f"be in [0, {config.num_labels - 1}]. Set `num_labels` to the number of classes."
+        )
+    if (
+        not ((boxes[:, :2] >= 0) & (boxes[:, :2] <= 1)).all()
+        # Rounding its corners to float32 would empty a narrower box.
+        or not ((boxes[:, 2:] > 1e-6) & (boxes[:, 2:] <= 1)).all()
+    ):
+        raise ValueError(
+            f"`labels[{image}]` has `boxes` between {boxes.min().item():g} and {boxes.max().item():g}; centres "
+            "must be in [0, 1], widths and heights in (0, 1], as shares of `pixel_values`. Divide pixels by width "
+            "and height, and drop empty boxes."
+        )
+
+
+def class_presence(labels: Sequence[torch.Tensor], num_labels: int) -> torch.Tensor:
+    """Which classes each image shows, (B, C), 0 or 1, from the class indices (n,) in each image."""
+    counts = torch.tensor([len(image) for image in labels], device=labels[0].device)
+    rows = torch.arange(len(labels), device=counts.device).repeat_interleave(counts)
+    presence = torch.zeros(len(labels), num_labels, device=counts.device)
+    presence[rows, torch.cat(list(labels)).long()] = 1.0
+    return presence

@@ -1,0 +1,1 @@
+"""What leaves the house: folders for the Hub, records and model cards, exported files."""

@@ -1,0 +1,1 @@
+"""What pruning gains: timing, benchmark, cost in multiply-adds, schedules that meet a budget."""

@@ -1,0 +1,66 @@
+"""What a model costs in multiply-adds, counted while it runs, without its weights or on them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..configuration_cropr_vit import CroprViTConfig
+from ..modeling_cropr_vit import CroprViTModel
+
+
+def multiply_adds(
+    config: CroprViTConfig,
+    grid_size: tuple[int, int] | None = None,
+    attention: bool = True,
+    pruning: int | Sequence[int] | None = None,
+) -> int:
+    """Multiply-adds of one image through the encoder, with what its method multiplies, as torch counts them.
+
+    The model is built and run on the meta device, which computes nothing. Products of a matrix and a single vector,
+    such as the scores of a stripped Cropr module (D per token), are not in torch's count.
+
+    Args:
+        config: any configuration; its schedule and its windows decide the tokens of each block.
+        grid_size: rows and columns of patches of the input; those of `config.image_size` by default.
+        attention: whether products of activations with each other count (attention, similarities of tokens); the
+            paper's figures of detectors leave them out.
+        pruning: a rate or a schedule instead of the configured one, as `set_pruning` takes it.
+    """
+    rows, columns = config.grid_size if grid_size is None else grid_size
+    stripped = CroprViTConfig(**config.to_dict() | {"use_auxiliary_heads": False, "dtype": None})
+    with torch.device("meta"), torch.no_grad():
+        # Eager attention is written in products that the counter knows, whatever kernels a device has.
+        model = CroprViTModel._from_config(stripped, attn_implementation="eager").eval()
+        model.pruning = pruning if pruning is None or isinstance(pruning, int) else list(pruning)
+        pixels = torch.empty(1, config.num_channels, rows * config.patch_size, columns * config.patch_size)
+        with FlopCounterMode(display=False) as counter:
+            model(pixels)
+    operations = counter.get_flop_counts()["Global"]
+    between_activations = (torch.ops.aten.bmm, torch.ops.aten.baddbmm)
+    counted = [flops for name, flops in operations.items() if attention or name not in between_activations]
+    return sum(counted) // 2
+
+
+def head_multiply_adds(model: Any, inputs: dict[str, Any]) -> int:
+    """Multiply-adds of a batch in what follows the encoder, as torch counts them while it runs."""
+    with FlopCounterMode(display=False) as counter:
+        model(**inputs)
+    name = type(model).__name__
+    counts = {module: sum(operations.values()) for module, operations in counter.get_flop_counts().items()}
+    encoder = name if model.base_model is model else f"{name}.{model.base_model_prefix}"
+    return (counts.get(name, 0) - counts.get(encoder, 0)) // 2
+
+
+def unpruned_config(config: CroprViTConfig) -> CroprViTConfig:
+    """The same model without pruning."""
+    unpruned = {
+        "token_reducer": None,
+        "reducer_config": None,
+        "reducer_package": None,
+        "pruning_rate": None,
+        "pruning_schedule": None,
+        "use_auxiliary_heads": False,
+    }
+    return CroprViTConfig(**config.to_dict() | unpruned)
