@@ -338,14 +338,14 @@ class CroprViTModel(CroprViTPreTrainedModel):
             positions = self.window_positions(state, window_grid, window_table)
         # The first argument stays the hidden states: what records outputs, and checkpointing, look for them there.
         if reducer is None or not reducer.acts_inside:
-            hidden_states = layer(state.hidden_states, positions, window_grid, state.key_bias, **kwargs)
+            hidden_states = layer(state.hidden_states, positions, window_grid, key_bias=state.key_bias, **kwargs)
             return replace(state, hidden_states=hidden_states)
 
         def reduce(hidden_states: torch.Tensor, facts: AttentionFacts) -> TokenState:
             return reducer.after_attention(replace(state, hidden_states=hidden_states), num_keep, facts)
 
         hidden_states, state_inside = layer(
-            state.hidden_states, positions, window_grid, state.key_bias, reduce=reduce, **kwargs
+            state.hidden_states, positions, window_grid, key_bias=state.key_bias, reduce=reduce, **kwargs
         )
         return replace(state_inside, hidden_states=hidden_states)
 

@@ -176,7 +176,7 @@ class TokenState:
     @property
     def is_whole(self) -> bool:
         """Whether every token of the unpruned sequence is there."""
-        return self.restored or not self.pruned
+        return self.restored or len(self.pruned) == 0
 
     def prune(self, kept: torch.Tensor, pruned: torch.Tensor, block: int) -> TokenState:
         """Keeps the tokens at `kept` (B, K), prefix included, and sets those at `pruned` aside.
@@ -410,7 +410,7 @@ class TokenReducer(nn.Module):
     @classmethod
     def kept_by_rate(cls, config: CroprViTConfig, num_patches: int, rate: int) -> list[int]:
         """Patch tokens left after each of the L blocks for `config.pruning_rate`; that of the paper by default."""
-        return kept_by_constant_rate(config, cls.blocks(config), num_patches, rate)
+        return kept_by_constant_rate(config, pruning_blocks(config, cls), num_patches, rate)
 
     @classmethod
     def reachable_counts(cls, num_patches: int, kept: Sequence[int]) -> list[int]:

@@ -190,9 +190,10 @@ def test_pruning_and_fusing_returns_every_token_to_its_place(seed):
         assert torch.equal(set_aside.hidden_states[..., 0], (images + set_aside.token_indices).double())
 
     assert torch.equal(state.pruning_map(num_blocks), expected_map)
-    fused = state.fuse()
+    fused = state.restore()
     check_tokens_agree(fused)
-    assert fused.pruned == ()
+    assert fused.is_whole and all(tokens.hidden_states is None for tokens in fused.pruned)
+    assert torch.equal(fused.pruning_map(num_blocks), expected_map)
     assert fused.num_prefix_tokens == num_prefix
     assert torch.equal(fused.hidden_states, original.hidden_states)
     assert torch.equal(fused.token_indices, original.token_indices.expand_as(fused.token_indices))
@@ -202,7 +203,7 @@ def test_fusing_puts_a_pruned_token_back_as_it_was_when_pruned():
     state = labelled_state(1, 4, 1, rotary=False)
     pruned = state.prune(torch.tensor([[0, 2, 3]]), torch.tensor([[4, 1]]), block=1)
     pruned.hidden_states = pruned.hidden_states + 100
-    fused = pruned.fuse()
+    fused = pruned.restore()
     assert fused.hidden_states[0, :, 0].tolist() == [100, 1, 102, 103, 4]
 
 
@@ -212,19 +213,19 @@ def test_states_of_pruned_tokens_are_kept_for_fusion_alone():
     assert pruned.pruned[0].hidden_states is None
     assert pruned.pruning_map(2).tolist() == [[1, 2, 2, 1]]
     with pytest.raises(ValueError, match="set `keeps_pruned_states`"):
-        pruned.fuse()
+        pruned.restore()
 
 
 def test_fusing_without_pruned_tokens_changes_nothing():
     state = labelled_state(2, 4, 1, rotary=True)
-    assert state.fuse() is state
+    assert state.restore() is state
     assert state.pruning_map(6).tolist() == [[6] * 4] * 2
 
 
 def test_pruned_tokens_keep_their_gradient_path():
     hidden_states = torch.randn(2, 5, 3, requires_grad=True)
     state = TokenState(hidden_states, torch.arange(5)[None], num_prefix_tokens=1)
-    fused = state.prune(*select_tokens(torch.randn(2, 5), 2, 1), block=1).fuse()
+    fused = state.prune(*select_tokens(torch.randn(2, 5), 2, 1), block=1).restore()
     (fused.hidden_states * torch.arange(5.0)[:, None]).sum().backward()
     assert torch.equal(hidden_states.grad, torch.arange(5.0)[:, None].expand(2, 5, 3))
 
@@ -236,10 +237,13 @@ class KeepFirstReducer(TokenReducer):
     """Keeps the first patches of the sequence."""
 
     name = "keep_first"
+    label = title = "keep first"
 
-    def select(self, state, num_keep):
-        scores = torch.arange(state.hidden_states.shape[1], 0, -1.0).expand(len(state.hidden_states), -1)
-        return select_tokens(scores, num_keep, state.num_prefix_tokens)
+    def after_block(self, state, num_keep):
+        return self.keep_best(state, num_keep)
+
+    def scores(self, state):
+        return torch.arange(state.hidden_states.shape[1], 0, -1.0).expand(len(state.hidden_states), -1)
 
 
 @pytest.fixture
@@ -272,12 +276,16 @@ def test_registering_a_second_class_under_a_name_is_refused(keep_first):
 
 
 def test_an_unknown_reducer_names_the_known_ones():
-    with pytest.raises(ValueError, match=r"'merge'; choose one of cropr, random"):
-        build_token_reducers(tiny_config(token_reducer="merge"))
+    with pytest.raises(
+        ValueError, match=r"'rndom'; did you mean 'random'\? Choose one of cropr, random, tome, or None"
+    ):
+        build_token_reducers(tiny_config(token_reducer="rndom"))
 
 
 def test_heads_for_a_reducer_without_them_are_refused():
-    with pytest.raises(ValueError, match=r"'random' has no auxiliary heads; set `use_auxiliary_heads=False`"):
+    with pytest.raises(
+        ValueError, match=r"'random' does not support auxiliary heads; set `use_auxiliary_heads=False`"
+    ):
         build_token_reducers(tiny_config("random", use_auxiliary_heads=True))
 
 
@@ -291,19 +299,19 @@ def test_modules_stand_where_the_config_says():
 def test_random_reducer_keeps_the_count_and_the_prefix_and_differs_between_calls():
     reducer = RandomReducer(tiny_config("random"), block=1)
     state = labelled_state(3, 40, 2, rotary=True)
-    draws = [reducer(state, 10)[0] for _ in range(2)]
+    draws = [reducer.after_block(state, 10) for _ in range(2)]
     for draw in draws:
         assert draw.num_patches == 10
         assert draw.token_indices[:, :2].tolist() == [[0, 1]] * 3
         check_tokens_agree(draw)
     assert not torch.equal(draws[0].token_indices, draws[1].token_indices)
     assert not torch.equal(draws[0].token_indices[0], draws[0].token_indices[1])  # nor do images share a draw
-    assert reducer(state, 40)[0] is state
+    assert reducer.after_block(state, 40) is state
 
 
 def test_random_reducer_is_uniform():
     reducer = RandomReducer(tiny_config("random"), block=1)
-    kept = reducer(labelled_state(4000, 8, 1, rotary=False), 2)[0].token_indices[:, 1:]
+    kept = reducer.after_block(labelled_state(4000, 8, 1, rotary=False), 2).token_indices[:, 1:]
     frequencies = torch.bincount(kept.flatten(), minlength=9)[1:] / 4000
     # 5 standard deviations of a share of 4000 draws with probability 1/4
     assert (frequencies - 0.25).abs().max() < 5 * math.sqrt(0.25 * 0.75 / 4000)
@@ -382,8 +390,8 @@ def test_golden_numbers_of_a_module_worked_out_by_hand():
     np.testing.assert_allclose(
         module.aggregator(scorer.queries, hidden_states, scorer)[0].detach(), aggregated, atol=1e-12
     )
-    reduced, logits = module(state, num_keep=2)
-    np.testing.assert_allclose(logits[0].detach(), auxiliary_logits, atol=1e-12)
+    reduced = module.after_block(state, num_keep=2)
+    np.testing.assert_allclose(reduced.auxiliary_logits[1][0].detach(), auxiliary_logits, atol=1e-12)
     assert reduced.token_indices.tolist() == [[0, 1, 4]]
     assert reduced.hidden_states.tolist() == [[[5.0, 5.0], [1.0, 2.0], [-1.0, 3.0]]]
     assert [(pruned.block, pruned.token_indices.tolist()) for pruned in reduced.pruned] == [(1, [[3, 2]])]
@@ -492,12 +500,12 @@ def test_stripping_a_state_dict_equals_removing_heads_in_memory(options):
     holder = nn.ModuleDict({"backbone": nn.ModuleDict({"token_reducers": nn.ModuleDict({"2": module})})})
     complete = {**holder.state_dict(), "classifier.weight": torch.ones(2)}
     before = {name: tensor.clone() for name, tensor in complete.items()}
-    stripped = strip_state_dict(complete)
+    stripped = strip_state_dict(complete, CroprModule)
     assert complete.keys() == before.keys() and all(torch.equal(complete[name], before[name]) for name in before)
     assert sorted(stripped) == ["backbone.token_reducers.2.router.scorer.folded_query", "classifier.weight"]
     module.remove_auxiliary_heads()
     assert torch.equal(next(iter(holder.state_dict().values())), stripped[next(iter(holder.state_dict()))])
-    again = strip_state_dict(stripped)
+    again = strip_state_dict(stripped, CroprModule)
     assert again.keys() == stripped.keys()
 
 
@@ -505,7 +513,8 @@ def test_auxiliary_losses_reach_the_module_and_not_the_backbone():
     module = make_module(module_config(num_queries=3, scorer_num_heads=2, scorer_pre_norm=True)).train()
     hidden_states = torch.randn(2, 17, 32, requires_grad=True)
     state = TokenState(hidden_states, torch.arange(17)[None], num_prefix_tokens=1)
-    reduced, logits = module(state, num_keep=9)
+    reduced = module.after_block(state, num_keep=9)
+    logits = reduced.auxiliary_logits[module.block]
     assert logits.shape == (2, 3, NUM_LABELS)
     F.cross_entropy(logits.flatten(0, 1), torch.zeros(6, dtype=torch.long)).backward()
     assert hidden_states.grad is None
@@ -518,7 +527,7 @@ def test_the_main_loss_reaches_the_kept_tokens_and_not_the_module():
     module = make_module(module_config()).train()
     hidden_states = torch.randn(2, 17, 32, requires_grad=True)
     state = TokenState(hidden_states, torch.arange(17)[None], num_prefix_tokens=1)
-    reduced, _ = module(state, num_keep=9)
+    reduced = module.after_block(state, num_keep=9)
     reduced.hidden_states.square().sum().backward()
     assert all(parameter.grad is None for parameter in module.parameters())
     touched = hidden_states.grad.abs().sum(dim=-1) > 0
@@ -530,23 +539,25 @@ def test_evaluation_computes_nothing_auxiliary():
     module = make_module(module_config()).eval()
     module.aggregator.forward = module.auxiliary_head.forward = lambda *_: pytest.fail("ran in evaluation")
     state = TokenState(torch.randn(2, 17, 32), torch.arange(17)[None], num_prefix_tokens=1)
-    assert module(state, 9)[1] is None
+    assert not module.after_block(state, 9).auxiliary_logits
 
 
 def test_the_module_trains_even_where_it_prunes_nothing():
     module = make_module(module_config()).train()
     state = TokenState(torch.randn(2, 17, 32), torch.arange(17)[None], num_prefix_tokens=1)
-    reduced, logits = module(state, num_keep=16)
-    assert reduced is state
-    assert logits.shape == (2, 1, NUM_LABELS)
+    reduced = module.after_block(state, num_keep=16)
+    assert reduced.hidden_states is state.hidden_states and not reduced.pruned
+    assert reduced.auxiliary_logits[module.block].shape == (2, 1, NUM_LABELS)
 
 
 def test_training_and_evaluation_select_the_same_tokens():
     module = make_module(module_config(num_queries=16, scorer_num_heads=4, scorer_key_projection=True))
     state = TokenState(torch.randn(2, 17, 32), torch.arange(17)[None], num_prefix_tokens=1)
-    kept = [instance(state, 7)[0].token_indices for instance in (module.train(), copy.deepcopy(module).eval())]
+    kept = [
+        instance.after_block(state, 7).token_indices for instance in (module.train(), copy.deepcopy(module).eval())
+    ]
     module.remove_auxiliary_heads()
-    kept.append(module(state, 7)[0].token_indices)
+    kept.append(module.after_block(state, 7).token_indices)
     assert torch.equal(kept[0], kept[1]) and torch.equal(kept[0], kept[2])
 
 

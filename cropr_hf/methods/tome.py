@@ -35,7 +35,7 @@ from ..token_reduction import (
     gather_tokens,
     register_token_reducer,
 )
-from ..token_schedule import round_up
+from ..token_schedule import pruning_blocks, round_up
 
 
 CITATION = """@inproceedings{bolya2023tome,
@@ -161,7 +161,7 @@ class ToMeReducer(TokenReducer):
     @classmethod
     def kept_by_rate(cls, config: CroprViTConfig, num_patches: int, rate: int) -> list[int]:
         """See `TokenReducer.kept_by_rate`; rounding is that of the authors' code."""
-        blocks, inflection = cls.blocks(config), cls.settings(config).rate_inflection
+        blocks, inflection = pruning_blocks(config, cls), cls.settings(config).rate_inflection
         first = int(rate * (1 - inflection))
         rise, gaps = 2 * (rate - first), max(config.num_hidden_layers - 1, 1)
         kept, remaining = [], num_patches

@@ -60,8 +60,8 @@ def save_for_hub(
     method = find_token_reducer(model.config)
     if method is not None and not method.__module__.startswith(ROOT.name + "."):
         raise ValueError(
-            f"The token reducer {method.name!r} is not part of the code that is saved; publish with "
-            f"`save_pretrained`, and name the package that registers it, {method.__module__.partition('.')[0]!r}, in the model card."
+            f"The token reducer {method.name!r} is not part of the code that is saved; publish by `save_pretrained`, "
+            "and name in the model card the package that registers it."
         )
     os.makedirs(save_directory, exist_ok=True)
     modules = {entry.split(".")[0] for entry in (*AUTO_MAP.values(), *IMAGE_PROCESSOR_MAP.values())}
