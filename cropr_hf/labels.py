@@ -25,20 +25,21 @@ def check_image_labels(config: CroprViTConfig, labels: torch.Tensor, batch_size:
     """Raises `ValueError` for labels that `CroprViTForImageClassification` does not take."""
     if torch.compiler.is_compiling():
         return  # a data-dependent check would break the graph
+    num_labels = config.num_labels or 0
     multi_label = config.problem_type == "multi_label_classification"
-    if config.num_labels < 2 and not multi_label:
+    if num_labels < 2 and not multi_label:
         raise ValueError(
-            f"The loss over {config.num_labels} class is always 0; set `num_labels` to 2 or more, or `problem_type` "
+            f"The loss over {num_labels} class is always 0; set `num_labels` to 2 or more, or `problem_type` "
             "to 'multi_label_classification'."
         )
     if labels.is_floating_point() or multi_label:
-        check_class_shares(labels, batch_size, config.num_labels)
+        check_class_shares(labels, batch_size, num_labels)
     elif labels.shape != (batch_size,):
         raise ValueError(f"`labels` have the shape {tuple(labels.shape)}; it must be ({batch_size},).")
-    elif ((labels >= config.num_labels) | ((labels < 0) & (labels != -100))).any():
+    elif ((labels >= num_labels) | ((labels < 0) & (labels != -100))).any():
         raise ValueError(
             f"`labels` are between {labels.min().item()} and {labels.max().item()}; they must be in "
-            f"[0, {config.num_labels - 1}], or -100 to be ignored. Set `num_labels` to the number of classes."
+            f"[0, {num_labels - 1}], or -100 to be ignored. Set `num_labels` to the number of classes."
         )
 
 
@@ -62,7 +63,8 @@ def check_label_maps(config: CroprViTConfig, labels: torch.Tensor, batch_size: i
     """Raises `ValueError` for labels that `CroprViTForSemanticSegmentation` does not take."""
     if torch.compiler.is_compiling():
         return  # a data-dependent check would break the graph
-    if config.num_labels < 2:
+    num_labels = config.num_labels or 0
+    if num_labels < 2:
         raise ValueError("The loss over 1 class is always 0; set `num_labels` to 2 or more.")
     if labels.dim() != 3 or len(labels) != batch_size or labels.is_floating_point() or not labels.numel():
         raise ValueError(
@@ -70,10 +72,10 @@ def check_label_maps(config: CroprViTConfig, labels: torch.Tensor, batch_size: i
             f"shape ({batch_size}, height, width)."
         )
     ignored = config.semantic_loss_ignore_index
-    if ((labels != ignored) & ((labels < 0) | (labels >= config.num_labels))).any():
+    if ((labels != ignored) & ((labels < 0) | (labels >= num_labels))).any():
         raise ValueError(
             f"`labels` are between {labels.min().item()} and {labels.max().item()}; they must be in "
-            f"[0, {config.num_labels - 1}], or {ignored} to be ignored. Set `num_labels` to the number of classes, "
+            f"[0, {num_labels - 1}], or {ignored} to be ignored. Set `num_labels` to the number of classes, "
             "or reduce the labels (`do_reduce_labels` of the image processor) if 0 means none."
         )
 
@@ -115,10 +117,11 @@ def check_object_labels(
         )
     if not count:
         return
-    if classes.min() < 0 or classes.max() >= config.num_labels:
+    num_labels = config.num_labels or 0
+    if classes.min() < 0 or classes.max() >= num_labels:
         raise ValueError(
             f"`labels[{image}]` has classes between {classes.min().item()} and {classes.max().item()}; they must "
-            f"be in [0, {config.num_labels - 1}]. Set `num_labels` to the number of classes."
+            f"be in [0, {num_labels - 1}]. Set `num_labels` to the number of classes."
         )
     if (
         not ((boxes[:, :2] >= 0) & (boxes[:, :2] <= 1)).all()

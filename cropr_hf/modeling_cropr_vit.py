@@ -176,8 +176,8 @@ class CroprViTPreTrainedModel(StrippableModel):
         """
         if self.config.token_reducer is None:
             raise ValueError(
-                "The model has no token reducer; load it with one, such as `token_reducer='tome'`, which needs no "
-                f"training, or {CroprViTConfig.token_reducer!r}, which does."
+                "The model has no token reducer; load it with one, such as "
+                f"`token_reducer={CroprViTConfig.token_reducer!r}`, and train it if the method needs that."
             )
         runtime: int | list[int] | None = None
         if pruning is not None:
@@ -296,7 +296,7 @@ class CroprViTModel(CroprViTPreTrainedModel):
         method = find_token_reducer(self.config)
         kept = kept_patches(self.config, method, state.num_patches, self.pruning)
         for block, (layer, num_keep) in enumerate(zip(self.layers, kept), start=1):
-            reducer = self.token_reducers[str(block)] if str(block) in self.token_reducers else None
+            reducer: Any = self.token_reducers[str(block)] if str(block) in self.token_reducers else None
             if block == num_blocks and self.config.last_layer_fusion:
                 state = self.restore(state)
             if reducer is not None:
@@ -318,7 +318,7 @@ class CroprViTModel(CroprViTPreTrainedModel):
 
     def restore(self, state: TokenState) -> TokenState:
         """All tokens at their places, as the method brings them back."""
-        reducers = list(self.token_reducers.values())
+        reducers: list[Any] = list(self.token_reducers.values())
         return reducers[-1].restore(state) if reducers else state
 
     def run_block(

@@ -313,8 +313,8 @@ def _save_training_config(folder: str, config_class: type[PreTrainedConfig]) -> 
         json.dump({**stored, "use_auxiliary_heads": True}, file, indent=2, sort_keys=True)
     if "auto_map" in stored:
         code = inspect.getfile(config_class)
-        for file in (code, *get_relative_import_files(code)):
-            shutil.copy(file, training_folder)
+        for path in (code, *get_relative_import_files(code)):
+            shutil.copy(path, training_folder)
 
 
 def _upload(

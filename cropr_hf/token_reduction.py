@@ -222,7 +222,7 @@ class TokenState:
         """
         if self.pruned and self.slots is None:
             raise ValueError("Tokens were pruned before; a method prunes or merges, not both.")
-        places = self.token_indices.expand(len(slots), -1)
+        places = self.token_indices.expand(slots.shape[0], -1)
         indices = places.gather(1, survivors)
         return replace(
             self,
@@ -484,6 +484,11 @@ class TokenReducer(nn.Module):
                     + (f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known) or 'none'}.")
                 )
         return cls.config_class(**given)
+
+    @classmethod
+    def setting(cls, config: CroprViTConfig, name: str) -> Any:
+        """One of its fields, not checked; what counts tokens asks for it in every call, also of compiled models."""
+        return (config.reducer_config or {}).get(name, getattr(cls.config_class, name))
 
     @classmethod
     def check(cls, config: CroprViTConfig) -> None:

@@ -90,6 +90,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "pruning_rate": 4,
     },
     "random": {"token_reducer": "random"},
+    "tome": {"token_reducer": "tome", "num_register_tokens": 1},
     "unpruned": {"token_reducer": None, "pruning_rate": None},
 }
 

@@ -434,7 +434,7 @@ def test_set_pruning_refuses_what_cannot_be():
     with pytest.raises(ValueError, match=r"falls after block 4, where there is no module"):
         model.set_pruning([16, 8, 8, 4, 4])
     assert model.cropr_vit.pruning is None
-    with pytest.raises(ValueError, match="no token reducer; load it with `token_reducer='cropr'`"):
+    with pytest.raises(ValueError, match="no token reducer; load it with one, such as `token_reducer='cropr'`"):
         build("classification", "unpruned").set_pruning(2)
 
 

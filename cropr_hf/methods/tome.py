@@ -151,17 +151,17 @@ class ToMeReducer(TokenReducer):
 
     def __init__(self, config: CroprViTConfig, block: int):
         super().__init__(config, block)
-        self.proportional_attention = self.settings(config).proportional_attention
+        self.proportional_attention = self.setting(config, "proportional_attention")
 
     @classmethod
     def uses_key_bias(cls, config: CroprViTConfig) -> bool:
         """See `TokenReducer.uses_key_bias`."""
-        return cls.settings(config).proportional_attention
+        return cls.setting(config, "proportional_attention")
 
     @classmethod
     def kept_by_rate(cls, config: CroprViTConfig, num_patches: int, rate: int) -> list[int]:
         """See `TokenReducer.kept_by_rate`; rounding is that of the authors' code."""
-        blocks, inflection = pruning_blocks(config, cls), cls.settings(config).rate_inflection
+        blocks, inflection = pruning_blocks(config, cls), cls.setting(config, "rate_inflection")
         first = int(rate * (1 - inflection))
         rise, gaps = 2 * (rate - first), max(config.num_hidden_layers - 1, 1)
         kept, remaining = [], num_patches
