@@ -11,7 +11,7 @@ import json
 import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -151,8 +151,17 @@ class RecipeArguments(TrainingArguments):
     save_strategy: str = HfArg(default="epoch", help="When to write a checkpoint.")
     logging_steps: float = HfArg(default=50, help="Steps between logs.")
     remove_unused_columns: bool | None = HfArg(default=False, help="The transforms need the image column.")
+    # Older releases of Transformers call it `gradient_checkpointing`; here this name works with all of them.
+    activation_checkpointing: bool | None = field(
+        default=None,
+        metadata={"help": "Compute blocks again in the backward pass, to save memory.", "nargs": "?", "const": True},
+    )
 
     def __post_init__(self) -> None:
+        if not hasattr(TrainingArguments, "activation_checkpointing"):
+            if self.activation_checkpointing is None:
+                self.activation_checkpointing = self.gradient_checkpointing
+            self.gradient_checkpointing = self.activation_checkpointing
         super().__post_init__()
         if self.benchmark_rounds < 0 or self.benchmark_rounds in (1, 2):
             raise ValueError(f"--benchmark_rounds is {self.benchmark_rounds}; give 3 or more, or 0 for no timing.")

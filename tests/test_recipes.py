@@ -11,6 +11,7 @@ import yaml
 from test_examples import EXAMPLES, history
 
 from cropr_hf import CroprViTConfig, CroprViTForImageClassification
+from cropr_hf.training import changed_settings
 
 
 RECIPES = sorted((EXAMPLES / "recipes").glob("*.yaml"))
@@ -138,6 +139,19 @@ def test_eva02_keeps_its_pooling(parse):
     stated = CroprViTForImageClassification.from_vit(source, num_labels=10, **args.overrides()).config
     assert (own.pooling, own.norm_before_pooling) == (stated.pooling, stated.norm_before_pooling)
     assert [1 + kept for kept in stated.kept_patches()] == [984, 984, 984]
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")
+@pytest.mark.parametrize("words", [["--activation_checkpointing"], ["--activation_checkpointing", "False"], []])
+def test_activation_checkpointing_has_one_name_with_every_release(parse, words):
+    recipe = EXAMPLES / "recipes" / "eva02_l_coco_boxes.yaml"
+    for source, default in (([recipe], True), ([], False)):
+        expected = default if not words else words[-1] != "False"
+        _, _, args = parse("train_object_detection", *source, *words)
+        assert args.gradient_checkpointing is expected is args.activation_checkpointing  # releases read one of the two
+        settings = changed_settings(args)
+        assert settings.get("activation_checkpointing", False) is expected
+        assert "gradient_checkpointing" not in settings
 
 
 class TestReading:

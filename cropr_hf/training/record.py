@@ -45,8 +45,13 @@ PRIVATE_SETTINGS = {
     "validation_dir",
 }
 PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
+# Old names of arguments, whose values `TrainingArguments` keeps equal to those of the new ones, where it has both.
+RENAMED = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
 # Switches that `TrainingArguments` turns from "not given" into False.
-FILLED_IN = {"activation_checkpointing", "gradient_checkpointing"}
+FILLED_IN = {"activation_checkpointing"}
 # What `Trainer.evaluate` adds to the metrics.
 TIMINGS = ("epoch", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 
@@ -101,7 +106,8 @@ def changed_settings(*arguments: Any) -> dict[str, Any]:
             value = getattr(group, field.name, None)
             default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
             value, default = (setting.value if isinstance(setting, Enum) else setting for setting in (value, default))
-            if field.name in PRIVATE_SETTINGS or not field.init:
+            is_old_name = hasattr(group, RENAMED.get(field.name, ""))
+            if field.name in PRIVATE_SETTINGS or not field.init or is_old_name:
                 continue
             is_filled_in = default is None and value is False and field.name in FILLED_IN
             if value != default and not is_filled_in and _is_plain(value):
