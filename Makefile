@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help demo demo-segmentation demo-detection demo-any-speed test test-common test-slow test-official bench speed speed-page cards style quality clean
+.PHONY: help demo demo-segmentation demo-detection demo-any-speed test test-common test-slow test-official bench speed pages cards style quality clean
 
 help:
 	@echo "make demo              fine-tune, publish, load and compare pruned models on cluttered digits"
@@ -18,7 +18,7 @@ help:
 	@echo "make test-official     the official example scripts, in TRANSFORMERS_EXAMPLES=.../transformers/examples/pytorch"
 	@echo "make bench             ViT-L/16: Cropr against the unpruned model, a random pruner, Transformers' and timm's ViT"
 	@echo "make speed             all measurements of docs/speed.md and schedules.md: more than an hour on a machine that does nothing else"
-	@echo "make speed-page        tables and pictures of both pages from their records"
+	@echo "make pages             tables and pictures of README and docs/ from their records"
 	@echo "make cards             model_cards/ from the records of the demos and from the recipes"
 	@echo "make style             format and fix"
 	@echo "make quality           ruff and mypy"
@@ -66,10 +66,10 @@ bench: $(VENV)/.installed-dev
 
 speed: $(VENV)/.installed-dev
 	$(BIN)/python docs/speed/measure.py
-	$(MAKE) speed-page
+	$(MAKE) pages
 
-speed-page: $(VENV)/.installed-dev
-	$(BIN)/python docs/speed/render.py
+pages: $(VENV)/.installed-dev
+	$(BIN)/python docs/render.py
 
 cards: $(VENV)/.installed-dev
 	$(BIN)/python model_cards/render.py

@@ -114,7 +114,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             fixed[strength].append(metric(model))
     print("Measuring the checkpoint for any speed", flush=True)
     curve = evaluate_schedules(any_speed, schedules, metric, pixel_values)
-    record = {"arguments": asdict(args), "strengths": strengths, "any_speed": curve, "fixed": fixed}
+    minutes = (time.perf_counter() - start) / 60
+    record = {"arguments": asdict(args), "minutes": round(minutes, 1), "strengths": strengths}
+    record |= {"any_speed": curve, "fixed": fixed}
     (output / "any_speed.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
     # Weights do not change the speed: the checkpoints for one speed have the timings of the one for all.
@@ -123,7 +125,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     curves = {"one checkpoint for any speed": curve["points"], "one checkpoint per speed": singles}
     plot_tradeoff(curves).savefig(output / "any_speed.png", dpi=110)
     print(f"\n{table(record)}\n\n{curve['machine']}; record and picture: {output}/any_speed.json, .png")
-    print(f"Total {(time.perf_counter() - start) / 60:.1f} minutes.")
+    print(f"Total {minutes:.1f} minutes.")
     return record
 
 

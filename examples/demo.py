@@ -45,7 +45,7 @@ class Task:
 
     train: Callable[[list[str]], Any]
     evaluate: str
-    metrics: tuple[str, ...]  # on the test digits
+    metrics: dict[str, str]  # on the test digits, with their titles in the table
     pruning_schedule: tuple[int, ...]
     settings: dict[str, Any]
 
@@ -54,7 +54,7 @@ TASKS = {
     "image_classification": Task(
         train_image_classification.main,
         "evaluate_image_classification.py",
-        ("accuracy",),
+        {"accuracy": "test accuracy"},
         (144, 96, 56, 24, 24, 24),
         # Digits are not mirrored, and a short fine-tuning of a small model needs no strong regularisation.
         {
@@ -73,14 +73,14 @@ TASKS = {
     "semantic_segmentation": Task(
         train_semantic_segmentation.main,
         "evaluate_semantic_segmentation.py",
-        ("mean_iou",),
+        {"mean_iou": "mean IoU"},
         (144, 96, 56, 24, 24, 24),
         {"horizontal_flip": 0, "min_scale": 1, "max_scale": 1, "photometric_distortion": 0},
     ),
     "instance_segmentation": Task(
         train_instance_segmentation.main,
         "evaluate_detection.py",
-        ("box_map", "mask_map", "object_patches_kept"),
+        {"box_map": "box mAP", "mask_map": "mask mAP", "object_patches_kept": "patches of objects kept"},
         (256, 144, 64, 25, 25, 25),
         {
             "image_size": 128,
@@ -144,8 +144,8 @@ def fine_tune(args: DemoArguments, name: str, *options: str) -> Path:
     return folder
 
 
-def score_in_fresh_process(args: DemoArguments, model: str | Path, picture: Path | None = None) -> list[float]:
-    """The metrics of a folder on the test digits, in percent, loaded by the Auto classes in a new interpreter."""
+def score_in_fresh_process(args: DemoArguments, model: str | Path, picture: Path | None = None) -> dict[str, float]:
+    """The metrics of a folder on the test digits, in [0, 1], loaded by the Auto classes in a new interpreter."""
     command = [sys.executable, str(HERE / TASKS[args.task].evaluate), "--model_name_or_path", str(model)]
     command += ["--dataset_name", CLUTTERED_DIGITS, "--split", "test", "--max_eval_samples", str(args.test_images)]
     if str(model) != args.pretrained:
@@ -154,39 +154,67 @@ def score_in_fresh_process(args: DemoArguments, model: str | Path, picture: Path
         command += ["--picture", str(picture)]
     result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     metrics = json.loads(result.stdout.splitlines()[-1])
-    return [100 * metrics[name] for name in TASKS[args.task].metrics]
+    return {name: metrics[name] for name in TASKS[args.task].metrics}
 
 
-def table(args: DemoArguments, folders: dict[str, Path], scores: dict[str, list[float]], record: dict) -> str:
-    """What the demo found, as a Markdown table."""
-    metrics = TASKS[args.task].metrics
-    columns = ["model", *metrics, "patches left", "parameters", "multiply-adds", "images/s", "speed-up"]
-    rows = []
-    for name, folder in folders.items():
-        config = CroprViTConfig.from_pretrained(folder)
-        speed = record["results"][name.lower()]
-        cells = [
-            name,
-            *(f"{score:.1f} %" for score in scores[name]),
-            f"{config.kept_patches()[-1]} of {config.num_patches}",
-            f"{speed['parameters']:,}",
-            f"{sum(record['multiply_adds'][name.lower()].values()) / 1e6:.0f} M",
-            f"{speed['images_per_second']:.0f}",
-            f"{speed['speedup']:.2f}",
+def table_row(name: str, folder: Path, metrics: dict[str, float], benchmark: dict[str, Any]) -> dict[str, Any]:
+    """What the table says about one of `MODELS`, from its metrics and the record of the benchmark."""
+    config, speed = CroprViTConfig.from_pretrained(folder), benchmark["results"][name.lower()]
+    return {
+        "model": name,
+        "metrics": metrics,
+        "patches_left": config.kept_patches()[-1],
+        "patches": config.num_patches,
+        "parameters": speed["parameters"],
+        "multiply_adds": sum(benchmark["multiply_adds"][name.lower()].values()),
+        **{key: speed[key] for key in ("images_per_second", "speedup", "spread")},
+    }
+
+
+def table(record: dict[str, Any]) -> str:
+    """The record of a demo as a Markdown table."""
+    titles = TASKS[record["arguments"]["task"]].metrics
+    columns = ["model", *titles.values(), "patches left", "parameters", "multiply-adds", "images/s", "speed-up"]
+    rows = [
+        [
+            row["model"],
+            *(f"{100 * row['metrics'][name]:.1f} %" for name in titles),
+            f"{row['patches_left']} of {row['patches']}",
+            f"{row['parameters']:,}",
+            f"{row['multiply_adds'] / 1e6:.0f} M",
+            f"{row['images_per_second']:.0f}",
+            f"{row['speedup']:.2f}",
         ]
-        rows.append(cells)
+        for row in record["rows"]
+    ]
     return markdown_table(columns, rows)
 
 
+def report(args: DemoArguments, rows: list[dict[str, Any]], benchmark: dict[str, Any], minutes: float) -> None:
+    """Writes what the demo found to `table.json` in its output folder, and prints it as a table."""
+    arguments = {name: getattr(args, name) for name in ("task", "train_images", "epochs", "test_images")}
+    arguments["pruning_schedule"] = list(args.pruning_schedule or TASKS[args.task].pruning_schedule)
+    record = {
+        "arguments": {**arguments, "pretrained": Path(args.pretrained).name},
+        "minutes": round(minutes, 1),
+        **{name: benchmark[name] for name in ("machine", "versions", "multiply_add_bound")},
+        "rows": rows,
+    }
+    path = Path(args.output_dir) / "table.json"
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    print(f"\n{table(record)}\n\n{record['machine']}; multiply-add bound {record['multiply_add_bound']:.2f}")
+    print(f"Record: {path}")
+
+
 def main() -> None:
-    """Runs everything and prints the table."""
+    """Runs everything, writes the record and prints the table."""
     (args,) = HfArgumentParser(DemoArguments).parse_args_into_dataclasses()
     transformers_logging.disable_progress_bar()
     start = time.perf_counter()
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     if args.task == "image_classification":
-        (pretrained_accuracy,) = score_in_fresh_process(args, args.pretrained)
-        print(f"\nThe pretrained ViT reaches {pretrained_accuracy:.1f} % on the test digits.\n", flush=True)
+        accuracy = score_in_fresh_process(args, args.pretrained)["accuracy"]
+        print(f"\nThe pretrained ViT reaches {100 * accuracy:.1f} % on the test digits.\n", flush=True)
     folders, scores = {}, {}
     picture = Path(args.output_dir) / "cropr" / PICTURE_NAME  # where the model card shows it
     for name in MODELS:
@@ -194,14 +222,15 @@ def main() -> None:
         folders[name] = fine_tune(args, name)
         scores[name] = score_in_fresh_process(args, folders[name], picture if name == "Cropr" else None)
     print("\nBenchmark", flush=True)
-    record = run(
+    benchmark = run(
         BenchmarkArguments(model_name_or_path=str(folders["Cropr"]), batch_size=64, max_rounds=12, tolerance=0.02)
     )
-    add_to_record(folders["Cropr"], throughput=record)
-    print("\n" + table(args, folders, scores, record))
-    print(f"\n{record['machine']}; multiply-add bound {record['multiply_add_bound']:.2f}")
+    add_to_record(folders["Cropr"], throughput=benchmark)
+    rows = [table_row(name, folder, scores[name], benchmark) for name, folder in folders.items()]
+    minutes = (time.perf_counter() - start) / 60
+    report(args, rows, benchmark, minutes)
     print(f"Model card: {folders['Cropr']}/README.md; picture: {picture}")
-    print(f"Total {(time.perf_counter() - start) / 60:.1f} minutes.")
+    print(f"Total {minutes:.1f} minutes.")
 
 
 if __name__ == "__main__":

@@ -182,7 +182,7 @@ def test_evaluation_in_a_fresh_process_with_picture(example, tiny_vit, tmp_path)
         ("instance_segmentation", 256, [100, 25, 25, 25]),
     ],
 )
-def test_the_demo_prints_its_table(task, patches, schedule, tiny_vit, tmp_path):
+def test_the_demo_prints_its_table(example, task, patches, schedule, tiny_vit, tmp_path):
     """The workflow of `make demo` and its sisters with a random ViT and a handful of images."""
     command = [sys.executable, str(EXAMPLES / "demo.py"), "--pretrained", tiny_vit, "--output_dir", str(tmp_path)]
     command += ["--task", task, "--train_images", "64", "--test_images", "32"]
@@ -192,6 +192,10 @@ def test_the_demo_prints_its_table(task, patches, schedule, tiny_vit, tmp_path):
     rows = re.findall(r"^\| (\S+) \|(?: [\d.]+ % \|)+ (\d+) of (\d+) \|", result.stdout, flags=re.MULTILINE)
     expected = {"unpruned": patches, "Cropr": schedule[-1], "random": schedule[-1]}
     assert rows == [(name, str(left), str(patches)) for name, left in expected.items()]
+    record = json.loads((tmp_path / "table.json").read_text(encoding="utf-8"))
+    assert {row["model"]: row["patches_left"] for row in record["rows"]} == expected
+    assert record["arguments"]["pruning_schedule"] == schedule and record["minutes"] > 0
+    assert example("demo").table(record) in result.stdout
     assert (tmp_path / "cropr" / "pruning.png").stat().st_size > 10_000
     card = (tmp_path / "cropr" / "README.md").read_text(encoding="utf-8")
     assert "pruning.png" in card and "| cluttered_digits | test |" in card and "interleaved rounds" in card

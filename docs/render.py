@@ -1,9 +1,10 @@
-"""Writes tables and pictures of docs/speed.md and docs/schedules.md from the records beside this file
-(`make speed-page`).
+"""Writes the tables of README and pages, and the pictures about speed, from the records in docs/speed and docs/demos
+(`make pages`).
 """
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,13 @@ from cropr_hf.speed.plots import plot_benchmark, plot_cost
 from cropr_hf.speed.tables import format_sweep, markdown_table
 
 
-FOLDER = Path(__file__).parent
+DOCS = Path(__file__).resolve().parent
+ROOT = DOCS.parent
+sys.path.insert(0, str(ROOT / "examples"))
+import any_speed  # noqa: E402
+import demo  # noqa: E402
+
+
 LINEAR = ("addmm", "mm", "mkl_linear", "mkldnn_linear")
 # `cat` puts the pruned tokens back; that of the prefix is too short to be in the records.
 PRUNING = ("sort", "nan_to_num", "index_select", "addmv_", "constant_pad_nd", "arange", "cat")
@@ -33,17 +40,17 @@ def targets_table(records: list[dict[str, Any]]) -> str:
     for record in records:
         arguments, results = record["arguments"], record["results"]
         config = json.loads(arguments["config"])
-        name = f"{arguments['size']} {arguments['image_size'] or 224} px, R = {arguments['pruning_rate']}"
-        name += ", without fusion" if config.get("last_layer_fusion") is False else ""
-        name += ", training step" if arguments["training"] else ""
+        setting = f"{arguments['size']} {arguments['image_size'] or 224} px, R = {arguments['pruning_rate']}"
+        setting += ", without fusion" if config.get("last_layer_fusion") is False else ""
+        setting += ", training step" if arguments["training"] else ""
         references = [
-            f"{1 / results[twin]['speedup']:.3f} ± {results[twin]['spread'] / results[twin]['speedup'] ** 2:.3f}"
-            if twin in results
+            f"{1 / results[name]['speedup']:.3f} ± {results[name]['spread'] / results[name]['speedup'] ** 2:.3f}"
+            if name in results
             else ""
-            for twin in ("transformers ViT", "timm")
+            for name in ("transformers ViT", "timm")
         ]
         cells = [
-            name,
+            setting,
             str(arguments["batch_size"]),
             f"{results[UNPRUNED]['images_per_second']:.2f}",
             ratio(results["cropr"]),
@@ -184,43 +191,96 @@ def shapes_table(records: list[dict[str, Any]]) -> str:
     return markdown_table(["asked for", *columns], cells, num_names=0)
 
 
+def circumstances(record: dict[str, Any], run: dict[str, Any]) -> str:
+    """How a demo ran, in a line: from its record, and from the part of it that names machine and versions."""
+    arguments, versions = record["arguments"], run["versions"]
+    images = f"{arguments['train_images']:,} training images, {arguments['epochs']} epoch"
+    images += "s" if arguments["epochs"] > 1 else ""
+    software = ", ".join(f"{name} {versions[name].split('+')[0]}" for name in ("torch", "transformers"))
+    images += f", {arguments['test_images']:,} test images"
+    return f"*{images}; {run['machine']}, {software}; {record['minutes']} minutes in all.*"
+
+
+def demo_table(record: dict[str, Any]) -> str:
+    """What `examples/demo.py` found, and how it ran."""
+    return f"{demo.table(record)}\n\n{circumstances(record, record)}"
+
+
+def any_speed_table(record: dict[str, Any]) -> str:
+    """What `examples/any_speed.py` found, and how it ran."""
+    return f"{any_speed.table(record)}\n\n{circumstances(record, record['any_speed'])}"
+
+
+def results_table(targets: list[dict[str, Any]], *demos: dict[str, Any]) -> str:
+    """What the README shows: the speed of ViT-L, and speed and quality of demos."""
+    columns = ["", "patches left", "multiply-adds fall by", "speed-up", "quality, unpruned", "Cropr", "random"]
+    rows = []
+    for record in targets:
+        arguments, fusion = (
+            record["arguments"],
+            json.loads(record["arguments"]["config"]).get("last_layer_fusion", True),
+        )
+        if arguments["size"] != "large" or arguments["training"]:
+            continue
+        name = f"ViT-L/16, 224 pixels, R = {arguments['pruning_rate']}, batch {arguments['batch_size']}"
+        name += "" if fusion else ", without last layer fusion"
+        left = f"{record['patches_kept'][-1]} of {record['patches']}"
+        rows.append([name, left, f"{record['multiply_add_bound']:.2f}", ratio(record["results"]["cropr"])] + 3 * ["–"])
+    for record in demos:
+        task = record["arguments"]["task"]
+        (metric, title), *_ = demo.TASKS[task].metrics.items()
+        cropr = next(row for row in record["rows"] if row["model"] == "Cropr")
+        cells = [f"demo of {task.replace('_', ' ')}, {title}", f"{cropr['patches_left']} of {cropr['patches']}"]
+        cells += [f"{record['multiply_add_bound']:.2f}", f"{cropr['speedup']:.2f}"]
+        rows.append(cells + [f"{100 * row['metrics'][metric]:.1f} %" for row in record["rows"]])
+    return markdown_table(columns, rows)
+
+
 ATTENTION = partial(turns_table, columns=["size, pixels, batch", "unpruned", "eager", "Cropr", "eager"])
-# Tables by the page that shows them, and by their records.
-PAGES: dict[str, dict[str, Callable[[list[dict[str, Any]]], str]]] = {
-    "speed.md": {
-        "targets": targets_table,
-        "grid": partial(format_sweep, names=["size", "image_size", "dtype", "batch_size"]),
-        "profile": profile_table,
-        "limits": limits_table,
-        "blocks": blocks_table,
-        "aligned": aligned_table,
-        "compiled": partial(turns_table, columns=["size, batch", "unpruned", "compiled", "Cropr", "compiled"]),
-        "attention": ATTENTION,
-        "attention_kept": ATTENTION,
-        "tokens": cost_table,
+# By the file and the name of a table: what makes it, and from which records.
+PAGES: dict[str, dict[str, tuple[Callable[..., str], list[str]]]] = {
+    "README.md": {
+        "results": (results_table, ["speed/targets", "demos/image_classification", "demos/semantic_segmentation"])
     },
-    "schedules.md": {"budgets": budgets_table, "shapes": shapes_table},
+    "docs/demos.md": {
+        "image_classification": (demo_table, ["demos/image_classification"]),
+        "semantic_segmentation": (demo_table, ["demos/semantic_segmentation"]),
+        "instance_segmentation": (demo_table, ["demos/instance_segmentation"]),
+        "any_speed": (any_speed_table, ["demos/any_speed"]),
+    },
+    "docs/speed.md": {
+        "targets": (targets_table, ["speed/targets"]),
+        "grid": (partial(format_sweep, names=["size", "image_size", "dtype", "batch_size"]), ["speed/grid"]),
+        "profile": (profile_table, ["speed/grid"]),
+        "limits": (limits_table, ["speed/limits"]),
+        "blocks": (blocks_table, ["speed/blocks"]),
+        "aligned": (aligned_table, ["speed/aligned"]),
+        "compiled": (
+            partial(turns_table, columns=["size, batch", "unpruned", "compiled", "Cropr", "compiled"]),
+            ["speed/compiled"],
+        ),
+        "attention": (ATTENTION, ["speed/attention"]),
+        "attention_kept": (ATTENTION, ["speed/attention_kept"]),
+        "tokens": (cost_table, ["speed/tokens"]),
+    },
+    "docs/schedules.md": {"budgets": (budgets_table, ["speed/budgets"]), "shapes": (shapes_table, ["speed/shapes"])},
 }
 
 
-def read(group: str) -> list[dict[str, Any]]:
-    """The records of a group of measurements; none if there are not any yet."""
-    path = FOLDER / f"{group}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+def read(name: str) -> Any:
+    """The record, or the list of records, in a file below this folder."""
+    return json.loads((DOCS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def page(name: str) -> str:
     """A page with every table made anew, between the comments that name it."""
-    text = (FOLDER.parent / name).read_text(encoding="utf-8")
-    for table_name, table in PAGES[name].items():
-        records = read("grid" if table_name == "profile" else table_name)
-        if not records:
-            continue
+    text = (ROOT / name).read_text(encoding="utf-8")
+    for table_name, (table, records) in PAGES[name].items():
         start, end = f"<!-- table: {table_name} -->", "<!-- end -->"
         pattern = re.compile(re.escape(start) + ".*?" + re.escape(end), flags=re.DOTALL)
         if not pattern.search(text):
             raise ValueError(f"{name} has no place for the table {table_name!r}; write {start} and {end}.")
-        replacement = "\n".join([start, "", table(records), "", end])
+        replacement = "\n".join([start, "", table(*map(read, records)), "", end])
         text = pattern.sub(lambda match, replacement=replacement: replacement, text, count=1)
     return text
 
@@ -228,11 +288,10 @@ def page(name: str) -> str:
 def main() -> None:
     """Writes pages and pictures."""
     for name in PAGES:
-        (FOLDER.parent / name).write_text(page(name), encoding="utf-8")
-    if tokens := read("tokens"):
-        plot_cost(tokens).savefig(FOLDER / "tokens.png", dpi=110)
-    if grid := [record for record in read("grid") if record["arguments"]["dtype"] == "float32"]:
-        plot_benchmark(grid, ["size", "image_size", "batch_size"]).savefig(FOLDER / "grid.png", dpi=110)
+        (ROOT / name).write_text(page(name), encoding="utf-8")
+    plot_cost(read("speed/tokens")).savefig(DOCS / "speed" / "tokens.png", dpi=110)
+    grid = [record for record in read("speed/grid") if record["arguments"]["dtype"] == "float32"]
+    plot_benchmark(grid, ["size", "image_size", "batch_size"]).savefig(DOCS / "speed" / "grid.png", dpi=110)
 
 
 if __name__ == "__main__":
