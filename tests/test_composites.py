@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import make_images, make_model, tiny_config
+from common import enable_activation_checkpointing, make_images, make_model, tiny_config
 from PIL import Image
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -286,7 +286,7 @@ def test_hooks_that_are_installed_twice_do_not_change_feature_maps():
 
 
 @every_composite
-@pytest.mark.parametrize("stripped", [False, True], ids=["complete", "stripped"])
+@pytest.mark.parametrize("stripped", [True, pytest.param(False, marks=pytest.mark.full)], ids=["stripped", "complete"])
 def test_saving_and_loading_keeps_every_weight(composite, stripped, tmp_path):
     model = composite.build(use_auxiliary_heads=True)
     expected = output_of(composite, model)
@@ -412,7 +412,7 @@ def test_distributed_training_reaches_the_routers(tmp_path):
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("name", ["rf_detr", "upernet"])
+@pytest.mark.parametrize("name", ["rf_detr", pytest.param("upernet", marks=pytest.mark.full)])
 def test_the_plain_trainer_trains_evaluates_and_resumes(name, tmp_path):
     composite = COMPOSITES[name]
     labels = composite.labels()["labels"]
@@ -668,7 +668,7 @@ def test_rf_detr_has_the_same_gradients_with_activation_checkpointing():
         training_loss(model, boxes()).backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
         model.zero_grad()
-        model.gradient_checkpointing_enable()
+        enable_activation_checkpointing(model)
     assert all(torch.equal(first, second) for first, second in zip(*gradients))
 
 

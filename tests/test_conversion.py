@@ -59,6 +59,7 @@ from cropr_hf.conversion import SUPPORTED_FAMILIES
 from cropr_hf.conversion.hf import PLAIN_MLP_RULES, RULES
 from cropr_hf.conversion.table import Recipe, half_rotary_layout, resample_patch_kernel
 from cropr_hf.conversion.timm import describe_timm
+from tests.common import full
 
 
 # The native grid is 4 x 4; the last size has as many patches, on another grid.
@@ -370,7 +371,8 @@ def test_an_enlarged_patch_gives_what_the_patch_gave(old, new):
 
 @pytest.mark.parametrize(
     ("patch_size", "image_size"),
-    [(16, 64), (16, 96), (16, (48, 80)), (7, 56), (12, 36)],  # the native grid, larger and smaller ones
+    # The native grid, larger and smaller ones
+    [(16, (48, 80)), *full((16, 64), (16, 96), (7, 56), (12, 36))],
 )
 @torch.no_grad()
 def test_another_patch_size_equals_the_model_of_timm_at_that_size(patch_size, image_size):
@@ -393,7 +395,7 @@ def test_another_patch_size_equals_the_model_of_timm_at_that_size(patch_size, im
     assert_close(tokens, resized.forward_features(pixel_values))
 
 
-@pytest.mark.parametrize(("patch_size", "image_size"), [(16, 64), (4, 16), (6, 24)])
+@pytest.mark.parametrize(("patch_size", "image_size"), [(16, 64), *full((4, 16), (6, 24))])
 @torch.no_grad()
 def test_another_patch_size_from_transformers(patch_size, image_size):
     layers = pytest.importorskip("timm.layers")

@@ -142,6 +142,7 @@ class TestTraining:
         rates = [entry["learning_rate"] for entry in logs]
         assert rates == pytest.approx([0, 5e-4, *[1e-3] * 6, 1e-4, 1e-5])
 
+    @pytest.mark.full
     def test_resuming_repeats_the_uninterrupted_run(self, example, tiny_vit, trained, tmp_path):
         settings = {"max_steps": 10, "warmup_steps": 2, "save_steps": 4}
         checkpoint = str(trained / "checkpoint-4")
@@ -165,6 +166,7 @@ class TestTraining:
         assert "eval_box_map" in metrics and "eval_mask_map" not in metrics
         assert type(AutoModelForObjectDetection.from_pretrained(tmp_path / "out")).__name__.endswith("ObjectDetection")
 
+    @pytest.mark.full
     def test_two_processes_by_accelerate(self, tiny_vit, tmp_path):
         """Five images to evaluate on two processes: one image comes twice."""
         launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]

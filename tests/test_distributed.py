@@ -124,6 +124,7 @@ class TestConfigurations:
         assert len(files) > 6 and all((ROOT / file).is_file() for file in files)
 
 
+@pytest.mark.full
 class TestTwoProcesses:
     @pytest.mark.parametrize("trainer_class", [Trainer, CroprTrainer])
     @pytest.mark.parametrize("task", ["classification", "segmentation"])
@@ -163,11 +164,12 @@ class TestTwoProcesses:
 
 
 class TestAccumulation:
-    @pytest.mark.parametrize("task", ["classification", "segmentation"])
+    @pytest.mark.parametrize("task", ["classification", pytest.param("segmentation", marks=pytest.mark.full)])
     def test_it_trains_as_the_large_batch_does(self, task, tmp_path):
         """Where as many pixels of each image are labelled."""
         assert_same(train(tmp_path, task, gradient_accumulation_steps=2), train(tmp_path, task))
 
+    @pytest.mark.full
     def test_each_forward_pass_counts_the_same_however_many_pixels_are_labelled(self, ddp, tmp_path):
         """As in two processes; a large batch counts pixels."""
         task = "uneven_segmentation"
@@ -178,6 +180,7 @@ class TestAccumulation:
         assert 1e-3 < difference.abs().max() < 0.1
 
 
+@pytest.mark.full
 class TestFsdp:
     @pytest.mark.parametrize("kind", ["fsdp", "fsdp_sharded"])
     def test_shards_train_and_resume_as_one_process_does(self, kind, fsdp, classification):
@@ -235,6 +238,7 @@ class TestFsdp:
             assert_publishes(tmp_path / kind / "whole", results[kind]["whole"]["weights"])
 
 
+@pytest.mark.full
 def test_deepspeed_trains_publishes_and_resumes_as_one_process_does(classification, tmp_path):
     pytest.importorskip("deepspeed")
     results = launch(tmp_path, "deepspeed_zero2_8_gpus.yaml", "deepspeed", **SHARDED)["deepspeed"]
@@ -255,12 +259,14 @@ class TestPrecisionMemoryAndSpeed:
         for name, tensor in trainer.model.state_dict().items():
             assert torch.equal(tensor, classification["weights"][name]), name
 
+    @pytest.mark.full
     def test_bfloat16_stays_near_float32_and_keeps_float32_weights(self, classification, tmp_path):
         found = train(tmp_path, bf16=True)
         assert found["losses"]["loss"] != classification["losses"]["loss"]
         assert found["losses"]["loss"] == pytest.approx(classification["losses"]["loss"], abs=0.03)
         assert {tensor.dtype for tensor in found["weights"].values()} == {torch.float32}
 
+    @pytest.mark.full
     @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
     def test_compiled_training_with_a_curriculum_equals_eager(self, backend, tmp_path):
         torch._dynamo.reset()

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import TASKS, make_images
+from common import TASKS, full, make_images
 from test_composites import build_rf_detr
 from torch.testing import assert_close
 from transformers import ViTConfig, ViTModel
@@ -95,7 +95,7 @@ def exported(tmp_path_factory) -> Callable[[str, str], tuple[Any, Path]]:
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["classification", *full(*(name for name in MODELS if name != "classification"))])
 def test_a_file_computes_what_the_model_computes(name, suffix, exported):
     model, path = exported(name, suffix)
     for batch_size in (1, 2, 5):
@@ -131,6 +131,7 @@ def test_nothing_of_the_auxiliary_heads_is_in_a_file(suffix, exported, tmp_path)
     assert not [name for name in weights if "auxiliary" in name or "aggregator" in name or "queries" in name]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_of_equal_scores_a_file_keeps_the_earlier_token(suffix, tmp_path):
     model = TASKS["classification"].build(**SHORT, last_layer_fusion=False)
@@ -183,8 +184,8 @@ def test_pruning_image_size_and_batch_size_are_those_of_the_call(tmp_path):
     ("dtype", "suffix"),
     [
         (torch.bfloat16, ".pt2"),
-        (torch.float16, ".pt2"),
-        pytest.param(torch.float16, ".onnx", marks=needs_onnx),
+        *full((torch.float16, ".pt2")),
+        pytest.param(torch.float16, ".onnx", marks=(needs_onnx, pytest.mark.full)),
     ],
 )
 def test_half_precision_takes_and_returns_float32(dtype, suffix, tmp_path):
@@ -236,6 +237,7 @@ def test_bfloat16_is_not_for_onnx(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.full
 @needs_onnx
 def test_weights_of_an_older_file_go(tmp_path):
     for name in ("model.onnx.data", "other.onnx.data"):
@@ -306,6 +308,7 @@ def test_the_difference_is_that_of_the_worst_output():
 # One graph
 
 
+@pytest.mark.full
 @torch.no_grad()
 def test_rf_detr_compiles_to_one_graph():
     torch._dynamo.reset()
@@ -317,7 +320,9 @@ def test_rf_detr_compiles_to_one_graph():
 # Eight bits
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if "scorer" not in name])
+@pytest.mark.parametrize(
+    "name", ["classification", *full(*(name for name in MODELS if name != "classification" and "scorer" not in name))]
+)
 @torch.no_grad()
 def test_int8_weights_change_little_and_leave_the_scorers(name):
     quantization = pytest.importorskip("torchao.quantization")
@@ -409,6 +414,7 @@ def trained_digits() -> tuple[CroprViTForImageClassification, torch.Tensor]:
     return model, test_images
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("autocast", [False, True])
 @torch.no_grad()
 def test_bfloat16_keeps_the_tokens_that_float32_keeps(autocast, trained_digits):
@@ -422,6 +428,7 @@ def test_bfloat16_keeps_the_tokens_that_float32_keeps(autocast, trained_digits):
     assert min(overlap.values()) >= 0.98, overlap
 
 
+@pytest.mark.full
 @torch.no_grad()
 def test_int8_keeps_the_tokens_that_float32_keeps(trained_digits):
     quantization = pytest.importorskip("torchao.quantization")

@@ -20,7 +20,7 @@ from cropr_hf import (
     CroprViTImageProcessor,
 )
 from cropr_hf.hub import AUTO_MAP, save_for_hub
-from tests.common import DETECTOR
+from tests.common import DETECTOR, full
 
 
 # Runs in an interpreter that cannot import the package.
@@ -94,19 +94,21 @@ def model() -> CroprViTForImageClassification:
             ViTImageProcessor(size={"height": 32, "width": 32}),
             torch.tensor([0, 2]),
         ),
-        (
-            "AutoModelForSemanticSegmentation",
-            CroprViTForSemanticSegmentation,
-            {"num_queries": None},
-            SegformerImageProcessor(size={"height": 32, "width": 32}),
-            torch.arange(2 * 32 * 32).view(2, 32, 32) % 3,
-        ),
-        (
-            "AutoModelForObjectDetection",
-            CroprViTForObjectDetection,
-            DETECTOR,
-            CroprViTImageProcessor(size={"shortest_edge": 32, "longest_edge": 32}),
-            OBJECTS,
+        *full(
+            (
+                "AutoModelForSemanticSegmentation",
+                CroprViTForSemanticSegmentation,
+                {"num_queries": None},
+                SegformerImageProcessor(size={"height": 32, "width": 32}),
+                torch.arange(2 * 32 * 32).view(2, 32, 32) % 3,
+            ),
+            (
+                "AutoModelForObjectDetection",
+                CroprViTForObjectDetection,
+                DETECTOR,
+                CroprViTImageProcessor(size={"shortest_edge": 32, "longest_edge": 32}),
+                OBJECTS,
+            ),
         ),
         (
             "AutoModelForInstanceSegmentation",

@@ -192,6 +192,7 @@ def train_on_elsewhere(folder: str) -> None:
     torch.testing.assert_close(logits(published), logits(whole.model))
 
 
+@pytest.mark.full
 def test_training_goes_on_elsewhere_from_the_last_checkpoint_on_the_hub(hub_server, tmp_path):
     complete = set(tiny_model().state_dict())
     finish(start(hub_server, train_until_killed, tmp_path / "first"), -signal.SIGKILL)
@@ -229,6 +230,7 @@ def push_again(folder: str) -> None:
     assert_published(2, folder, "user/model")
 
 
+@pytest.mark.full
 def test_an_interrupted_push_leaves_the_old_model_and_can_be_repeated(hub_server, tmp_path):
     stalled, killed, calls = threading.Event(), threading.Event(), []
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from common import DETECTOR, make_identity_blocks
+from common import DETECTOR, full, make_identity_blocks
 from PIL import Image
 from test_schedules import tiny_model
 from torch.nn.modules.module import register_module_forward_hook
@@ -105,9 +105,9 @@ def test_with_a_real_clock():
 
 
 class TestFindSchedule:
-    @pytest.mark.parametrize("fusion", [True, False])
+    @pytest.mark.parametrize("fusion", [True, *full(False)])
     @pytest.mark.parametrize("shape", schedule_search.SHAPES)
-    @pytest.mark.parametrize("target", [1.2, 1.6])
+    @pytest.mark.parametrize("target", [1.6, *full(1.2)])
     def test_where_times_add_up_the_prediction_is_right_at_once(self, target, shape, fusion, clock):
         model = deep_model(last_layer_fusion=fusion)
         calibration = IMAGES if shape == "free" else None
@@ -131,7 +131,7 @@ class TestFindSchedule:
         assert found.measured_ms == pytest.approx(14_000, rel=0.02)
         assert found.measured_speedup == pytest.approx(found.unpruned_ms / found.measured_ms)
 
-    @pytest.mark.parametrize("absolute", [False, True])
+    @pytest.mark.parametrize("absolute", [False, *full(True)])
     @pytest.mark.parametrize("shape", schedule_search.SHAPES)
     def test_what_blocks_do_not_show_is_corrected_by_measurements(self, shape, absolute, clock):
         clock["block"] = lambda tokens: 0.01 * tokens + 1e-5 * tokens**2
@@ -179,7 +179,7 @@ class TestFindSchedule:
         model = deep_model(pruning_rate=None, pruning_schedule=[256] * 4 + [99] * 4)
         assert find_schedule(model, 1.1, shape="one_shot", pixel_values=PIXELS).schedule[3:5] == [256, 160]
 
-    @pytest.mark.parametrize(("prefix", "multiple"), [(0, 16), (1, 8), (5, 4)])
+    @pytest.mark.parametrize(("prefix", "multiple"), [(1, 8), *full((0, 16), (5, 4))])
     @pytest.mark.parametrize("shape", schedule_search.SHAPES)
     def test_tokens_are_multiples_where_some_are_pruned(self, shape, prefix, multiple, clock):
         model = deep_model(
@@ -425,7 +425,7 @@ class TestCalibration:
                 module.router.scorer.folded_query *= 7
             assert schedule_search._lost_mass(model, IMAGES, 256) == pytest.approx(lost, abs=1e-5)
 
-    @pytest.mark.parametrize("block", [2, 4, 5])
+    @pytest.mark.parametrize("block", [4, *full(2, 5)])
     def test_all_at_once_after_the_block_that_knows(self, block, clock):
         model, images = peaked_model([block])
         found = find_schedule(model, 1.4, shape="one_shot", pixel_values=images, calibration=[images])
@@ -438,8 +438,8 @@ class TestCalibration:
         found = find_schedule(model, 2.0, shape="one_shot", pixel_values=images, calibration=[images])
         assert found.schedule.count(256) < 5 and found.measured_speedup == pytest.approx(2.0, rel=0.02)
 
-    @pytest.mark.parametrize("target", [1.15, 1.6, 2.5, 4.0])
-    @pytest.mark.parametrize("blocks", [[2], [3, 6], [1, 2, 3, 4, 5, 6, 7]])
+    @pytest.mark.parametrize("target", [1.6, *full(1.15, 2.5, 4.0)])
+    @pytest.mark.parametrize("blocks", [[3, 6], *full([2], [1, 2, 3, 4, 5, 6, 7])])
     def test_a_free_schedule_loses_least(self, blocks, target, clock):
         model, images = peaked_model(blocks)
         arguments = {"target_speedup": target, "pixel_values": images}

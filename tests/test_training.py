@@ -212,6 +212,7 @@ class TestStockTrainer:
         assert prediction.predictions.shape == (64, 4)
         assert prediction.label_ids.shape == (64,)
 
+    @pytest.mark.full
     def test_it_learns(self, tmp_path):
         """Main and auxiliary losses fall well below chance (ln 4 = 1.39) with half of the patches pruned."""
         trainer = CroprTrainer(

@@ -14,6 +14,7 @@ from tests.common import (
     NUM_BLOCKS,
     NUM_PATCHES,
     PATCH_SIZE,
+    full,
     make_identity_blocks,
     make_images,
     make_model,
@@ -245,7 +246,7 @@ def test_feature_maps_are_those_of_the_blocks():
         assert torch.equal(maps[stage + 1].flatten(2).transpose(1, 2)[here], maps[stage].flatten(2).mT[here])
 
 
-@pytest.mark.parametrize("mode", WINDOW_ROPE_MODES)
+@pytest.mark.parametrize("mode", [WINDOW_ROPE_MODES[0], *full(*WINDOW_ROPE_MODES[1:])])
 @torch.no_grad()
 def test_graph_has_no_break(mode):
     torch._dynamo.reset()
@@ -375,7 +376,7 @@ def padding_mask():
 
 
 @pytest.mark.parametrize("schedule", [[12, 8, 6, 6, 6], [6, 4, 2, 2, 2], [15, 14, 13, 13, 13]])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *full(1, 2)])
 @pytest.mark.parametrize("name", ["windows", "plain"])
 @pytest.mark.parametrize("reducer", ["cropr", "random"])
 @torch.no_grad()
