@@ -227,9 +227,9 @@ class TestEvaluation:
         found = detector.detect([image])[0]
         expected = pipeline("object-detection", model=str(tmp_path))(image, threshold=0.0)
         assert len(expected) == len(found["scores"]) > 0
-        assert found["scores"].tolist() == pytest.approx([entry["score"] for entry in expected])
+        assert found["scores"].tolist() == pytest.approx([entry["score"] for entry in expected], abs=1e-4)
         corners = torch.tensor([list(entry["box"].values()) for entry in expected])  # the pipeline's are whole numbers
-        assert torch.equal(found["boxes"].int(), corners)
+        assert (found["boxes"].int() - corners).abs().max() <= 1
 
     def test_another_split_of_files_and_other_categories_are_errors(self, example, trained, tmp_path):
         write_coco(tmp_path)
@@ -380,7 +380,7 @@ class TestTransform:
     def test_evaluation_shows_the_model_what_the_image_processor_shows(self, example):
         transform, row = self.transform(example("detection"), True, False), rectangles(1, True)
         result, expected = transform.example(row), transform.processor(row["image"], return_tensors="pt")
-        assert torch.equal(result["pixel_values"], expected.pixel_values[0])
+        torch.testing.assert_close(result["pixel_values"], expected.pixel_values[0], rtol=0, atol=1e-4)
         assert torch.equal(result["pixel_mask"].long(), expected.pixel_mask[0])
 
     def test_crowds_and_images_without_objects(self, example):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
+from common import assert_close_relative
 from distributed_worker import CURRICULUM, WatchSchedule, losses, make_trainer, result
 from safetensors.torch import load_file
 from test_training import ColouredSquares, tiny_model
@@ -26,8 +27,8 @@ from cropr_hf.training import CroprTrainer
 ROOT = Path(cropr_hf.__file__).parents[1]
 CONFIGS = ROOT / "examples" / "recipes" / "accelerate"
 WORKER = Path(__file__).parent / "distributed_worker.py"
-LOSS_TOLERANCE = 1e-5
-WEIGHT_TOLERANCE = 5e-5  # after 8 steps of up to 1e-3
+LOSS_TOLERANCE = 1e-4
+WEIGHT_TOLERANCE = 2e-4  # after 8 steps of up to 1e-3
 LOG_TOLERANCE = 1.5e-4  # logged parts have four decimals
 
 # Sharding is for devices: these let Accelerate (see the worker) and DeepSpeed do it on the CPU.
@@ -79,7 +80,7 @@ def assert_publishes(folder: Path, weights: dict[str, torch.Tensor]) -> None:
     assert published.config.architectures == ["CroprViTForImageClassification"]
     pixels = torch.stack([ColouredSquares()[index]["pixel_values"] for index in range(4)])
     with torch.no_grad():
-        torch.testing.assert_close(published(pixels).logits, complete(pixels).logits, rtol=0, atol=1e-5)
+        assert_close_relative(published(pixels).logits, complete(pixels).logits)
 
 
 @pytest.fixture(scope="module")

@@ -197,7 +197,14 @@ def test_tuple_output_holds_the_same(task):
 @pytest.mark.parametrize(
     ("task", "name"),
     [
-        *((task, "plain") for task in TASKS if task != "model" and TASKS[task].model_class._can_compile_fullgraph),
+        ("classification", "plain"),
+        *full(
+            *(
+                (task, "plain")
+                for task in TASKS
+                if task not in ("model", "classification") and TASKS[task].model_class._can_compile_fullgraph
+            )
+        ),
         *full(*(("classification", name) for name in DETERMINISTIC[1:])),
     ],
 )
@@ -232,7 +239,8 @@ def test_inference_never_waits_for_the_device(task, name):
         model(images)
 
 
-@pytest.mark.parametrize("name", ["plain", *full("rope_registers")])
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["plain", "rope_registers"])
 @torch.no_grad()
 def test_compiled_stripped_model_equals_eager(name):
     torch._dynamo.reset()
