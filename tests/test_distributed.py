@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
+from common import assert_close_relative
 from distributed_worker import CURRICULUM, WatchSchedule, losses, make_trainer, result
 from safetensors.torch import load_file
 from test_training import ColouredSquares, tiny_model
@@ -26,8 +27,8 @@ from cropr_hf.training import CroprTrainer
 ROOT = Path(cropr_hf.__file__).parents[1]
 CONFIGS = ROOT / "examples" / "recipes" / "accelerate"
 WORKER = Path(__file__).parent / "distributed_worker.py"
-LOSS_TOLERANCE = 1e-5
-WEIGHT_TOLERANCE = 5e-5  # after 8 steps of up to 1e-3
+LOSS_TOLERANCE = 1e-4
+WEIGHT_TOLERANCE = 2e-4  # after 8 steps of up to 1e-3
 LOG_TOLERANCE = 1.5e-4  # logged parts have four decimals
 
 # Sharding is for devices: these let Accelerate (see the worker) and DeepSpeed do it on the CPU.
@@ -79,7 +80,7 @@ def assert_publishes(folder: Path, weights: dict[str, torch.Tensor]) -> None:
     assert published.config.architectures == ["CroprViTForImageClassification"]
     pixels = torch.stack([ColouredSquares()[index]["pixel_values"] for index in range(4)])
     with torch.no_grad():
-        torch.testing.assert_close(published(pixels).logits, complete(pixels).logits, rtol=0, atol=1e-5)
+        assert_close_relative(published(pixels).logits, complete(pixels).logits)
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +125,7 @@ class TestConfigurations:
         assert len(files) > 6 and all((ROOT / file).is_file() for file in files)
 
 
+@pytest.mark.full
 class TestTwoProcesses:
     @pytest.mark.parametrize("trainer_class", [Trainer, CroprTrainer])
     @pytest.mark.parametrize("task", ["classification", "segmentation"])
@@ -163,11 +165,12 @@ class TestTwoProcesses:
 
 
 class TestAccumulation:
-    @pytest.mark.parametrize("task", ["classification", "segmentation"])
+    @pytest.mark.parametrize("task", ["classification", pytest.param("segmentation", marks=pytest.mark.full)])
     def test_it_trains_as_the_large_batch_does(self, task, tmp_path):
         """Where as many pixels of each image are labelled."""
         assert_same(train(tmp_path, task, gradient_accumulation_steps=2), train(tmp_path, task))
 
+    @pytest.mark.full
     def test_each_forward_pass_counts_the_same_however_many_pixels_are_labelled(self, ddp, tmp_path):
         """As in two processes; a large batch counts pixels."""
         task = "uneven_segmentation"
@@ -178,6 +181,7 @@ class TestAccumulation:
         assert 1e-3 < difference.abs().max() < 0.1
 
 
+@pytest.mark.full
 class TestFsdp:
     @pytest.mark.parametrize("kind", ["fsdp", "fsdp_sharded"])
     def test_shards_train_and_resume_as_one_process_does(self, kind, fsdp, classification):
@@ -235,6 +239,7 @@ class TestFsdp:
             assert_publishes(tmp_path / kind / "whole", results[kind]["whole"]["weights"])
 
 
+@pytest.mark.full
 def test_deepspeed_trains_publishes_and_resumes_as_one_process_does(classification, tmp_path):
     pytest.importorskip("deepspeed")
     results = launch(tmp_path, "deepspeed_zero2_8_gpus.yaml", "deepspeed", **SHARDED)["deepspeed"]
@@ -255,12 +260,14 @@ class TestPrecisionMemoryAndSpeed:
         for name, tensor in trainer.model.state_dict().items():
             assert torch.equal(tensor, classification["weights"][name]), name
 
+    @pytest.mark.full
     def test_bfloat16_stays_near_float32_and_keeps_float32_weights(self, classification, tmp_path):
         found = train(tmp_path, bf16=True)
         assert found["losses"]["loss"] != classification["losses"]["loss"]
         assert found["losses"]["loss"] == pytest.approx(classification["losses"]["loss"], abs=0.03)
         assert {tensor.dtype for tensor in found["weights"].values()} == {torch.float32}
 
+    @pytest.mark.full
     @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
     def test_compiled_training_with_a_curriculum_equals_eager(self, backend, tmp_path):
         torch._dynamo.reset()

@@ -1,12 +1,14 @@
-"""README and pages: tables, links and code; and the pages about publishing, serving and deploying, followed word by
-word, against a small Hub.
+"""README and pages: tables, links and code; that what they tell people to run exists; and the pages about publishing,
+serving and deploying, followed word by word, against a small Hub.
 """
 
 import ast
+import importlib
 import importlib.util
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ import pytest
 from transformers import ViTImageProcessor
 
 from cropr_hf import CroprViTForImageClassification
+from cropr_hf.cli import build_parser
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,6 +35,12 @@ SHORTER = {
     "--clients 16 --seconds 12 --rounds 5": "--clients 2 --seconds 1 --rounds 1",
     "--batch_size 1\n": "--batch_size 1 --min_rounds 3 --max_rounds 3\n",
 }
+
+SCRIPTS = sorted(
+    path.stem for path in (ROOT / "examples").glob("*.py") if "__main__" in path.read_text(encoding="utf-8")
+)
+# The oldest supported release of Transformers has another name for it.
+NEWER_OPTIONS = {"--activation_checkpointing"}
 
 
 @pytest.fixture(scope="module")
@@ -121,10 +130,80 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
-def blocks(page: str) -> list[tuple[str, str]]:
+def blocks(page: Path) -> list[tuple[str, str]]:
     """(language, code) of a page, from top to bottom."""
-    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
-    return [(language, code) for language, code in CODE.findall(text) if language in ("bash", "python")]
+    return re.findall(r"```(bash|python)\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The words of the command lines of a page, without comments."""
+    lines = [line for language, code in blocks(page) if language == "bash" for line in heredoc_free(code).splitlines()]
+    return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
+
+
+def heredoc_free(code: str) -> str:
+    """Without the texts that a shell gives to commands, and with one command a line."""
+    code = re.sub(r"<<'?(\w+)'?\n.*?^\1$", "", code, flags=re.DOTALL | re.MULTILINE)
+    # What is in quotes may go over several lines.
+    code = re.sub(r"'[^']*'", lambda text: text[0].replace("\n", " "), code.replace("\\\n", " "))
+    return code
+
+
+def options_of(text: str) -> set[str]:
+    """Those that a help text lists."""
+    return {*re.findall(r"--[a-z]\w*", text)}
+
+
+@pytest.fixture(scope="module")
+def helped(example):
+    """The help of a script by its name, as `python examples/<name>.py --help` prints it."""
+    texts = {}
+
+    def help_of(name: str, capsys, monkeypatch) -> str:
+        if name not in texts:
+            monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+            capsys.readouterr()
+            with pytest.raises(SystemExit) as end:
+                example(name).main()
+            assert end.value.code == 0
+            texts[name] = capsys.readouterr().out
+        return texts[name]
+
+    return help_of
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_has_a_help(script, helped, capsys, monkeypatch):
+    text = helped(script, capsys, monkeypatch)
+    assert "usage: " in text and len(options_of(text)) > 1
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_what_a_page_runs_exists(page, helped, capsys, monkeypatch):
+    """Scripts and their options, commands and theirs, targets of the Makefile, names that Python imports."""
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    for words in commands(page):
+        options = {word.partition("=")[0] for word in words if re.match(r"--[a-z]\w*(=|$)", word)}
+        script = next((word for word in words if re.fullmatch(r"examples/\w+\.py", word)), None)
+        if script:
+            known = options_of(helped(Path(script).stem, capsys, monkeypatch)) | NEWER_OPTIONS
+            after = words[words.index(script) :]
+            assert {option for option in options if option in after} <= known, words
+        elif words[0] == "cropr-hf":
+            with pytest.raises(SystemExit):
+                build_parser().parse_args([words[1], "--help"])
+            assert options <= options_of(capsys.readouterr().out), words
+        elif words[0] == "make":
+            assert words[1] in targets, words
+        for path in words:
+            if path.startswith(("examples/", "docs/", "tests/")):
+                assert (ROOT / path).exists(), words
+    for language, code in blocks(page):
+        for node in ast.walk(ast.parse(code)) if language == "python" else ():
+            if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] == "cropr_hf":
+                module = importlib.import_module(node.module)
+                for alias in node.names:
+                    assert hasattr(module, alias.name), f"from {node.module} import {alias.name}"
 
 
 @pytest.mark.slow
@@ -133,7 +212,9 @@ def test_the_page_works_as_it_stands(page, count, folder, hub_server):
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, **hub_server.environment, "PATH": path, "PYTHONPATH": str(ROOT)}
     environment["HF_HUB_OFFLINE"] = "0"  # there is a Hub
-    followed = [(language, code) for language, code in blocks(page) if not code.startswith("make demo")]
+    followed = [
+        (language, code) for language, code in blocks(ROOT / "docs" / page) if not code.startswith("make demo")
+    ]
     assert len(followed) == count
     for language, code in followed:
         for long, short in SHORTER.items():

@@ -86,12 +86,13 @@ class TestTrainImageClassification:
         example("train_image_classification").main(command)
         assert losses(tmp_path) == losses(trained)
 
+    @pytest.mark.full
     def test_a_published_model_is_trained_further(self, example, trained, tmp_path):
         command = digits_command(str(trained), tmp_path, num_train_epochs=1)
         example("train_image_classification").main(command)
         assert "auxiliary_loss_1" in history(tmp_path)[0]
 
-    @pytest.mark.parametrize("reducer", ["none", "random"])
+    @pytest.mark.parametrize("reducer", ["random", pytest.param("none", marks=pytest.mark.full)])
     def test_baselines_train_alike(self, example, tiny_vit, tmp_path, reducer):
         kwargs = {} if reducer == "random" else {"pruning_rate": None}
         command = digits_command(tiny_vit, tmp_path, token_reducer=reducer, num_train_epochs=1, **kwargs)
@@ -104,6 +105,7 @@ class TestTrainImageClassification:
         )
         assert ("throughput" in read_record(tmp_path)) == (reducer == "random")  # there is nothing to compare
 
+    @pytest.mark.full
     def test_image_folders(self, example, tiny_vit, tmp_path):
         for name in ("cat", "dog"):
             folder = tmp_path / "images" / name
@@ -144,7 +146,9 @@ class TestTrainImageClassification:
         with pytest.raises(ValueError, match=r"digits\.yaml is not the first word"):
             script.main([*digits_command(tiny_vit, tmp_path), "digits.yaml"])
 
-    @pytest.mark.parametrize("task", ["image_classification", "semantic_segmentation"])
+    @pytest.mark.parametrize(
+        "task", ["image_classification", pytest.param("semantic_segmentation", marks=pytest.mark.full)]
+    )
     def test_two_processes_by_accelerate(self, task, tiny_vit, tmp_path):
         """`accelerate launch` with two CPU processes (gloo)."""
         launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
@@ -178,8 +182,8 @@ def test_evaluation_in_a_fresh_process_with_picture(example, tiny_vit, tmp_path)
     ("task", "patches", "schedule"),
     [
         ("image_classification", 36, [30, 15, 15, 15]),
-        ("semantic_segmentation", 36, [30, 15, 15, 15]),
-        ("instance_segmentation", 256, [100, 25, 25, 25]),
+        pytest.param("semantic_segmentation", 36, [30, 15, 15, 15], marks=pytest.mark.full),
+        pytest.param("instance_segmentation", 256, [100, 25, 25, 25], marks=pytest.mark.full),
     ],
 )
 def test_the_demo_prints_its_table(example, task, patches, schedule, tiny_vit, tmp_path):
@@ -201,6 +205,7 @@ def test_the_demo_prints_its_table(example, task, patches, schedule, tiny_vit, t
     assert "pruning.png" in card and "| cluttered_digits | test |" in card and "interleaved rounds" in card
 
 
+@pytest.mark.full
 def test_one_checkpoint_for_any_speed(example, tiny_vit, tmp_path, capsys, monkeypatch):
     """The workflow of `make demo-any-speed` with a random ViT and a handful of images."""
     ranges = []
@@ -264,6 +269,7 @@ class TestTrainSemanticSegmentation:
         processor = AutoImageProcessor.from_pretrained(trained_segmenter)
         assert type(processor).__name__.startswith("Segformer") and processor.size == {"height": 48, "width": 48}
 
+    @pytest.mark.full
     def test_pruning_grows_over_the_first_half(self, example, tiny_vit, tmp_path, monkeypatch):
         schedules = []
 
@@ -279,6 +285,7 @@ class TestTrainSemanticSegmentation:
     def test_loss_parts_are_in_the_log_history(self, trained_segmenter):
         check_loss_parts(trained_segmenter)
 
+    @pytest.mark.full
     def test_resuming_repeats_the_uninterrupted_run(self, example, tiny_vit, trained_segmenter, tmp_path):
         checkpoint = trained_segmenter / "checkpoint-4"
         command = segmentation_command(tiny_vit, tmp_path, resume_from_checkpoint=str(checkpoint))
@@ -345,6 +352,7 @@ class TestTrainSemanticSegmentation:
         with pytest.raises(ValueError, match="class numbers"):
             data("other").classes(np.zeros((4, 4, 3), np.uint8))
 
+    @pytest.mark.full
     def test_a_published_classifier_becomes_a_segmenter(self, example, trained, tmp_path):
         command = segmentation_command(str(trained), tmp_path, num_train_epochs=1, ignore_mismatched_sizes=True)
         example("train_semantic_segmentation").main(command)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 import pytest
 import torch
+from common import assert_close_relative, full
 from datasets import Dataset, load_dataset
 from PIL import Image
 from safetensors.torch import load_file
@@ -230,15 +231,16 @@ class TestLora:
         assert not torch.allclose(more, expected.logits, atol=1e-4)
         merged = merge_lora(model)
         outputs = merged(pixels(), output_pruning=True)
-        torch.testing.assert_close(outputs.logits, expected.logits, atol=1e-5, rtol=0)
+        assert_close_relative(outputs.logits, expected.logits)
         assert torch.equal(outputs.pruned_after_block, expected.pruned_after_block)
         assert set(merged.state_dict()) == set(tiny_model().state_dict())
         assert all(parameter.requires_grad for parameter in merged.parameters())
         merged.save_pretrained(tmp_path)
         published = CroprViTForImageClassification.from_pretrained(tmp_path)
         assert not any("lora" in name or "auxiliary" in name for name in published.state_dict())
-        torch.testing.assert_close(published(pixels()).logits, expected.logits, atol=1e-5, rtol=0)
+        assert_close_relative(published(pixels()).logits, expected.logits)
 
+    @pytest.mark.full
     def test_a_resumed_run_repeats_the_uninterrupted_one(self, tmp_path):
         def make_trainer(folder):
             model = lora_model(tiny_model(drop_path_rate=0.2), rank=2, lora_dropout=0.1)
@@ -296,6 +298,7 @@ class TestWeightAverage:
         torch.testing.assert_close(published.classifier.weight.detach(), averages[-1])
         assert trainer.evaluate()["eval_loss"] == history(trainer, "eval_loss")[1]
 
+    @pytest.mark.full
     @pytest.mark.parametrize("best", [False, True])
     def test_a_resumed_run_repeats_the_uninterrupted_one(self, tmp_path, best):
         def make_trainer(folder):
@@ -380,7 +383,7 @@ def number_stream(count: int = 24, shards: int = 4, process: int = 0, processes:
 
 
 class TestTrainingStream:
-    @pytest.mark.parametrize("processes", [1, 2, 3])
+    @pytest.mark.parametrize("processes", [2, *full(1, 3)])
     @pytest.mark.parametrize("workers", [0, 2])
     def test_processes_and_workers_share_each_pass(self, processes, workers):
         batches = 24 // 3 // processes if processes < 3 else 2  # 4 files are not shared evenly by 3 processes
@@ -391,7 +394,7 @@ class TestTrainingStream:
         assert len(set(values)) == len(values)
         assert processes == 3 or sorted(values) == list(range(24))
 
-    @pytest.mark.parametrize("workers", [0, 2])
+    @pytest.mark.parametrize("workers", [0, *full(2)])
     @pytest.mark.parametrize("start", [3, 8, 11])
     def test_it_goes_on_where_it_stopped(self, workers, start):
         """In the middle of a pass, at the end of one and in the next; also what augmentation draws."""
@@ -425,7 +428,7 @@ class TestTrainingStream:
         with pytest.raises(ValueError, match="no example for process 1 of 2"):
             read(number_stream(count=1, shards=1, process=1, processes=2), 1)
 
-    @pytest.mark.parametrize("workers", [0, 2])
+    @pytest.mark.parametrize("workers", [0, *full(2)])
     def test_a_resumed_run_repeats_the_uninterrupted_one(self, tmp_path, workers):
         """In the third pass over 24 images, with accumulation; each image gets noise of its own."""
         images = Dataset.from_dict({"index": list(range(24))}).to_iterable_dataset(num_shards=3)
@@ -470,6 +473,7 @@ def brightness(images: Iterable[dict]) -> list[int]:
 
 
 class TestStreamingScripts:
+    @pytest.mark.full
     def test_digits_and_an_exact_resumption(self, classification, tiny_vit, tmp_path):
         fields = {"streaming": True, "max_steps": 6, "save_strategy": "steps", "save_steps": 2}
         classification.main(command(tiny_vit, tmp_path / "whole", **fields))
@@ -498,6 +502,7 @@ class TestStreamingScripts:
         assert sorted(brightness(images["validation"]) + brightness(images["train"])) == list(range(12))
         assert images["train"].num_shards > 2
 
+    @pytest.mark.full
     def test_label_maps(self, classification, tiny_vit, tmp_path):
         script = importlib.import_module("train_semantic_segmentation")
         fields = {"streaming": True, "max_steps": 2, "pruning_rate": 8}

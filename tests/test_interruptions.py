@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from cropr_hf import CroprViTForImageClassification
 from cropr_hf.training import CroprTrainer, last_whole_checkpoint
+from tests.common import full
 from tests.test_training import ColouredSquares, losses, tiny_model, training_arguments
 
 
@@ -151,8 +152,7 @@ def start() -> Callable[..., Any]:
 
 
 def train_and_die(folder: Path, file_name: str, settings: dict[str, Any], resume_from: str | None = None) -> None:
-    """Trains until a file of checkpoint 8 is half written."""
-    torch.set_num_threads(1)
+    """Trains until a file of checkpoint 8 is half written, with as many threads as this process (OMP_NUM_THREADS)."""
     transformers_logging.disable_progress_bar()
 
     def die_in(owner: Any, function: str, position: int) -> None:
@@ -188,7 +188,8 @@ def wait_for_death(process: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "file_name", ["model.safetensors", "training_args.bin", "optimizer.pt", "rng_state.pth", "trainer_state.json"]
+    "file_name",
+    ["optimizer.pt", *full("model.safetensors", "training_args.bin", "rng_state.pth", "trainer_state.json")],
 )
 def test_a_training_killed_while_saving_resumes_exactly(file_name, start, uninterrupted, tmp_path, log_records):
     settings = {"save_total_limit": 1}
@@ -207,6 +208,7 @@ def test_a_training_killed_while_saving_resumes_exactly(file_name, start, uninte
     assert not list(tmp_path.rglob("_saving_*"))
 
 
+@pytest.mark.full
 def test_a_training_killed_while_an_old_checkpoint_is_deleted_goes_on_from_the_new_one(start, uninterrupted, tmp_path):
     settings = {"save_total_limit": 1, "load_best_model_at_end": False}
     wait_for_death(start(train_and_die, tmp_path, "checkpoint-4", settings))
@@ -216,6 +218,7 @@ def test_a_training_killed_while_an_old_checkpoint_is_deleted_goes_on_from_the_n
     assert losses(resumed) == losses(uninterrupted)
 
 
+@pytest.mark.full
 def test_a_whole_checkpoint_that_is_half_overwritten_is_not_whole(start, checkpoints):
     """A mixture of two trainings, all of whose files are complete, must not pass."""
     for step in (12, 16):
@@ -235,6 +238,7 @@ def train_as_process(rank: int, port: int, folder: Path) -> None:
     train_and_die(folder, "rng_state_1.pth", settings)
 
 
+@pytest.mark.full
 def test_a_checkpoint_is_whole_when_every_process_has_written(start, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -254,7 +258,7 @@ def test_a_checkpoint_is_whole_when_every_process_has_written(start, tmp_path):
 # A full disk
 
 
-@pytest.mark.parametrize("too_long", ["model.safetensors", "optimizer.pt"])
+@pytest.mark.parametrize("too_long", ["optimizer.pt", *full("model.safetensors")])
 def test_a_failed_save_says_how_to_go_on_and_the_training_resumes(too_long, uninterrupted, tmp_path):
     """A limit that the operating system sets to files stands in for the end of the disk."""
     resource = pytest.importorskip("resource", reason="limits of file sizes are those of Unix")
@@ -287,7 +291,6 @@ def test_a_failed_save_says_how_to_go_on_and_the_training_resumes(too_long, unin
 
 def train_on_a_small_disk(folder: str, copy: str) -> None:
     """Publishes a model to `folder`, trains there until the disk is full, and copies all that is left."""
-    torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
     tiny_model().save_pretrained(folder)
     try:
@@ -298,6 +301,7 @@ def train_on_a_small_disk(folder: str, copy: str) -> None:
         Path(copy, "result.json").write_text(json.dumps(result))
 
 
+@pytest.mark.full
 def test_a_full_disk_leaves_what_a_larger_one_can_go_on_with(uninterrupted, tmp_path):
     checkpoint = Path(uninterrupted.args.output_dir) / "checkpoint-4"
     size = sum(file.stat().st_size for file in checkpoint.iterdir())

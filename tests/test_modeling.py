@@ -18,8 +18,11 @@ from tests.common import (
     NUM_LABELS,
     NUM_PATCHES,
     TASKS,
+    assert_close_relative,
     combinations,
+    enable_activation_checkpointing,
     fill_with_ramps,
+    full,
     make_identity_blocks,
     make_images,
     make_model,
@@ -43,7 +46,7 @@ def build(task, name, **overrides):
 
 
 @pytest.mark.parametrize(("task", "name"), combinations(CONFIGS))
-@pytest.mark.parametrize(("height", "width"), [(32, 32), (40, 32), (48, 56)])
+@pytest.mark.parametrize(("height", "width"), [(48, 56), *full((32, 32), (40, 32))])
 @torch.no_grad()
 def test_forward_gives_finite_outputs_at_every_size(task, name, height, width):
     model = build(task, name)
@@ -62,7 +65,7 @@ def test_images_of_a_batch_do_not_influence_each_other(task, name):
     together = TASKS[task].main_output(model(images))
     for index in range(3):
         alone = TASKS[task].main_output(model(images[index : index + 1]))
-        torch.testing.assert_close(alone[0], together[index], rtol=0, atol=2e-5)
+        assert_close_relative(alone[0], together[index])
 
 
 @pytest.mark.parametrize(("task", "name"), combinations(DETERMINISTIC))
@@ -72,7 +75,7 @@ def test_eager_attention_equals_sdpa(task, name):
     assert model.config._attn_implementation == "sdpa"
     sdpa = TASKS[task].main_output(model(images))
     model.set_attn_implementation("eager")
-    torch.testing.assert_close(TASKS[task].main_output(model(images)), sdpa, rtol=0, atol=1e-5)
+    assert_close_relative(TASKS[task].main_output(model(images)), sdpa)
 
 
 def total_loss(task, outputs):
@@ -92,8 +95,13 @@ def test_without_heads_every_parameter_but_the_folded_vectors_has_a_gradient(tas
     assert missing == []
 
 
-@pytest.mark.parametrize("task", [task for task in TASKS if TASKS[task].labels])
-@pytest.mark.parametrize("name", [name for name in CONFIGS if with_heads(name)])
+@pytest.mark.parametrize(
+    ("task", "name"),
+    [
+        *(pair for pair in combinations([*filter(with_heads, CONFIGS)]) if TASKS[pair.values[0]].labels),
+        *full(*((task, "no_fusion") for task in TASKS if TASKS[task].labels and not TASKS[task].takes("no_fusion"))),
+    ],
+)
 def test_with_heads_every_parameter_has_a_gradient(task, name):
     model = build(task, name, use_auxiliary_heads=True).train()
     model(**TASKS[task].inputs(model.config)).loss.backward()
@@ -101,7 +109,6 @@ def test_with_heads_every_parameter_has_a_gradient(task, name):
     assert [key for key, parameter in model.named_parameters() if parameter.grad is None] == []
 
 
-@pytest.mark.filterwarnings("ignore:.*activation_checkpointing_enable")  # the oldest supported release lacks that name
 @pytest.mark.parametrize(("task", "name"), combinations(DETERMINISTIC))
 def test_gradient_checkpointing_gives_equal_gradients(task, name):
     heads = bool(TASKS[task].labels) and with_heads(name)
@@ -109,13 +116,13 @@ def test_gradient_checkpointing_gives_equal_gradients(task, name):
     for checkpointing in (False, True):
         model = build(task, name, use_auxiliary_heads=heads).train()
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            enable_activation_checkpointing(model)
         torch.manual_seed(1)  # the losses of detectors draw samples
         total_loss(task, model(**TASKS[task].inputs(model.config))).backward()
         gradients.append({key: p.grad for key, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
     for key, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][key], gradient, rtol=1e-5, atol=1e-6, msg=lambda text, k=key: k + text)
+        torch.testing.assert_close(gradients[1][key], gradient, rtol=1e-4, atol=1e-5, msg=lambda text, k=key: k + text)
 
 
 @pytest.mark.parametrize(("task", "name"), combinations(CONFIGS))
@@ -191,8 +198,15 @@ def test_tuple_output_holds_the_same(task):
 @pytest.mark.parametrize(
     ("task", "name"),
     [
-        *((task, "plain") for task in TASKS if task != "model" and TASKS[task].model_class._can_compile_fullgraph),
-        *(("classification", name) for name in DETERMINISTIC[1:]),
+        ("classification", "plain"),
+        *full(
+            *(
+                (task, "plain")
+                for task in TASKS
+                if task not in ("model", "classification") and TASKS[task].model_class._can_compile_fullgraph
+            )
+        ),
+        *full(*(("classification", name) for name in DETERMINISTIC[1:])),
     ],
 )
 @torch.no_grad()
@@ -201,7 +215,7 @@ def test_graph_has_no_break(task, name):
     model, images = build(task, name), make_images()
     expected = TASKS[task].main_output(model(images))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager" if name == "plain" else "eager")
-    torch.testing.assert_close(TASKS[task].main_output(compiled(images)), expected, rtol=0, atol=1e-5)
+    assert_close_relative(TASKS[task].main_output(compiled(images)), expected)
 
 
 class NoSynchronisation(TorchDispatchMode):
@@ -226,6 +240,7 @@ def test_inference_never_waits_for_the_device(task, name):
         model(images)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["plain", "rope_registers"])
 @torch.no_grad()
 def test_compiled_stripped_model_equals_eager(name):
@@ -236,7 +251,7 @@ def test_compiled_stripped_model_equals_eager(name):
     images = make_images()
     expected = model(images).logits
     compiled = torch.compile(model, fullgraph=True)
-    torch.testing.assert_close(compiled(images).logits, expected, rtol=0, atol=1e-5)
+    assert_close_relative(compiled(images).logits, expected)
 
 
 def test_training_step_has_no_graph_break():
@@ -245,7 +260,7 @@ def test_training_step_has_no_graph_break():
     inputs = TASKS["classification"].inputs(model.config)
     expected = model(**inputs).loss
     loss = torch.compile(model, fullgraph=True, backend="eager")(**inputs).loss
-    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-5)
+    assert_close_relative(loss, expected)
     loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 
@@ -254,7 +269,7 @@ def test_training_step_has_no_graph_break():
 def test_exported_program_equals_the_model():
     model, images = build("classification", "plain"), make_images()
     program = torch.export.export(model, (images,), strict=False)
-    torch.testing.assert_close(program.module()(images).logits, model(images).logits, rtol=0, atol=1e-5)
+    assert_close_relative(program.module()(images).logits, model(images).logits)
 
 
 # Pruning inside the model
@@ -283,14 +298,15 @@ def test_pruning_map_of_the_unpruned_model_is_full():
 @pytest.mark.parametrize("name", [name for name in PRUNED if name != "random"])
 @torch.no_grad()
 def test_the_model_equals_a_naive_loop_over_tokens(name):
-    model, images = build("model", name), make_images(3, 40, 48)
+    """In float64, so that the order of sums decides between no two tokens."""
+    model, images = build("model", name).double(), make_images(3, 40, 48).double()
     outputs = model(images, output_pruning=True)
     for index in range(3):
         tokens, blocks, _ = naive_forward(model, images[index : index + 1])
         if model.config.norm_before_pooling:
             tokens = model.layernorm(tokens)
         assert outputs.pruned_after_block[index].tolist() == blocks
-        torch.testing.assert_close(outputs.last_hidden_state[index], tokens, rtol=0, atol=2e-5)
+        torch.testing.assert_close(outputs.last_hidden_state[index], tokens, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("seed", range(25))
@@ -441,7 +457,7 @@ def test_set_pruning_refuses_what_cannot_be():
 @torch.no_grad()
 def test_unpruned_positions_interpolate_to_other_grids():
     table = torch.arange(16.0).view(1, 16, 1)
-    assert resample_grid(table, (4, 4), (4, 4), antialias=False).sub(table).abs().max() < 1e-5
+    assert resample_grid(table, (4, 4), (4, 4), antialias=False).sub(table).abs().max() < 1e-4
     larger = resample_grid(table, (4, 4), (8, 8), antialias=False).view(8, 8)
     assert (larger.diff(dim=0) > 0).all() and (larger.diff(dim=1) > 0).all()
     bf16 = resample_grid(table.bfloat16(), (4, 4), (6, 5), antialias=True)
@@ -489,9 +505,9 @@ def test_loss_is_main_plus_weighted_sum_of_auxiliary(weight, num_queries):
             for logits in base.auxiliary_logits
         ]
     )
-    torch.testing.assert_close(outputs.main_loss, main.detach(), rtol=0, atol=1e-5)
-    torch.testing.assert_close(outputs.auxiliary_losses, auxiliary.detach(), rtol=0, atol=1e-5)
-    torch.testing.assert_close(outputs.loss, main + weight * auxiliary.sum(), rtol=0, atol=1e-5)
+    assert_close_relative(outputs.main_loss, main.detach())
+    assert_close_relative(outputs.auxiliary_losses, auxiliary.detach())
+    assert_close_relative(outputs.loss, main + weight * auxiliary.sum())
     assert not outputs.main_loss.requires_grad and not outputs.auxiliary_losses.requires_grad
 
 
@@ -525,10 +541,10 @@ def test_soft_labels_are_cross_entropy_with_probabilities():
     soft = torch.softmax(torch.randn(2, NUM_LABELS), dim=-1)
     outputs = model(make_images(), labels=soft)
     expected = -(soft * outputs.logits.log_softmax(-1)).sum(-1).mean()
-    torch.testing.assert_close(outputs.main_loss, expected.detach(), rtol=0, atol=1e-5)
+    assert_close_relative(outputs.main_loss, expected.detach())
     hard = model(make_images(), labels=torch.tensor([3, 1]))
     one_hot = model(make_images(), labels=F.one_hot(torch.tensor([3, 1]), NUM_LABELS).float())
-    torch.testing.assert_close(hard.loss, one_hot.loss, rtol=0, atol=1e-5)
+    assert_close_relative(hard.loss, one_hot.loss)
     assert model.config.problem_type is None
 
 
@@ -543,8 +559,8 @@ def test_label_smoothing_holds_for_main_and_auxiliary_losses():
 
     base = model.cropr_vit(images)
     expected = torch.stack([smoothed(logits[:, 0]) for logits in base.auxiliary_logits])
-    torch.testing.assert_close(outputs.main_loss, smoothed(outputs.logits).detach(), rtol=0, atol=1e-5)
-    torch.testing.assert_close(outputs.auxiliary_losses, expected.detach(), rtol=0, atol=1e-5)
+    assert_close_relative(outputs.main_loss, smoothed(outputs.logits).detach())
+    assert_close_relative(outputs.auxiliary_losses, expected.detach())
 
 
 def test_multi_label_is_binary_cross_entropy():
@@ -553,7 +569,7 @@ def test_multi_label_is_binary_cross_entropy():
     outputs = model(make_images(), labels=labels)
     probabilities = outputs.logits.sigmoid()
     expected = -(labels * probabilities.log() + (1 - labels) * (1 - probabilities).log()).mean()
-    torch.testing.assert_close(outputs.main_loss, expected.detach(), rtol=0, atol=1e-5)
+    assert_close_relative(outputs.main_loss, expected.detach())
     assert outputs.auxiliary_losses.shape == (3,)
 
 
@@ -562,7 +578,7 @@ def test_ignored_labels_do_not_count():
     images = make_images(3)
     ignored = model(images, labels=torch.tensor([2, -100, 1]))
     alone = model(images[[0, 2]], labels=torch.tensor([2, 1]))
-    torch.testing.assert_close(ignored.loss, alone.loss, rtol=0, atol=1e-5)
+    assert_close_relative(ignored.loss, alone.loss)
 
 
 def test_training_without_heads_warns_once_and_names_the_switch(log_records):
@@ -662,7 +678,8 @@ def test_wrong_labels_raise_value_error(labels, overrides, message, training):
 # Pinned numbers
 
 
-# Recorded on 22 November 2026; the same in float64. A change of these numbers changes what checkpoints mean.
+# Recorded on 22 November 2026, and compared in float64: the last of six decimals of float32 is not the same
+# everywhere. A change of these numbers changes what checkpoints mean.
 GOLDEN = {
     "plain": {
         "pruned_after_block": [
@@ -709,14 +726,15 @@ GOLDEN = {
 @pytest.mark.parametrize("name", ["plain", "rope_registers", "all_scorer_options"])
 def test_pinned_numbers(name):
     model = CroprViTForImageClassification(tiny_config(name, use_auxiliary_heads=True))
-    fill_with_ramps(model)
-    outputs = model.train()(ramp_images(), labels=torch.tensor([1, 3]), output_pruning=True)
+    fill_with_ramps(model.double())
+    outputs = model.train()(ramp_images().double(), labels=torch.tensor([1, 3]), output_pruning=True)
     expected = GOLDEN[name]
     assert outputs.pruned_after_block.tolist() == expected["pruned_after_block"]
     for key in ("logits", "main_loss", "auxiliary_losses", "loss"):
-        torch.testing.assert_close(outputs[key].detach(), torch.tensor(expected[key]), rtol=1e-6, atol=1e-5)
+        pinned = torch.tensor(expected[key], dtype=torch.float64)
+        torch.testing.assert_close(outputs[key].detach().double(), pinned, rtol=0, atol=1e-5)
     model.eval().remove_auxiliary_heads()
-    torch.testing.assert_close(model(ramp_images()).logits, torch.tensor(expected["logits"]), rtol=0, atol=1e-5)
+    assert_close_relative(model.float()(ramp_images()).logits, torch.tensor(expected["logits"]))
 
 
 def test_output_fields_keep_their_order():
@@ -751,7 +769,7 @@ def test_flex_attention_equals_eager():
         flex.set_attn_implementation("flex_attention")
         model.set_attn_implementation("eager")
         images = make_images()
-        torch.testing.assert_close(flex.eval()(images).logits, model(images).logits, atol=1e-5, rtol=1e-5)
+        assert_close_relative(flex.eval()(images).logits, model(images).logits)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from transformers import AutoModelForImageClassification, TrainerCallback, ViTIm
 from cropr_hf import CroprViTImageProcessor
 from cropr_hf.publishing.hub import save_for_hub
 from cropr_hf.training import CroprTrainer, PruningCurriculum
-from tests.common import IMAGE_SIZE, TASKS, make_images
+from tests.common import IMAGE_SIZE, TASKS, assert_close_relative, make_images
 from tests.test_training import ColouredSquares, tiny_model, training_arguments
 
 
@@ -84,9 +84,9 @@ def publish(folder: str) -> None:
         with pytest.raises(OSError, match="user/saved"):
             AutoModelForImageClassification.from_pretrained("user/saved", token=token)
     expected = logits(AutoModelForImageClassification.from_pretrained(f"{folder}/saved"))
-    torch.testing.assert_close(expected, logits(model))
+    assert_close_relative(expected, logits(model))
     for name in ("user/pushed", "user/saved"):
-        assert torch.equal(logits(AutoModelForImageClassification.from_pretrained(name)), expected)
+        assert_close_relative(logits(AutoModelForImageClassification.from_pretrained(name)), expected)
 
     publish_with_code(folder)
     files = {name: HfApi().list_repo_files(f"user/{name}") for name in ("pushed", "saved", "classification")}
@@ -121,7 +121,7 @@ classes = {"classification": AutoModelForImageClassification, "detection": AutoM
 for task, auto_class in classes.items():
     model = auto_class.from_pretrained("user/" + task, trust_remote_code=True)
     with torch.no_grad():
-        assert torch.equal(model(pixels).logits, expected[task]), task
+        torch.testing.assert_close(model(pixels).logits, expected[task], rtol=1e-4, atol=1e-4, msg=task)
     assert type(model).__module__.startswith("transformers_modules.")
     AutoImageProcessor.from_pretrained("user/" + task, trust_remote_code=True)
 """
@@ -189,9 +189,10 @@ def train_on_elsewhere(folder: str) -> None:
 
     trainer.push_to_hub()
     published = AutoModelForImageClassification.from_pretrained("user/trained")
-    torch.testing.assert_close(logits(published), logits(whole.model))
+    assert_close_relative(logits(published), logits(whole.model))
 
 
+@pytest.mark.full
 def test_training_goes_on_elsewhere_from_the_last_checkpoint_on_the_hub(hub_server, tmp_path):
     complete = set(tiny_model().state_dict())
     finish(start(hub_server, train_until_killed, tmp_path / "first"), -signal.SIGKILL)
@@ -215,7 +216,7 @@ def push(seed: int, folder: str, **kwargs: Any) -> None:
 def assert_published(seed: int, *sources: str) -> None:
     for source in sources:
         model = AutoModelForImageClassification.from_pretrained(source)
-        torch.testing.assert_close(logits(model), logits(trained_model(seed)))
+        assert_close_relative(logits(model), logits(trained_model(seed)))
 
 
 def push_twice(folder: str) -> None:
@@ -229,6 +230,7 @@ def push_again(folder: str) -> None:
     assert_published(2, folder, "user/model")
 
 
+@pytest.mark.full
 def test_an_interrupted_push_leaves_the_old_model_and_can_be_repeated(hub_server, tmp_path):
     stalled, killed, calls = threading.Event(), threading.Event(), []
 

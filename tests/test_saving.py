@@ -30,7 +30,9 @@ from tests.common import (
     IMAGE_SIZE,
     NUM_LABELS,
     TASKS,
+    assert_close_relative,
     combinations,
+    full,
     make_images,
     make_model,
     tiny_config,
@@ -52,6 +54,7 @@ SCORERS = {
     "value_projection_no_mlp": {"aggregator_value_projection": True, "aggregator_mlp_ratio": None},
     "everything": CONFIGS["all_scorer_options"],
 }
+some_scorers = ["plain", "everything", *full(*(name for name in SCORERS if name not in ("plain", "everything")))]
 
 
 def trainable(**overrides):
@@ -65,9 +68,9 @@ def predictions(model):
     return outputs.logits, outputs.pruned_after_block
 
 
-def assert_same_model(first, second, atol=1e-5):
+def assert_same_model(first, second):
     logits, pruned_after_block = predictions(first)
-    torch.testing.assert_close(predictions(second)[0], logits, rtol=0, atol=atol)
+    assert_close_relative(predictions(second)[0], logits)  # a kernel may round otherwise elsewhere in memory
     assert torch.equal(predictions(second)[1], pruned_after_block)
 
 
@@ -204,14 +207,14 @@ def test_offloaded_weights_come_when_they_are_needed(tmp_path):
     loaded = CroprViTForImageClassification.from_pretrained(
         tmp_path, device_map=places, offload_folder=tmp_path / "offload"
     )
-    assert torch.equal(loaded(make_images()).logits, expected)
-    assert torch.equal(cpu_offload(model, "cpu")(make_images()).logits, expected)
+    assert_close_relative(loaded(make_images()).logits, expected)
+    assert_close_relative(cpu_offload(model, "cpu")(make_images()).logits, expected)
 
 
 # Loading
 
 
-@pytest.mark.parametrize("scorer", SCORERS)
+@pytest.mark.parametrize("scorer", some_scorers)
 def test_stripped_and_complete_checkpoints_load_either_way(scorer, tmp_path):
     model = trainable(**SCORERS[scorer])
     model.save_pretrained(tmp_path / "stripped")
@@ -256,7 +259,7 @@ def test_auto_classes_load_a_saved_folder(tmp_path):
     base = AutoModel.from_pretrained(tmp_path)
     assert type(base) is CroprViTModel
     images = make_images()
-    torch.testing.assert_close(base(images).pooler_output, model.eval().cropr_vit(images).pooler_output)
+    assert_close_relative(base(images).pooler_output, model.eval().cropr_vit(images).pooler_output)
     backbone = AutoBackbone.from_config(AutoConfig.from_pretrained(tmp_path, out_features=["stage2"]))
     assert type(backbone) is CroprViTBackbone
     assert len(backbone(images).feature_maps) == 1
@@ -268,7 +271,7 @@ def test_classification_model_from_a_base_checkpoint_and_backbone_from_a_classif
     classifier, info = CroprViTForImageClassification.from_pretrained(tmp_path / "base", output_loading_info=True)
     assert sorted(info["missing_keys"]) == ["classifier.bias", "classifier.weight"]
     images = make_images()
-    torch.testing.assert_close(classifier.cropr_vit(images).pooler_output, base(images).pooler_output)
+    assert_close_relative(classifier.cropr_vit(images).pooler_output, base(images).pooler_output)
     classifier.save_pretrained(tmp_path / "classifier")
     backbone = CroprViTBackbone.from_pretrained(tmp_path / "classifier", out_indices=[1, 5])
     assert all(torch.equal(tensor, base.state_dict()[key]) for key, tensor in backbone.cropr_vit.state_dict().items())
@@ -330,7 +333,7 @@ def test_rotary_positions_survive_loading(tmp_path):
     model = make_model(CroprViTModel, tiny_config("rope_registers"))
     model.save_pretrained(tmp_path)
     loaded = CroprViTModel.from_pretrained(tmp_path)
-    assert torch.equal(loaded(make_images()).last_hidden_state, model(make_images()).last_hidden_state)
+    assert_close_relative(loaded(make_images()).last_hidden_state, model(make_images()).last_hidden_state)
 
 
 def test_trainer_like_resume_is_strict_and_exact(tmp_path):
@@ -346,7 +349,7 @@ def test_trainer_like_resume_is_strict_and_exact(tmp_path):
 # In memory
 
 
-@pytest.mark.parametrize("scorer", SCORERS)
+@pytest.mark.parametrize("scorer", some_scorers)
 def test_heads_come_and_go_in_memory(scorer):
     model, original = trainable(**SCORERS[scorer]), trainable(**SCORERS[scorer])
     model.remove_auxiliary_heads()
@@ -396,7 +399,7 @@ def test_image_classification_pipeline(published):
     expected = model.eval()(pixels).logits[0].softmax(-1)
     assert {result["label"] for result in results} == {f"class {index}" for index in range(NUM_LABELS)}
     for result in results:
-        assert result["score"] == pytest.approx(expected[int(result["label"][-1])].item(), abs=1e-5)
+        assert result["score"] == pytest.approx(expected[int(result["label"][-1])].item(), abs=1e-4)
 
 
 def test_feature_extraction_pipeline(published):
@@ -418,6 +421,7 @@ def run_python(code, tmp_path, *arguments):
     return result
 
 
+@pytest.mark.full
 def test_a_fresh_process_with_the_package_gives_the_trained_logits(tmp_path):
     model = trainable(**SCORERS["everything"])
     model.save_pretrained(tmp_path / "model")
@@ -436,7 +440,7 @@ def test_a_fresh_process_with_the_package_gives_the_trained_logits(tmp_path):
         tmp_path / "model",
     )
     logits = load_file(tmp_path / "logits.safetensors")["logits"]
-    torch.testing.assert_close(logits, predictions(model)[0], rtol=0, atol=1e-5)
+    assert_close_relative(logits, predictions(model)[0])
 
 
 @pytest.fixture
@@ -447,6 +451,7 @@ def registered_for_remote_code(monkeypatch):
     CroprViTForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 
 
+@pytest.mark.full
 def test_remote_code_without_the_package_predicts_trains_and_saves(registered_for_remote_code, tmp_path):
     model = trainable(**SCORERS["everything"])
     model.save_pretrained(tmp_path / "model")
@@ -501,7 +506,7 @@ def test_remote_code_without_the_package_predicts_trains_and_saves(registered_fo
     )
     expected = predictions(model)[0]
     for name, logits in load_file(tmp_path / "results.safetensors").items():
-        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5, msg=lambda text, name=name: name + text)
+        assert_close_relative(logits, expected, msg=lambda text, name=name: name + text)
 
 
 # Damage, interruption, other models
@@ -554,7 +559,7 @@ class Interrupted(Exception):
     pass
 
 
-@pytest.mark.parametrize("max_shard_size", ["50GB", "20KB"])
+@pytest.mark.parametrize("max_shard_size", ["20KB", *full("50GB")])
 def test_an_interruption_while_writing_leaves_the_old_model(max_shard_size, tmp_path, monkeypatch):
     old, new = trainable(), trainable(num_queries=2)
     old.save_pretrained(tmp_path)
@@ -575,6 +580,7 @@ def test_an_interruption_while_writing_leaves_the_old_model(max_shard_size, tmp_
     assert new.config.use_auxiliary_heads is True
 
 
+@pytest.mark.full
 def test_an_interruption_while_moving_never_leaves_a_mixture(tmp_path, monkeypatch):
     """Whichever move fails, the folder holds the new model or does not load."""
     old, new = trainable(), trainable(num_queries=2, pruning_rate=3)  # weights and config differ

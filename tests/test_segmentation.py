@@ -23,7 +23,10 @@ from tests.common import (
     NUM_LABELS,
     NUM_PATCHES,
     TASKS,
+    assert_close_relative,
+    enable_activation_checkpointing,
     fill_with_ramps,
+    full,
     label_maps,
     make_identity_blocks,
     make_images,
@@ -88,7 +91,7 @@ def make_revealing(model):
     model.classifier.bias.zero_()
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", [*range(10), *full(*range(10, 40))])
 @torch.no_grad()
 def test_every_logit_belongs_to_the_patch_at_its_place(seed):
     rng = random.Random(seed)
@@ -149,29 +152,31 @@ def naive_auxiliary_logits(module, queries, tokens):
     return torch.stack(logits)
 
 
-@pytest.mark.parametrize("name", ["plain", "rope_registers", "no_cls", "eva02", "schedule"])
+@pytest.mark.parametrize("name", ["plain", *full("rope_registers", "no_cls", "eva02", "schedule")])
 @pytest.mark.parametrize(("height", "width"), SIZES[:3])
 @torch.no_grad()
 def test_the_model_equals_a_naive_loop_over_tokens_and_queries(name, height, width):
-    model, images = trainable(name), make_images(2, height, width)
+    """In float64, so that the order of sums decides between no two tokens."""
+    model, images = trainable(name).double(), make_images(2, height, width).double()
     base, padded = model.cropr_vit, pad_to_patches(images)
     grid = (padded.shape[2] // 8, padded.shape[3] // 8)
     outputs, auxiliary_logits = model.eval()(images, output_pruning=True), base.train()(padded).auxiliary_logits
     for index in range(2):
         tokens, blocks, seen = naive_forward(base, padded[index : index + 1])
-        expected = torch.empty(1, NUM_LABELS, *grid)
+        expected = torch.empty(1, NUM_LABELS, *grid, dtype=torch.float64)
         for place, token in enumerate(tokens[model.config.num_prefix_tokens :]):
             expected[0, :, place // grid[1], place % grid[1]] = model.classifier(base.layernorm(token))
         if padded.shape != images.shape:
             expected = F.interpolate(expected, padded.shape[2:], mode="bilinear")[..., :height, :width]
-        assert_close(outputs.logits[index], expected[0], rtol=0, atol=5e-5)
+        upsampled = padded.shape != images.shape  # which the model does in float32
+        assert_close(outputs.logits[index], expected[0], rtol=0, atol=1e-5 if upsampled else 1e-9)
         assert outputs.pruned_after_block[index].tolist() == blocks
         for module, tokens, logits in zip(base.token_reducers.values(), seen, auxiliary_logits, strict=True):
             queries = module.router.scorer.queries
             if grid != (4, 4):
                 queries = resample_grid(queries[None], (4, 4), grid, antialias=False)[0]
             assert len(queries) == grid[0] * grid[1]
-            assert_close(logits[index], naive_auxiliary_logits(module, queries, tokens), rtol=0, atol=1e-4)
+            assert_close(logits[index], naive_auxiliary_logits(module, queries, tokens), rtol=0, atol=1e-9)
 
 
 # Losses
@@ -188,8 +193,8 @@ def naive_patch_labels(labels, height, width):
     return torch.stack(by_patch, dim=1)
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("weight", [1.0, 0.25])
+@pytest.mark.parametrize("smoothing", [0.1, *full(0.0)])
+@pytest.mark.parametrize("weight", [0.25, *full(1.0)])
 @pytest.mark.parametrize(
     ("size", "label_size"),
     [
@@ -219,13 +224,13 @@ def test_loss_is_main_plus_weighted_sum_of_auxiliary(size, label_size, weight, s
     by_patch = naive_patch_labels(labels, *size)
     auxiliary = torch.stack([loss(logits.transpose(1, 2), by_patch) for logits in base.auxiliary_logits])
     assert len(auxiliary) == 3
-    assert_close(outputs.main_loss, main.detach(), rtol=0, atol=1e-5)
-    assert_close(outputs.auxiliary_losses, auxiliary.detach(), rtol=0, atol=1e-5)
-    assert_close(outputs.loss, main + weight * auxiliary.sum(), rtol=0, atol=2e-5)
+    assert_close_relative(outputs.main_loss, main.detach())
+    assert_close_relative(outputs.auxiliary_losses, auxiliary.detach())
+    assert_close_relative(outputs.loss, main + weight * auxiliary.sum())
     assert not outputs.main_loss.requires_grad and not outputs.auxiliary_losses.requires_grad
     evaluated = model.eval()(images, labels=labels)
     assert set(evaluated.keys()) == {"loss", "logits"}
-    assert_close(evaluated.loss, main.detach(), rtol=0, atol=1e-5)
+    assert_close_relative(evaluated.loss, main.detach())
 
 
 def test_auxiliary_labels_are_those_at_the_centres_of_patches():
@@ -260,7 +265,7 @@ def test_an_ignored_image_does_not_count(smoothing):
     alone = {name: tensor[[0, 2]] for name, tensor in inputs.items()}
     together, alone = model(**inputs), model(**alone)
     for key in ("main_loss", "auxiliary_losses", "loss"):
-        assert_close(together[key], alone[key], rtol=0, atol=1e-5)
+        assert_close_relative(together[key], alone[key])
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -298,7 +303,7 @@ def test_auxiliary_losses_train_the_modules_and_the_main_loss_the_backbone():
     for name, gradient in by_weight[0].items():
         if "token_reducers" in name:
             assert not gradient.any() and by_weight[1][name].any(), name
-            assert_close(by_weight[10][name], 10 * by_weight[1][name])
+            assert_close_relative(by_weight[10][name], 10 * by_weight[1][name])
         else:
             assert gradient.any() or name.endswith("k_proj.bias"), name
             assert torch.equal(by_weight[1][name], gradient) and torch.equal(by_weight[10][name], gradient), name
@@ -311,7 +316,7 @@ def test_training_without_labels_gives_logits_only():
 # Queries
 
 
-@pytest.mark.parametrize("name", ["plain", "rope_registers", "no_cls", "all_scorer_options"])
+@pytest.mark.parametrize("name", ["plain", *full("rope_registers", "no_cls", "all_scorer_options")])
 @pytest.mark.parametrize(("height", "width"), [*SIZES, (96, 64)])
 @torch.no_grad()
 def test_training_evaluation_and_the_stripped_model_keep_the_same_tokens(name, height, width):
@@ -336,21 +341,20 @@ def test_queries_follow_the_grid(antialias):
     by_grid = scorer.queries.T.view(1, 32, 4, 6)
     for grid in ((6, 4), (3, 3), (9, 12)):
         expected = F.interpolate(by_grid, grid, mode="bicubic", antialias=antialias).flatten(2)[0].T
-        assert_close(scorer.queries_for(grid), expected, rtol=0, atol=1e-6)
+        assert_close_relative(scorer.queries_for(grid), expected)
     classifier = TASKS["classification"].build(use_auxiliary_heads=True, num_queries=16)
     scorer = classifier.cropr_vit.token_reducers["1"].router.scorer
     assert scorer.queries_for((3, 3)) is scorer.queries  # a number of queries belongs to no grid
 
 
-@pytest.mark.filterwarnings("ignore:.*activation_checkpointing_enable")  # the oldest supported release lacks that name
 @pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("name", ["plain", "all_scorer_options"])
+@pytest.mark.parametrize("name", ["plain", *full("all_scorer_options")])
 def test_gradient_checkpointing_covers_the_aggregator(name, use_reentrant):
     runs, found = [], []
     for checkpointing in (False, True):
         model, calls = trainable(name), []
         if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+            enable_activation_checkpointing(model, use_reentrant=use_reentrant)
         for module in model.cropr_vit.token_reducers.values():
             module.aggregator.mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         model(**make_inputs(model, 40, 30)).loss.backward()
@@ -359,7 +363,7 @@ def test_gradient_checkpointing_covers_the_aggregator(name, use_reentrant):
     assert runs == [3, 6]  # the second time to compute gradients
     assert found[0].keys() == found[1].keys() == dict(model.named_parameters()).keys()
     for key, gradient in found[0].items():
-        assert_close(found[1][key], gradient, rtol=1e-5, atol=1e-6, msg=lambda text, key=key: key + text)
+        assert_close(found[1][key], gradient, rtol=1e-4, atol=1e-5, msg=lambda text, key=key: key + text)
 
 
 @pytest.mark.parametrize("kernel", ["default", "plain"])
@@ -384,7 +388,8 @@ def test_no_attention_of_queries_to_tokens_is_kept_for_the_backward_pass(heads, 
 # Pinned numbers
 
 
-# Recorded on 23 November 2026; the same in float64. A change of these numbers changes what checkpoints mean.
+# Recorded on 23 November 2026, and compared in float64: the last of six decimals of float32 is not the same
+# everywhere. A change of these numbers changes what checkpoints mean.
 GOLDEN = {
     "plain": {
         "pruned_after_block": [[5, 5, 5, 2, 5, 5, 1, 3, 1, 3, 5, 5, 2, 5, 5, 1]] * 2,
@@ -422,19 +427,18 @@ GOLDEN = {
 @pytest.mark.parametrize("name", GOLDEN)
 def test_pinned_numbers(name):
     model, expected = trainable(name), GOLDEN[name]
-    fill_with_ramps(model)
+    fill_with_ramps(model.double())
     labels = torch.arange(2 * 32 * 32).view(2, 32, 32) // 7 % 6
     labels[labels == 5] = IGNORED
-    outputs = model(ramp_images(), labels=labels, output_pruning=True)
+    outputs = model(ramp_images().double(), labels=labels, output_pruning=True)
     assert outputs.pruned_after_block.tolist() == expected["pruned_after_block"]
     assert outputs.logits.argmax(dim=1).tolist() == [expected["map"]] * 2
-    close = {"rtol": 1e-6, "atol": 1e-5}
-    assert_close(outputs.logits[:, :, 1, 2].detach(), torch.tensor(expected["logits_of_a_patch"]), **close)
-    for key in ("main_loss", "auxiliary_losses", "loss"):
-        assert_close(outputs[key].detach(), torch.tensor(expected[key]), **close)
+    found = {key: outputs[key] for key in ("main_loss", "auxiliary_losses", "loss")}
+    found["logits_of_a_patch"] = outputs.logits[:, :, 1, 2]
     model.eval().remove_auxiliary_heads()
-    of_pixels = model(ramp_images()[..., :28, :27]).logits
-    assert_close(of_pixels[:, :, 13, 26].detach(), torch.tensor(expected["logits_of_a_pixel"]), **close)
+    found["logits_of_a_pixel"] = model(ramp_images().double()[..., :28, :27]).logits[:, :, 13, 26]
+    for key, value in found.items():
+        assert_close(value.detach().float(), torch.tensor(expected[key]), rtol=0, atol=1e-5)
 
 
 # Bad input
@@ -486,7 +490,7 @@ def test_configurations_with_nothing_to_refuse(name, overrides):
     inputs, ignored = make_inputs(model), model.config.semantic_loss_ignore_index
     outputs = model(**inputs)
     of_pixels = F.interpolate(outputs.logits, (32, 32), mode="bilinear")
-    assert_close(outputs.loss, F.cross_entropy(of_pixels, inputs["labels"], ignore_index=ignored), rtol=0, atol=1e-5)
+    assert_close_relative(outputs.loss, F.cross_entropy(of_pixels, inputs["labels"], ignore_index=ignored))
 
 
 @pytest.mark.parametrize(
@@ -527,7 +531,7 @@ def test_compiled_model_equals_eager_with_padding():
     torch._dynamo.reset()
     model, images = segmenter("eva02"), make_images(2, 30, 27)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    assert_close(compiled(images).logits, model(images).logits, rtol=0, atol=1e-5)
+    assert_close_relative(compiled(images).logits, model(images).logits)
 
 
 def test_compiled_training_step_on_another_grid_has_no_graph_break():
@@ -535,17 +539,17 @@ def test_compiled_training_step_on_another_grid_has_no_graph_break():
     model = trainable()
     inputs = make_inputs(model, 40, 30)
     loss = torch.compile(model, fullgraph=True, backend="eager")(**inputs).loss
-    assert_close(loss, model(**inputs).loss, rtol=0, atol=1e-5)
+    assert_close_relative(loss, model(**inputs).loss)
     loss.backward()
     assert len(gradients(model)) == len(list(model.parameters()))
 
 
-@pytest.mark.parametrize(("height", "width"), [(40, 32), (30, 27)])
+@pytest.mark.parametrize(("height", "width"), [(30, 27), *full((40, 32))])
 @torch.no_grad()
 def test_exported_program_equals_the_model(height, width):
     model, images = segmenter(), make_images(2, height, width)
     program = torch.export.export(model, (images,), strict=False)
-    assert_close(program.module()(images).logits, model(images).logits, rtol=0, atol=1e-5)
+    assert_close_relative(program.module()(images).logits, model(images).logits)
 
 
 # Saving
@@ -556,7 +560,7 @@ def test_auto_class_loads_a_saved_folder(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = AutoModelForSemanticSegmentation.from_pretrained(tmp_path)
     assert type(loaded) is CroprViTForSemanticSegmentation and not loaded.config.use_auxiliary_heads
-    assert_close(loaded(images).logits, model(images).logits, rtol=0, atol=1e-5)
+    assert_close_relative(loaded(images).logits, model(images).logits)
     sizes = {name: len(tensor) for name, tensor in loaded.named_parameters() if "token_reducers" in name}
     assert sizes == {f"cropr_vit.token_reducers.{block}.router.scorer.folded_query": 32 for block in (1, 2, 3)}
     again = AutoModelForSemanticSegmentation.from_pretrained(tmp_path, use_auxiliary_heads=True)
@@ -586,7 +590,7 @@ def test_from_a_classification_checkpoint(auto_class, tmp_path):
     expected = source.cropr_vit(images, output_pruning=True)
     outputs = model.cropr_vit(images, output_pruning=True)
     assert torch.equal(outputs.pruned_after_block, expected.pruned_after_block)
-    assert_close(outputs.last_hidden_state, expected.last_hidden_state, rtol=0, atol=1e-5)
+    assert_close_relative(outputs.last_hidden_state, expected.last_hidden_state)
     model.train()(**make_inputs(model)).loss.backward()
     assert len(gradients(model)) == len(list(model.parameters()))
 
@@ -611,11 +615,14 @@ def published(tmp_path):
 def test_image_segmentation_pipeline(size, published, log_records):
     folder, model = published
     image = Image.effect_noise(size, 90).convert("RGB")
-    segments = pipeline("image-segmentation", model=folder, device="cpu")(image)
+    segment_image = pipeline("image-segmentation", model=folder, device="cpu")
+    segments = segment_image(image)
     assert [record.getMessage() for record in log_records if record.levelname != "INFO"] == []
     pixels = SegformerImageProcessor.from_pretrained(folder)(image, return_tensors="pt")["pixel_values"]
     assert pixels.shape == (1, 3, 36, 28)
-    logits = F.interpolate(model(pixels).logits, size[::-1], mode="bilinear")
+    logits = segment_image.model(pixels).logits
+    assert_close_relative(logits, model(pixels).logits)
+    logits = F.interpolate(logits, size[::-1], mode="bilinear")
     expected = logits.argmax(dim=1)[0]
     assert [segment["label"] for segment in segments] == [f"class {index}" for index in expected.unique()]
     assert len(segments) > 1

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from common import make_images, make_model, tiny_config
+from common import assert_close_relative, make_images, make_model, tiny_config
 from torch import nn
 
 from cropr_hf import CroprViTForSemanticSegmentation
@@ -40,7 +40,7 @@ def test_a_function_of_each_pixel_is_the_same_by_windows(window_size, stride, ba
     model = Recorder(lambda x: torch.cat([x, x.square().sum(1, keepdim=True)], dim=1))
     logits = sliding_window_logits(model, images, window_size, stride, batch_size)
     assert logits.dtype == torch.float32
-    torch.testing.assert_close(logits, model.function(images))
+    assert_close_relative(logits, model.function(images))
     assert all(len(crops) == batch_size for crops in model.seen[:-1])
     assert 1 <= len(model.seen[-1]) <= batch_size
 
@@ -73,8 +73,8 @@ def test_logits_are_the_mean_over_the_windows_of_a_pixel():
     # Windows 1, 2, 3 of the first image start at columns 0, 1, 2; windows 4, 5, 6 are those of the second.
     first = torch.tensor([1, 1.5, 2, 2, 2.5, 3])
     assert logits.dtype == torch.float32
-    assert torch.equal(logits[0], first.expand(2, 4, 6))
-    assert torch.equal(logits[1], (first + 3).expand(2, 4, 6))
+    assert_close_relative(logits[0], first.expand(2, 4, 6))
+    assert_close_relative(logits[1], (first + 3).expand(2, 4, 6))
 
 
 def test_logits_of_a_window_are_upsampled_to_it():
@@ -82,7 +82,7 @@ def test_logits_of_a_window_are_upsampled_to_it():
     image = make_images(1, height=8, width=16)
     logits = sliding_window_logits(model, image, window_size=8)
     expected = [upsample(nn.functional.avg_pool2d(half, 4), (8, 8)) for half in image.chunk(2, dim=-1)]
-    assert torch.equal(logits, torch.cat(expected, dim=-1))
+    assert_close_relative(logits, torch.cat(expected, dim=-1))
 
 
 @pytest.mark.parametrize("name", ["plain", "unpruned"])
@@ -92,7 +92,7 @@ def test_one_window_is_a_plain_forward(name, height, width):
     images = make_images(2, height, width)
     with torch.no_grad():
         expected = upsample(model(images).logits, (height, width))
-    assert torch.equal(sliding_window_logits(model, images, window_size=48, batch_size=2), expected)
+    assert_close_relative(sliding_window_logits(model, images, window_size=48, batch_size=2), expected)
 
 
 def test_the_batch_size_does_not_matter_to_a_pruned_model():
@@ -101,7 +101,7 @@ def test_the_batch_size_does_not_matter_to_a_pruned_model():
     single, pooled = (sliding_window_logits(model, images, 32, 16, batch_size) for batch_size in (1, 5))
     assert single.shape == (2, model.num_labels, 40, 56)
     assert not single.requires_grad and not single.is_inference()
-    torch.testing.assert_close(pooled, single, rtol=1e-4, atol=1e-5)
+    assert_close_relative(pooled, single)
 
 
 @pytest.mark.parametrize(

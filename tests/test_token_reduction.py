@@ -21,7 +21,7 @@ from cropr_hf.reducer_cropr import CroprModule, aggregate_tokens, fold_scorer, s
 from cropr_hf.reducer_random import RandomReducer
 from cropr_hf.saving import strip_state_dict
 from cropr_hf.token_reduction import build_token_reducers, gather_tokens, select_tokens
-from tests.common import NUM_LABELS, make_images, make_model, tiny_config
+from tests.common import NUM_LABELS, assert_close_relative, full, make_images, make_model, tiny_config
 
 
 # 1. Operations on token sequences
@@ -122,7 +122,7 @@ def test_aggregate_tokens_equals_explicit_softmax(heads):
             weights = torch.softmax(queries[0, head] @ keys[image, head].T / math.sqrt(4), dim=-1)
             by_head.append(weights @ values[image, head])
         expected.append(torch.cat(by_head, dim=-1))
-    torch.testing.assert_close(aggregate_tokens(queries, keys, values), torch.stack(expected), rtol=0, atol=1e-6)
+    torch.testing.assert_close(aggregate_tokens(queries, keys, values), torch.stack(expected), rtol=0, atol=1e-5)
 
 
 # 2. TokenState
@@ -161,7 +161,7 @@ def check_tokens_agree(state):
         assert torch.equal(window_sin, cos - 0.5)
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", [*range(10), *full(*range(10, 40))])
 def test_pruning_and_fusing_returns_every_token_to_its_place(seed):
     rng = random.Random(seed)
     torch.manual_seed(seed)
@@ -262,7 +262,7 @@ def test_a_custom_reducer_works_end_to_end(keep_first, tmp_path):
     outputs.loss.backward()
     model.save_pretrained(tmp_path)
     reloaded = CroprViTForImageClassification.from_pretrained(tmp_path)
-    assert torch.equal(reloaded(make_images()).logits, outputs.logits)
+    assert_close_relative(reloaded(make_images()).logits, outputs.logits)
 
 
 def test_registering_a_second_class_under_a_name_is_refused(keep_first):

@@ -14,6 +14,8 @@ from tests.common import (
     NUM_BLOCKS,
     NUM_PATCHES,
     PATCH_SIZE,
+    assert_close_relative,
+    full,
     make_identity_blocks,
     make_images,
     make_model,
@@ -93,7 +95,7 @@ def test_one_window_over_the_whole_grid_is_global_attention(mode, coordinates):
     grids = layer_inputs(model)
     windowed = tokens_of(model, images)
     assert [grid for _, _, grid in grids] == [(4, 4)] * NUM_BLOCKS
-    assert_close(windowed, tokens_of(twin(model, **WITHOUT_WINDOWS, **overrides), images), rtol=0, atol=1e-5)
+    assert_close_relative(windowed, tokens_of(twin(model, **WITHOUT_WINDOWS, **overrides), images))
 
 
 def test_a_patch_reaches_its_window_alone():
@@ -115,22 +117,23 @@ def test_a_patch_reaches_its_window_alone():
 @pytest.mark.parametrize("window_size", [2, 3])
 @pytest.mark.parametrize("mode", WINDOW_ROPE_MODES)
 def test_the_model_equals_a_naive_loop_over_windows(mode, window_size):
-    images = {2: make_images(2, 48, 32), 3: make_images(2, 48, 72)}[window_size]
+    """In float64, so that the order of sums decides between no two tokens."""
+    images = {2: make_images(2, 48, 32), 3: make_images(2, 48, 72)}[window_size].double()
     overrides = {} if window_size == 2 else {"pruning_schedule": [45, 27, 20, 20, 20], "image_size": [48, 72]}
-    model = build(window_rope_mode=mode, window_size=window_size, **overrides)
+    model = build(window_rope_mode=mode, window_size=window_size, **overrides).double()
     with torch.no_grad():
         outputs = model(images, output_pruning=True)
     for index in range(2):
         tokens, blocks, _ = naive_forward(model, images[index : index + 1])
         assert outputs.pruned_after_block[index].tolist() == blocks
-        assert_close(outputs.last_hidden_state[index], tokens, rtol=0, atol=2e-5)
+        assert_close(outputs.last_hidden_state[index], tokens, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("mode", ["origin", "slot"])
 @pytest.mark.parametrize(("height", "width"), [(40, 48), (24, 56)])
 def test_windows_over_the_edge_of_the_grid_are_filled_up_with_zeros(mode, height, width):
-    model, images = build(window_rope_mode=mode), make_images(1, height, width)
-    assert_close(tokens_of(model, images)[0], naive_forward(model, images)[0], rtol=0, atol=2e-5)
+    model, images = build(window_rope_mode=mode).double(), make_images(1, height, width).double()
+    assert_close(tokens_of(model, images)[0], naive_forward(model, images)[0], rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("mode", WINDOW_ROPE_MODES)
@@ -138,7 +141,7 @@ def test_images_of_a_batch_do_not_influence_each_other(mode):
     model, images = build(window_rope_mode=mode), make_images(3, 40, 32)
     together = tokens_of(model, images)
     for index in range(3):
-        assert_close(tokens_of(model, images[index : index + 1])[0], together[index], rtol=0, atol=2e-5)
+        assert_close_relative(tokens_of(model, images[index : index + 1])[0], together[index])
 
 
 def test_the_modes_differ_after_pruning_alone():
@@ -245,21 +248,21 @@ def test_feature_maps_are_those_of_the_blocks():
         assert torch.equal(maps[stage + 1].flatten(2).transpose(1, 2)[here], maps[stage].flatten(2).mT[here])
 
 
-@pytest.mark.parametrize("mode", WINDOW_ROPE_MODES)
+@pytest.mark.parametrize("mode", [WINDOW_ROPE_MODES[0], *full(*WINDOW_ROPE_MODES[1:])])
 @torch.no_grad()
 def test_graph_has_no_break(mode):
     torch._dynamo.reset()
     fields = {"num_hidden_layers": 3, "window_block_indices": [0, 1, 2], "pruning_schedule": [12, 12, 12]}
     model, images = build(window_rope_mode=mode, **fields), make_images(2, 32, 40)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager" if mode == "origin" else "eager")
-    assert_close(compiled(images).last_hidden_state, tokens_of(model, images), rtol=0, atol=1e-5)
+    assert_close_relative(compiled(images).last_hidden_state, tokens_of(model, images))
 
 
 @torch.no_grad()
 def test_exported_program_equals_the_model():
     model, images = build(), make_images(2, 32, 40)
     program = torch.export.export(model, (images,), strict=False)
-    assert_close(program.module()(images).last_hidden_state, tokens_of(model, images), rtol=0, atol=1e-5)
+    assert_close_relative(program.module()(images).last_hidden_state, tokens_of(model, images))
 
 
 # The grid of what is left
@@ -375,7 +378,7 @@ def padding_mask():
 
 
 @pytest.mark.parametrize("schedule", [[12, 8, 6, 6, 6], [6, 4, 2, 2, 2], [15, 14, 13, 13, 13]])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *full(1, 2)])
 @pytest.mark.parametrize("name", ["windows", "plain"])
 @pytest.mark.parametrize("reducer", ["cropr", "random"])
 @torch.no_grad()
