@@ -10,7 +10,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def parse_config(text: str) -> dict[str, Any]:
-    """Fields of a configuration from the command line; raises `ValueError` if they are no JSON object."""
+    """Fields of a configuration from the command line; raises `ValueError` if they are not a JSON object."""
     try:
         fields = json.loads(text)
     except json.JSONDecodeError as error:

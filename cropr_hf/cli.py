@@ -192,7 +192,7 @@ def schedule(args: Namespace) -> str:
     if args.batch_size < 1:
         raise ValueError(f"--batch_size is {args.batch_size}; give 1 or more.")
     if args.calibration is not None and not Path(args.calibration).is_dir():
-        raise ValueError(f"--calibration is {args.calibration}, which is no folder; name one with images.")
+        raise ValueError(f"--calibration is {args.calibration}, which is not a folder; name one with images.")
     if args.output is not None:
         check_file(args.output)
     parse_device(args.device)
@@ -292,7 +292,9 @@ def _architecture(name_or_path: str) -> str:
     try:
         fields, _ = PreTrainedConfig.get_config_dict(name_or_path)
     except OSError as error:
-        raise ValueError(f"{name_or_path} is no folder of a model, nor a repository in reach ({error}).") from error
+        raise ValueError(
+            f"{name_or_path} is neither a folder of a model nor a repository that can be reached ({error})."
+        ) from error
     return (fields.get("architectures") or [""])[0]
 
 

@@ -10,7 +10,7 @@ def check_file(path: str | os.PathLike) -> Path:
     if not target.parent.is_dir():
         raise ValueError(f"{path} is to be written, but there is no folder {Path(path).parent}; make it first.")
     if target.exists() and not target.is_file():
-        raise ValueError(f"{path} is to be written, but is no file; give another name.")
+        raise ValueError(f"{path} is to be written, but is not a file; give another name.")
     if not os.access(target.parent, os.W_OK):
         raise ValueError(f"{path} is to be written, but the folder {target.parent} is read-only; choose another.")
     return target

@@ -285,7 +285,7 @@ class CroprViTModel(CroprViTPreTrainedModel):
 
         Raises:
             `ValueError`: wrong channels or size, an image with too few patches for the schedule, or stages that the
-                model has not.
+                model does not have.
         """
         num_blocks = len(self.layers)
         if not {*output_stages} <= {*range(num_blocks + 1)}:

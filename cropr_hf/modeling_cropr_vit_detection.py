@@ -114,7 +114,7 @@ class CroprViTDetector(CroprViTPreTrainedModel):
             raise ValueError("`num_labels` is 0; a detector needs at least 1 class.")
         if config.label_smoothing:
             raise ValueError(
-                f"`label_smoothing` is {config.label_smoothing}, but the losses of detectors know none; set it to 0."
+                f"`label_smoothing` is {config.label_smoothing}, but detectors do not support it; set it to 0."
             )
         self.num_labels: int = config.num_labels
         self.cropr_vit = CroprViTModel(config)

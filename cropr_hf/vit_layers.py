@@ -73,7 +73,7 @@ class CroprViTEmbeddings(OwnWeights):
 
     @staticmethod
     def check_pixels(pixel_values: torch.Tensor) -> None:
-        """Raises `ValueError` for raw pixels, and for what is no batch of images."""
+        """Raises `ValueError` for raw pixels, and for what is not a batch of images."""
         if not pixel_values.is_floating_point():
             raise ValueError(
                 f"`pixel_values` are {pixel_values.dtype}; give normalised floating-point values, as image processors "

@@ -150,7 +150,7 @@ def load_images(args: DataArguments, masks: bool, token: str | None, seed: int) 
     """The splits `train` and `validation`, as data sets of objects.
 
     Raises:
-        `ValueError`: when they are no data sets of objects, or have different categories.
+        `ValueError`: when they are not data sets of objects, or have different categories.
     """
     if args.draws_digits:
         return draw_digits(args, seed, **DIGITS)

@@ -9,7 +9,7 @@
     python examples/serve.py --model outputs/demo/cropr --port 8000 --max_batch_size 8 --max_delay_ms 5
     curl --data-binary @docs/digit.png localhost:8000/predict
 
-The way of a request: `read_body` and `decode_image` refuse what is no good image, `Predictor.prepare` makes the
+The way of a request: `read_body` and `decode_image` refuse what is not a good image, `Predictor.prepare` makes the
 input of the model in one of several threads, `Batcher` gathers inputs and runs `Predictor.forward` in a thread of its
 own, and `Predictor.answer` turns the outputs for one image into the response, again in one of several threads.
 """
@@ -46,7 +46,7 @@ logger = logging.getLogger("uvicorn.error")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 TASKS = ("ImageClassification", "SemanticSegmentation", "ObjectDetection", "InstanceSegmentation")
 MAX_SCANS = 100  # of a progressive JPEG, which has about ten; each costs the time of a whole image
-MAX_FAILURES = 3  # batches in a row, after which the server calls itself ill
+MAX_FAILURES = 3  # batches in a row, after which the server reports unhealthy
 MAX_MAP_VALUES = 2**27  # 0.5 GB of maps per image while labels of pixels are found
 
 
@@ -59,7 +59,7 @@ class Settings:
     port: int = HfArg(default=8000, help="Port to listen at.")
     max_batch_size: int = HfArg(default=8, help="Images that the model sees at once, at most.")
     max_delay_ms: float = HfArg(default=5.0, help="How long the first image of a batch waits for others.")
-    queue_size: int = HfArg(default=64, help="Requests being received, waiting or computed, at most; others hear 503.")
+    queue_size: int = HfArg(default=64, help="Requests being received, waiting or computed, at most; others get 503.")
     threads: int = HfArg(default=torch.get_num_threads(), help="CPU threads of the model.")
     image_threads: int = HfArg(default=min(4, os.cpu_count() or 1), help="Images prepared or answered at a time.")
     pruning_rate: int | None = HfArg(
@@ -120,7 +120,7 @@ def decode_image(body: bytes | bytearray, max_megapixels: float) -> Image.Image:
         return image.convert("RGB")
     except UnidentifiedImageError:
         formats = ", ".join(IMAGE_FORMATS)
-        raise HTTPException(415, f"The body is no image with integer pixels; send one as {formats}.") from None
+        raise HTTPException(415, f"The body is not an image with integer pixels; send one as {formats}.") from None
     except Image.DecompressionBombError:
         raise HTTPException(413, f"The image has more than {max_megapixels:g} megapixels.") from None
     except Exception as error:  # decoders meet broken files with errors of any kind
@@ -367,7 +367,7 @@ def build_app(predictor: Predictor) -> FastAPI:
                     500, "There is no answer for this image; the server's log has the reason."
                 ) from None
         except asyncio.CancelledError:  # the client left, and hears nothing, or the time after a signal is over
-            raise HTTPException(503, "The server ends.", {"Retry-After": "1"}) from None
+            raise HTTPException(503, "The server is shutting down.", {"Retry-After": "1"}) from None
         finally:
             in_house -= 1
 

@@ -176,7 +176,7 @@ def parse_arguments(classes: Sequence[Any], arguments: list[str] | None = None) 
         arguments: words of the command line; those of the running script by default.
 
     Raises:
-        `ValueError`: when the recipe has something that is no argument, or a value of another type.
+        `ValueError`: when the recipe has something that is not an argument, or a value of another type.
     """
     parser = HfArgumentParser(
         classes,
@@ -198,13 +198,13 @@ def read_recipe(path: str, parser: HfArgumentParser) -> list[str]:
     with open(path, encoding="utf-8") as file:
         recipe = yaml.safe_load(file)
     if not isinstance(recipe, dict):
-        raise ValueError(f"{path} is no recipe; write lines of the form `argument: value`.")
+        raise ValueError(f"{path} is not a recipe; write lines of the form `argument: value`.")
     known = [each.name for group in parser.dataclass_types for each in fields(group) if each.init]
     words: list[str] = []
     for name, value in recipe.items():
         if name not in known:
             near = " or ".join(difflib.get_close_matches(str(name), known)) or "another one (see --help)"
-            raise ValueError(f"{path} sets {name!r}, which is no argument of this script; did you mean {near}?")
+            raise ValueError(f"{path} sets {name!r}, which is not an argument of this script; did you mean {near}?")
         try:
             words += recipe_words(name, value, parser)
         except ArgumentError as error:

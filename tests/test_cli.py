@@ -232,8 +232,8 @@ def test_card_adds_metadata_and_makes_records_for_old_folders(checkpoint, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["strip", "nowhere/at-all", "out"], "nowhere/at-all is no folder"),
-        (["card", "missing"], "missing is no folder"),
+        (["strip", "nowhere/at-all", "out"], "nowhere/at-all is neither a folder"),
+        (["card", "missing"], "missing is neither a folder"),
         (["benchmark", "--update_record"], "--model_name_or_path"),
         (["benchmark", "--task", "poetry"], "poetry"),
         (["convert", "nowhere/at-all", "out"], "nowhere/at-all"),
@@ -241,7 +241,7 @@ def test_card_adds_metadata_and_makes_records_for_old_folders(checkpoint, tmp_pa
         (["benchmark", "--config", "[1]"], "--config"),
         (["export", "nowhere/at-all", "model.onnx"], "nowhere/at-all"),
         (["benchmark", "--sweep", "batch_size"], "such as batch_size=1,8,64"),
-        (["benchmark", "--sweep", "poems=1"], "'poems' is no argument"),
+        (["benchmark", "--sweep", "poems=1"], "'poems' is not an argument"),
         (["benchmark", "--model_name_or_path", "x", "--sweep", "batch_size=1", "--update_record"], "--sweep"),
         (["benchmark", "--plot", "nowhere/speed.png"], "nowhere"),
         (["benchmark", "--batch_size", "0"], "batch_size"),
@@ -252,11 +252,11 @@ def test_card_adds_metadata_and_makes_records_for_old_folders(checkpoint, tmp_pa
         (["benchmark", "--config", '{"pruning_rate": "x"}'], "'pruning_rate' with value 'x'"),
         (["schedule", *TINY, "--config", '{"pruning_rate": NaN}'], "'pruning_rate' with value nan"),
         (["schedule", *TINY, "--image_size", "0"], "`image_size` 0"),
-        (["benchmark", "--output", "."], ". is to be written, but is no file"),
-        (["benchmark", "--plot", "."], ". is to be written, but is no file"),
-        (["schedule", *TINY, "--output", "."], ". is to be written, but is no file"),
-        (["visualize", "x", "y.png", "--output", "."], ". is to be written, but is no file"),
-        (["export", "x", "."], ". is to be written, but is no file"),
+        (["benchmark", "--output", "."], ". is to be written, but is not a file"),
+        (["benchmark", "--plot", "."], ". is to be written, but is not a file"),
+        (["schedule", *TINY, "--output", "."], ". is to be written, but is not a file"),
+        (["visualize", "x", "y.png", "--output", "."], ". is to be written, but is not a file"),
+        (["export", "x", "."], ". is to be written, but is not a file"),
     ],
 )
 def test_failures_say_why_and_exit_with_1(arguments, reason, tmp_path, monkeypatch, capsys):

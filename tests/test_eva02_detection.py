@@ -548,7 +548,7 @@ def test_other_checkpoints_are_refused(checkpoint, tmp_path):
 @pytest.mark.parametrize("content", [b"", b"no file of weights", b"PK\x03\x04 broken", bytes(1000)])
 def test_other_files_are_refused(content, tmp_path):
     (tmp_path / "other.pth").write_bytes(content)
-    with pytest.raises(ValueError, match=r"other\.pth' is no file of weights; give a"):
+    with pytest.raises(ValueError, match=r"other\.pth' is not a file of weights; give a"):
         convert_eva02_detector(tmp_path / "other.pth")
     with pytest.raises(FileNotFoundError):
         convert_eva02_detector(tmp_path / "missing.pth")

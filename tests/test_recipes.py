@@ -205,7 +205,7 @@ class TestReading:
         "text, message",
         [
             ("pruning_rat: 8", "own.yaml sets 'pruning_rat', which is no argument.* did you mean pruning_rate"),
-            ("min_scale: 0.5", "own.yaml sets 'min_scale', which is no argument of this script"),
+            ("min_scale: 0.5", "own.yaml sets 'min_scale', which is not an argument of this script"),
             ("pruning_rate: eight", "own.yaml sets 'pruning_rate' to 'eight': .*invalid int value"),
             ("pruning_rate: '8 or so'", "sets 'pruning_rate' to '8 or so': .*invalid int value"),
             ("pruning_rate: 8.5", "sets 'pruning_rate' to 8.5: .*invalid int value"),
@@ -219,8 +219,8 @@ class TestReading:
             ("save_strategy: no", "sets 'save_strategy' to False: it takes text: put it in quotes"),
             ("revision: 1.0", "sets 'revision' to 1.0: it takes text: put it in quotes"),
             ("revision:", "sets 'revision' to None: it takes text: put it in quotes, or leave it out"),
-            ("- pruning_rate", "own.yaml is no recipe; write lines of the form"),
-            ("", "own.yaml is no recipe; write lines of the form"),
+            ("- pruning_rate", "own.yaml is not a recipe; write lines of the form"),
+            ("", "own.yaml is not a recipe; write lines of the form"),
         ],
     )
     def test_mistakes_are_errors_that_name_them(self, example, write, text, message):

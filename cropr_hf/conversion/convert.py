@@ -106,21 +106,21 @@ def convert_vit(cls: type[CroprViTPreTrainedModel], source: str | os.PathLike | 
     check_names(config_class, kwargs)
     model_in_memory = _load(source, loading)
     if isinstance(model_in_memory, PreTrainedModel):
-        recipe = hf.describe_transformers(model_in_memory)
+        description = hf.describe_transformers(model_in_memory)
     else:
-        recipe = timm.describe_timm(model_in_memory)
-    check_fixed_fields(recipe, kwargs)
-    config = build_config(cls, config_class, recipe, kwargs)
+        description = timm.describe_timm(model_in_memory)
+    check_fixed_fields(description, kwargs)
+    config = build_config(cls, config_class, description, kwargs)
     config.name_or_path = (
         getattr(model_in_memory, "name_or_path", "") if isinstance(source, nn.Module) else str(source)
     )
 
-    weights = convert_weights(model_in_memory.state_dict(), recipe, config)
+    weights = convert_weights(model_in_memory.state_dict(), description, config)
     first = next(model_in_memory.parameters())
     config.dtype = config.dtype or first.dtype
     # Building under the dtype, instead of casting, keeps rotary frequencies in float32.
     model = cls._from_config(config)
-    _fill(model, weights, _keeps_classifier(cls, recipe, config))
+    _fill(model, weights, _keeps_classifier(cls, description, config))
     return model.to(first.device).eval()
 
 
@@ -130,7 +130,7 @@ def check_names(
     function: str = "from_vit",
     arguments: Sequence[str] = LOADING_ARGUMENTS,
 ) -> None:
-    """Raises `ValueError` for an override that is no field; a message also lists further `arguments` of `function`."""
+    """Raises `ValueError` for an override that is not a field; it also lists further `arguments` of `function`."""
     fields = [field.name for field in dataclasses.fields(config_class) if not field.name.startswith("_")]
     known = [*fields, *config_class.attribute_map, *FURTHER_ARGUMENTS]
     for name in overrides:
@@ -156,9 +156,9 @@ def _load(source: Any, loading: dict[str, Any]) -> nn.Module:
     return hf.load_transformers(name, **loading)
 
 
-def check_fixed_fields(recipe: SourceDescription, overrides: dict[str, Any]) -> None:
+def check_fixed_fields(description: SourceDescription, overrides: dict[str, Any]) -> None:
     """Raises `ValueError` for an override of a field that the weights decide."""
-    defaults = CroprViTConfig(**recipe.fields, token_reducer=None)
+    defaults = CroprViTConfig(**description.fields, token_reducer=None)
     for name in (*FIXED_FIELDS, *DROPPABLE_FIELDS):
         native = getattr(defaults, name)
         if overrides.get(name, native) != native and (name in FIXED_FIELDS or overrides[name]):
@@ -170,11 +170,11 @@ def check_fixed_fields(recipe: SourceDescription, overrides: dict[str, Any]) -> 
 def build_config(
     cls: type[CroprViTPreTrainedModel],
     config_class: type[CroprViTConfig],
-    recipe: SourceDescription,
+    description: SourceDescription,
     overrides: dict[str, Any],
 ) -> CroprViTConfig:
     """The configuration of a source, with what the target class and the user say."""
-    fields = {**recipe.fields, **cls.conversion_fields, **_labels(cls, recipe, overrides), **overrides}
+    fields = {**description.fields, **cls.conversion_fields, **_labels(cls, description, overrides), **overrides}
     if "out_indices" in overrides and "out_features" not in overrides:
         fields.pop("out_features", None)
     config = config_class(**fields)
@@ -183,23 +183,23 @@ def build_config(
     return config
 
 
-def _labels(cls: type, recipe: SourceDescription, overrides: dict[str, Any]) -> dict[str, Any]:
+def _labels(cls: type, description: SourceDescription, overrides: dict[str, Any]) -> dict[str, Any]:
     """Fields for the labels of the source, where they stay: the names, unless they are overridden, and the number."""
-    if not recipe.labels or not issubclass(cls, CroprViTForImageClassification):
+    if not description.labels or not issubclass(cls, CroprViTForImageClassification):
         return {}
     named = overrides.get("id2label")
-    number = overrides.get("num_labels", len(named) if named else recipe.labels["num_labels"])
-    if named or number != recipe.labels["num_labels"]:
+    number = overrides.get("num_labels", len(named) if named else description.labels["num_labels"])
+    if named or number != description.labels["num_labels"]:
         return {}
-    return recipe.labels
+    return description.labels
 
 
-def _keeps_classifier(cls: type, recipe: SourceDescription, config: CroprViTConfig) -> bool:
+def _keeps_classifier(cls: type, description: SourceDescription, config: CroprViTConfig) -> bool:
     """Whether the classifier of the source fits: as many labels, and the same pooled vector."""
     return (
         issubclass(cls, CroprViTForImageClassification)
-        and config.num_labels == recipe.labels.get("num_labels")
-        and all(getattr(config, name) == recipe.fields[name] for name in ("pooling", "norm_before_pooling"))
+        and config.num_labels == description.labels.get("num_labels")
+        and all(getattr(config, name) == description.fields[name] for name in ("pooling", "norm_before_pooling"))
     )
 
 

@@ -161,8 +161,8 @@ def convert_eva02_detector(
     averaged = bool(checkpoint.get("ema_state")) if use_ema is None else use_ema
     if averaged and not checkpoint.get("ema_state"):
         raise ValueError("`use_ema` is True, but the checkpoint has no averaged weights (`ema_state`); leave it out.")
-    recipe, trained_with = describe_eva02_detector(checkpoint["model"])
-    check_fixed_fields(recipe, kwargs)
+    description, trained_with = describe_eva02_detector(checkpoint["model"])
+    check_fixed_fields(description, kwargs)
     has_masks = any(name.startswith(MASK_HEAD) for name in checkpoint["model"])
     if cls is None:
         cls = CroprViTForInstanceSegmentation if has_masks else CroprViTForObjectDetection
@@ -171,7 +171,7 @@ def convert_eva02_detector(
         fields["token_reducer"] = None
     if "id2label" in kwargs and "num_labels" not in kwargs:
         del fields["num_labels"]  # the names say how many
-    config = build_config(cls, CroprViTConfig, recipe, fields)
+    config = build_config(cls, CroprViTConfig, description, fields)
     config.name_or_path = "" if isinstance(source, Mapping) else os.fspath(source)
 
     weights = dict(checkpoint["ema_state" if averaged else "model"])
@@ -179,7 +179,7 @@ def convert_eva02_detector(
         weights[POSITION_TABLE] = weights[POSITION_TABLE][:, 1:]  # there is no CLS token
     weights = {
         f"cropr_vit.{name}" if name.startswith(("embeddings.", "layers.")) else name: tensor
-        for name, tensor in convert_weights(weights, recipe, config).items()
+        for name, tensor in convert_weights(weights, description, config).items()
     }
     config.dtype = config.dtype or next(iter(weights.values())).dtype
     # Building under the dtype, instead of casting, keeps rotary frequencies in float32.
@@ -210,7 +210,7 @@ def read_checkpoint(source: str | os.PathLike | Mapping[str, Any]) -> Mapping[st
         try:
             checkpoint = torch.load(source, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-            raise ValueError(f"{os.fspath(source)!r} is no file of weights; {remedy}") from error
+            raise ValueError(f"{os.fspath(source)!r} is not a file of weights; {remedy}") from error
     if not isinstance(checkpoint, Mapping):
         raise ValueError(f"The checkpoint is a {type(checkpoint).__name__}; {remedy}")
     states = {name: checkpoint.get(name) for name in ("model", "ema_state") if name == "model" or name in checkpoint}
@@ -225,7 +225,7 @@ def describe_eva02_detector(weights: Mapping[str, torch.Tensor]) -> tuple[Source
     """Reads the configuration off the weights, which are those under `model`: only these have a table per block.
 
     Returns:
-        The recipe, whose `image_size` belongs to the position table of the pre-training; and `image_size` and
+        The description, whose `image_size` belongs to the position table of the pre-training; and `image_size` and
         `num_labels` of the detector.
 
     Raises:
@@ -267,8 +267,8 @@ def describe_eva02_detector(weights: Mapping[str, torch.Tensor]) -> tuple[Source
         "box_head_size": _shape(weights, "roi_heads.box_head.0.fc1.weight", 2)[0],
     }
     _check_rotation(weights, CroprViTConfig(**fields, token_reducer=None), {"rope_glb": grid, "rope_win": window})
-    recipe = SourceDescription(fields, RULES, dropped=DROPPED, interleaved_rotary=True)
-    return recipe, {"image_size": grid * patch_size, "num_labels": num_labels}
+    description = SourceDescription(fields, RULES, dropped=DROPPED, interleaved_rotary=True)
+    return description, {"image_size": grid * patch_size, "num_labels": num_labels}
 
 
 def _shape(weights: Mapping[str, torch.Tensor], name: str, dimensions: int) -> torch.Size:
@@ -283,7 +283,7 @@ def _side(number: int, name: str) -> int:
     """Side of a square of patches."""
     side = math.isqrt(max(number, 0))
     if side == 0 or side**2 != number:
-        raise ValueError(f"{name} is for {number} patches, which are no square; that of EVA-02's detectors is.")
+        raise ValueError(f"{name} is for {number} patches, which do not form a square; that of EVA-02's detectors is.")
     return side
 
 

@@ -125,7 +125,7 @@ PLAIN_MLP_RULES: tuple[Rule, ...] = (
 
 
 def describe_transformers(source: PreTrainedModel) -> SourceDescription:
-    """The recipe for a model in memory.
+    """The description for a model in memory.
 
     Raises:
         `ValueError`: when its family or patch shape is not supported.
@@ -210,14 +210,16 @@ def load_transformers(source: str | os.PathLike, **loading: Any) -> PreTrainedMo
     try:
         config = AutoConfig.from_pretrained(source, **loading)
     except OSError as error:
-        raise OSError(f"{source} is no folder of a model, nor a repository in reach: {error}") from error
+        raise OSError(
+            f"{source} is neither a folder of a model nor a repository that can be reached: {error}"
+        ) from error
     family = find_family(config)
     names = config.architectures or [""]
     model_class = getattr(transformers, names[0], AutoModel)
     loaded: Any = model_class.from_pretrained(source, config=config, output_loading_info=True, **loading)
     model, info = loaded
-    recipe = SourceDescription({}, (), dropped=family.dropped, prefix=family.prefix)
-    missing = sorted(name for name in info["missing_keys"] if not recipe.drops(name))
+    description = SourceDescription({}, (), dropped=family.dropped, prefix=family.prefix)
+    missing = sorted(name for name in info["missing_keys"] if not description.drops(name))
     if missing:
         raise ValueError(
             f"The checkpoint {source} lacks {len(missing)} weights of {type(model).__name__}, such as "

@@ -72,26 +72,28 @@ class SourceDescription:
         return ()
 
 
-def convert_weights(source: Mapping[str, torch.Tensor], recipe: SourceDescription, config: CroprViTConfig) -> Weights:
+def convert_weights(
+    source: Mapping[str, torch.Tensor], description: SourceDescription, config: CroprViTConfig
+) -> Weights:
     """Weights of `CroprViTModel` (without a prefix), and of the classifier, from those of the source.
 
     Args:
         source: the whole state dict of the source.
-        recipe: describes the source; `recipe.fields["image_size"]` is the image size of its position table.
+        description: describes the source; `description.fields["image_size"]` is the image size of its position table.
         config: describes the target; patch kernels are resampled to its `patch_size`, and the position table to its
             grid of patches; prefix tokens and a final norm that it does not have are left out.
 
     Raises:
         `ValueError`: when a source weight is neither used nor on the list of dropped ones.
     """
-    weights = rename_weights(source, recipe)
-    if recipe.interleaved_rotary:
+    weights = rename_weights(source, description)
+    if description.interleaved_rotary:
         weights |= {
             name: half_rotary_layout(tensor, config.num_attention_heads)
             for name, tensor in weights.items()
             if ROTATED.fullmatch(name) and len(tensor) == config.hidden_size  # the audit reports another size
         }
-    native = CroprViTConfig(**recipe.fields, token_reducer=None)
+    native = CroprViTConfig(**description.fields, token_reducer=None)
     fold_prefix_positions(weights, native.num_patches)
     table = weights.get(POSITIONS)
     if table is not None and table.shape[1] == native.num_patches and native.grid_size != config.grid_size:
@@ -132,15 +134,15 @@ def resample_patch_kernel(kernel: torch.Tensor, patch_size: int) -> torch.Tensor
     return resampled.unflatten(2, (patch_size, patch_size)).to(kernel)
 
 
-def rename_weights(source: Mapping[str, torch.Tensor], recipe: SourceDescription) -> Weights:
+def rename_weights(source: Mapping[str, torch.Tensor], description: SourceDescription) -> Weights:
     """Applies the table; see `convert_weights`."""
     weights: Weights = {}
     unused = []
     for name, tensor in source.items():
         # DINOv3 without registers stores a tensor of no registers.
-        if recipe.drops(name) or tensor.numel() == 0:
+        if description.drops(name) or tensor.numel() == 0:
             continue
-        targets = recipe.targets(name)
+        targets = description.targets(name)
         if not targets or any(target in weights for target in targets):
             unused.append(name)
             continue

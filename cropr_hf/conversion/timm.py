@@ -68,7 +68,7 @@ ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_pytorch_tanh", "QuickGELU": "qu
 
 
 def describe_timm(source: nn.Module) -> SourceDescription:
-    """The recipe for a model in memory. Rates of dropout and stochastic depth are not taken over.
+    """The description for a model in memory. Rates of dropout and stochastic depth are not taken over.
 
     Raises:
         `ValueError`: when its class is not supported, or naming the parts of it that are not.
@@ -83,8 +83,8 @@ def describe_timm(source: nn.Module) -> SourceDescription:
     unsupported = find_unsupported_parts(model)
     if unsupported:
         raise ValueError(
-            f"The timm model has {', '.join(unsupported)}, which a Cropr ViT has not; choose a plain `vit_*`, `deit*` "
-            "or `eva02_*` model."
+            f"The timm model has {', '.join(unsupported)}, which a Cropr ViT does not support; choose a plain `vit_*`, "
+            "`deit*` or `eva02_*` model."
         )
     distilled = class_name == DISTILLED
     block = model.blocks[0]
@@ -117,7 +117,7 @@ def describe_timm(source: nn.Module) -> SourceDescription:
 
 
 def find_unsupported_parts(model: Any) -> list[str]:
-    """In words, what a model of one of `CLASSES` has and `CroprViTModel` has not."""
+    """In words, what a model of one of `CLASSES` has and `CroprViTModel` does not support."""
     kinds = {type(block).__name__ for block in model.blocks} - {"Block", "EvaBlock"}
     if kinds:
         return [f"blocks of the class {', '.join(sorted(kinds))}"]
@@ -143,7 +143,7 @@ def find_unsupported_parts(model: Any) -> list[str]:
             type(mlp).__name__ not in MLP_RULES or getattr(mlp, "gate_last", False) for mlp in mlps
         ),
         "another activation": any(_activation(mlp) is None for mlp in mlps),
-        "norms that are no LayerNorm, or differ in `eps`": len({norm.eps for norm in norms}) != 1
+        "norms that are not a LayerNorm, or differ in `eps`": len({norm.eps for norm in norms}) != 1
         or not all(isinstance(block.norm1, nn.LayerNorm) for block in model.blocks),
         "no final norm, or two (`norm` and `fc_norm`)": _is_absent(model.norm) == _is_absent(model.fc_norm),
         "attention pooling": getattr(model, "attn_pool", None) is not None,
@@ -272,7 +272,7 @@ def load_timm(name: str, **loading: Any) -> nn.Module:
     if ":" not in name and not timm.is_model(name):
         near = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=3))
         raise ValueError(
-            f"{name!r} is no folder, no model of timm{near and f' (near matches: {near})'}, and not the name of a "
-            "repository on the Hub, which looks like 'owner/name'."
+            f"{name!r} is not a folder, not a model of timm{near and f' (near matches: {near})'}, and not the name of "
+            "a repository on the Hub, which looks like 'owner/name'."
         )
     return timm.create_model(name, pretrained=True, cache_dir=loading.get("cache_dir"))

@@ -61,7 +61,7 @@ def export_model(
         mean, since a token whose score ties with that of another up to rounding may be pruned in its place.
 
     Raises:
-        `ValueError`: another suffix, a file that cannot be written, an image size that is no multiple of the patch
+        `ValueError`: another suffix, a file that cannot be written, an image size that is not a multiple of the patch
             size, a batch size below 1, a tolerance below 0, a model with auxiliary heads, or one that draws random
             numbers.
         `ImportError`: when a library for ONNX is missing.

@@ -105,7 +105,7 @@ def read_record(folder: str | os.PathLike) -> dict[str, Any]:
     """The record in a folder.
 
     Raises:
-        `ValueError`: when there is none, or it is no JSON object with a section `model`.
+        `ValueError`: when there is none, or it is not a JSON object with a section `model`.
     """
     file = Path(folder) / RECORD_NAME
     if not file.is_file():

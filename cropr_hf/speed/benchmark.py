@@ -255,7 +255,7 @@ def run(args: BenchmarkArguments) -> dict[str, Any]:
         "multiply_adds": costs,
         "multiply_add_bound": bound,
         "linear_bound": costs[UNPRUNED]["linear"] / costs[own]["linear"],
-        # A training step has auxiliary heads and a backward pass, which the count has not.
+        # A training step has auxiliary heads and a backward pass, which the count leaves out.
         "share_of_bound": None if args.training else timings[own].speedup / bound,
         "share_of_random": None if own == RANDOM else speed_ratio(timings[own], timings[RANDOM]),
         "rounds": len(timings[UNPRUNED].seconds),
@@ -310,7 +310,7 @@ def sweep(
         on_record: called with all records so far after each run, for instance to save them.
 
     Raises:
-        `ValueError`: for a name that is no argument, and as `run`.
+        `ValueError`: for a name that is not an argument, and as `run`.
     """
     names = {item.name for item in fields(BenchmarkArguments)}
     for name, values in settings.items():

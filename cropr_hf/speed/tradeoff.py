@@ -50,7 +50,7 @@ def evaluate_schedules(
 
     Raises:
         `ValueError`: without schedules, for two that keep the same patches, for one that is impossible for the model
-            or the size of `pixel_values`, and for a metric that is no finite number.
+            or the size of `pixel_values`, and for a metric that is not a finite number.
     """
     check_rounds(min_rounds, max_rounds, tolerance)
     with left_as_found(model):

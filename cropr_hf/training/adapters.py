@@ -69,7 +69,7 @@ def lora_model(
         raise ImportError('LoRA needs peft: pip install "cropr_hf[lora]"') from error
     if not isinstance(model, CroprViTPreTrainedModel):
         raise ValueError(
-            f"{type(model).__name__} is no `CroprViT*` model; use `peft.get_peft_model` with your own list."
+            f"{type(model).__name__} is not a `CroprViT*` model; use `peft.get_peft_model` with your own list."
         )
     if rank < 1:
         raise ValueError(f"`rank` is {rank}; it must be 1 or more, such as 8.")

@@ -46,7 +46,7 @@ class MeanIou(evaluate.Metric):
         """Adds label maps and their references.
 
         Raises:
-            `ValueError`: when they differ in number or shape, are no maps of whole numbers, or are none at all.
+            `ValueError`: when they differ in number or shape, are not maps of whole numbers, or are none at all.
         """
         if predictions is None or references is None or len(predictions) != len(references) or not len(predictions):
             counts = [0 if maps is None else len(maps) for maps in (predictions, references)]
