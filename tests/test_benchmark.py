@@ -309,7 +309,7 @@ def test_pictures_of_nothing_are_errors(swept):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"speed": [1]}, "'speed' is no argument of the benchmark; choose among attn_implementation, batch_size"),
+        ({"speed": [1]}, "'speed' is not an argument of the benchmark; choose among attn_implementation, batch_size"),
         ({"batch_size": []}, "'batch_size' has no values"),
         ({"batch_size": [1, 0]}, "`batch_size` is 0"),
         ({"min_rounds": [3, 2]}, "`min_rounds` 2 and `max_rounds` 3 must be 3 or more"),
@@ -383,14 +383,14 @@ def test_what_a_checkpoint_cannot_take_is_an_error(tmp_path):
 
 
 def test_an_unknown_task_is_an_error():
-    with pytest.raises(ValueError, match="'depth'; choose one of encoder, image_classification, semantic"):
+    with pytest.raises(ValueError, match="'depth'; choose one of encoder, backbone, image_classification, semantic"):
         run(arguments(task="depth"))
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"task": "segmentation"}, "choose one of encoder, image_classification, semantic_segmentation"),
+        ({"task": "segmentation"}, "choose one of encoder, backbone, image_classification, semantic_segmentation"),
         ({"task": "encoder", "size": "tiny", "training": True}, "'encoder' has no loss; choose another task"),
         ({"dtype": "float8_e4m3fn"}, "'float8_e4m3fn'; choose one of float32, bfloat16, float16"),
         ({"tolerance": float("nan")}, "`tolerance` is nan; it must be 0 or more"),

@@ -11,6 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from cropr_hf import CroprViTBackbone, CroprViTForImageClassification, CroprViTModel
 from cropr_hf.modeling_cropr_vit import CroprViTModelOutput
 from cropr_hf.token_reduction import resample_grid
+from cropr_hf.token_schedule import entering_patches
 from cropr_hf.vit_layers import CroprViTDropPath
 from tests.common import (
     CONFIGS,
@@ -36,6 +37,7 @@ from tests.common import (
 
 PRUNED = [name for name in CONFIGS if name != "unpruned"]
 DETERMINISTIC = [name for name in CONFIGS if name != "random"]
+MERGING = ["tome"]  # after which a token is no longer one patch; see `test_tome.py`
 
 
 def build(task, name, **overrides):
@@ -169,14 +171,14 @@ def test_hidden_states_and_attentions_follow_the_schedule(task, name):
     outputs = model(make_images(), output_hidden_states=True, output_attentions=True)
     config = model.config
     prefix, kept = config.num_prefix_tokens, config.kept_patches()
-    # Entry l holds what leaves block l, before the module after it prunes.
-    patches = [NUM_PATCHES, NUM_PATCHES, *kept[:-1]]
-    if config.last_layer_fusion:
-        patches[-1] = NUM_PATCHES
+    entering = entering_patches(kept, NUM_PATCHES, config.last_layer_fusion)
+    # What leaves a block, before the module after it prunes, or after what merged tokens within it.
+    leaving = [*kept[:-1], entering[-1] if config.last_layer_fusion else kept[-1]] if name in MERGING else entering
+    patches = [NUM_PATCHES, *leaving]
     assert [states.shape for states in outputs.hidden_states] == [(2, prefix + count, 32) for count in patches]
-    grids = [config.window_grid(block, count, config.grid_size) for block, count in enumerate(patches[1:], start=1)]
+    grids = [config.window_grid(block, count, config.grid_size) for block, count in enumerate(entering, start=1)]
     expected = []
-    for count, grid in zip(patches[1:], grids):
+    for count, grid in zip(entering, grids):
         length = prefix + count if grid is None else config.window_size**2
         expected.append((2 * (prefix + count) // length, 4, length, length))
     assert [weights.shape for weights in outputs.attentions] == expected
@@ -295,7 +297,7 @@ def test_pruning_map_of_the_unpruned_model_is_full():
     assert outputs.pruned_after_block.tolist() == [[NUM_BLOCKS] * NUM_PATCHES] * 2
 
 
-@pytest.mark.parametrize("name", [name for name in PRUNED if name != "random"])
+@pytest.mark.parametrize("name", [name for name in PRUNED if name not in ("random", *MERGING)])
 @torch.no_grad()
 def test_the_model_equals_a_naive_loop_over_tokens(name):
     """In float64, so that the order of sums decides between no two tokens."""
@@ -338,7 +340,7 @@ def test_every_token_returns_to_its_place_through_identity_blocks(seed):
     assert torch.equal(outputs.last_hidden_state, embedded)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in MERGING])
 @torch.no_grad()
 def test_feature_maps_equal_the_embeddings_through_identity_blocks(name):
     config = tiny_config(name, out_indices=list(range(NUM_BLOCKS + 1)), apply_layernorm=False)
@@ -353,7 +355,7 @@ def test_feature_maps_equal_the_embeddings_through_identity_blocks(name):
         assert torch.equal(feature_map, expected)
 
 
-@pytest.mark.parametrize("name", PRUNED)
+@pytest.mark.parametrize("name", [name for name in PRUNED if name not in MERGING])
 @torch.no_grad()
 def test_feature_maps_show_a_pruned_patch_as_it_was_when_pruned(name):
     config = tiny_config(name, out_indices=list(range(NUM_BLOCKS + 1)), apply_layernorm=False)

@@ -374,7 +374,7 @@ def test_adding_heads_twice_keeps_the_trained_ones():
 @pytest.mark.parametrize("name", ["random", "unpruned"])
 def test_adding_heads_without_a_reducer_that_has_them_is_refused(name):
     model = make_model(CroprViTForImageClassification, tiny_config(name))
-    with pytest.raises(ValueError, match=r"has no auxiliary heads to add; `token_reducer='cropr'` has"):
+    with pytest.raises(ValueError, match=r"has no auxiliary heads to add; 'cropr' has"):
         model.add_auxiliary_heads()
     assert model.config.use_auxiliary_heads is False
 

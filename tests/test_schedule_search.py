@@ -21,12 +21,12 @@ from cropr_hf import (
     CroprViTModel,
     cli,
     find_schedule,
-    schedules,
 )
 from cropr_hf.publishing.model_card import add_to_record, read_record
-from cropr_hf.speed import benchmark, schedule_search
+from cropr_hf.speed import schedule_search, tradeoff
 from cropr_hf.speed.cost import multiply_adds
-from cropr_hf.token_reduction import TokenReducer
+from cropr_hf.speed.timing import Timing
+from cropr_hf.token_reduction import TokenState
 from cropr_hf.vit_layers import CroprViTEmbeddings, CroprViTLayer
 
 
@@ -48,20 +48,27 @@ def clock(monkeypatch):
             now[0] += seconds["block"](output.shape[1])
         elif isinstance(module, CroprViTEmbeddings):
             now[0] += seconds["embeddings"](output[0].shape[1])
-        elif isinstance(module, TokenReducer) and output[0].num_patches < args[0].num_patches:
-            now[0] += seconds["module"](output[0].num_patches)
+
+    prune = TokenState.prune
+
+    def tick_and_prune(state, *args, **kwargs):
+        pruned = prune(state, *args, **kwargs)
+        now[0] += seconds["module"](pruned.num_patches)
+        return pruned
+
+    monkeypatch.setattr(TokenState, "prune", tick_and_prune)
 
     def compare(candidates, reference, *args, **kwargs):
         timings = {}
         for name, call in candidates.items():
             start = now[0]
             call()
-            timings[name] = benchmark.Timing([now[0] - start] * 3)
+            timings[name] = Timing([now[0] - start] * 3)
         for timing in timings.values():
             timing.speedup = timings[reference].median / timing.median
         return timings
 
-    for module in (schedule_search, schedules):
+    for module in (schedule_search, tradeoff):
         monkeypatch.setattr(module, "compare", compare)
     hook = register_module_forward_hook(tick)
     yield seconds
@@ -237,20 +244,24 @@ class TestFindSchedule:
             fields = {"use_cls_token": False, "pooling": "mean", "rope_theta": 100.0, "window_size": 2}
             fields["window_block_indices"] = [0, 3, 7]
         model = deep_model(**fields)
-        kinds = ["windowed" if index in (0, 3, 7) and name == "windows" else "global" for index in range(8)]
+        base, calls = model.cropr_vit, {}
+        for block, layer in enumerate(base.layers, start=1):
+
+            def note(layer, args, kwargs, block=block):
+                cos = None if args[1] is None else args[1][0].shape[1:]
+                calls[block] = (args[0].shape, cos, args[2])
+
+            layer.register_forward_pre_hook(note, with_kwargs=True)
         with torch.no_grad():
+            state, window_table = base.embed(PIXELS)
             for count in (4, 100, 256):
-                kept = [count] * 8
-                model.set_pruning(kept)
-                states = model(PIXELS, output_hidden_states=True).hidden_states
-                inputs = schedule_search._block_inputs(model, PIXELS, count, 256, kinds)
-                assert {*inputs} == {*kinds}
-                for kind, (args, kwargs) in inputs.items():
-                    # The first block that has `count` tokens, which is the second one if some are pruned.
-                    index = kinds.index(kind, 0 if count == 256 else 1)
-                    output = model.cropr_vit.layers[index](*args, **kwargs)
-                    if index + 1 not in model.config.pruning_blocks or index > 0:
-                        assert_close_relative(output, states[index + 1])
+                model.set_pruning([count] * 8)
+                model(PIXELS)
+                in_the_model = {block: calls[block] for block in range(2, 8)}
+                calls.clear()
+                pruned = schedule_search._pruned_to(state, count)
+                schedule_search._run_blocks(base, list(in_the_model), pruned, window_table)
+                assert calls == in_the_model
 
     def test_the_default_batch_and_images_of_another_size(self, clock):
         model = deep_model(CroprViTForSemanticSegmentation, num_queries=None)

@@ -14,11 +14,12 @@ from cropr_hf import (
     CroprViTForSemanticSegmentation,
     curriculum_schedule,
     evaluate_schedules,
-    schedules,
 )
-from cropr_hf.speed import benchmark
+from cropr_hf.speed import tradeoff
+from cropr_hf.speed.benchmark import UNPRUNED
 from cropr_hf.speed.cost import multiply_adds
 from cropr_hf.speed.plots import plot_tradeoff
+from cropr_hf.speed.timing import Timing
 
 
 ROUNDS = {"min_rounds": 3, "max_rounds": 3}
@@ -85,10 +86,10 @@ class TestEvaluateSchedules:
             tokens.clear()
             for call in candidates.values():
                 call()
-            assert reference == benchmark.UNPRUNED == next(iter(candidates))
-            return {name: benchmark.Timing([1.0, 1.0], 2.0, 0.5) for name in candidates}
+            assert reference == UNPRUNED == next(iter(candidates))
+            return {name: Timing([1.0, 1.0], 2.0, 0.5) for name in candidates}
 
-        monkeypatch.setattr(schedules, "compare", compare)
+        monkeypatch.setattr(tradeoff, "compare", compare)
         (point,) = evaluate_schedules(model, [None], last_kept)["points"]
         assert tokens == [65, 65]  # with last layer fusion, of the model unpruned and pruned
         tokens.clear()

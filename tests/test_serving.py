@@ -129,9 +129,13 @@ GOOD = {
 }
 BAD = {
     "empty": (b"", 400, "empty"),
-    "text": (b"What is in the picture?", 415, "no image"),
-    "form": (b'--x\r\nContent-Disposition: form-data; name="file"\r\n\r\n' + PNG + b"\r\n--x--\r\n", 415, "no image"),
-    "program": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", 415, "no image"),
+    "text": (b"What is in the picture?", 415, "not an image"),
+    "form": (
+        b'--x\r\nContent-Disposition: form-data; name="file"\r\n\r\n' + PNG + b"\r\n--x--\r\n",
+        415,
+        "not an image",
+    ),
+    "program": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", 415, "not an image"),
     "floats": (encode(Image.fromarray(np.ones((8, 8), np.float32)), "TIFF"), 415, "integer"),
     "truncated_png": (PNG[:-40], 400, "broken"),
     "truncated_jpeg": (encode(picture(0, (400, 300)), "JPEG")[:2000], 400, "broken"),
@@ -613,7 +617,7 @@ class TestTrouble:
                 told = pool.submit(wait, answers, 20)
                 told.add_done_callback(lambda _: release.set())  # that batch is still running when they are told
             for answer in answers:
-                check_refusal(answer.result(), 503, "ends")
+                check_refusal(answer.result(), 503, "is shutting down")
             assert not told.result().not_done
 
     def test_health_fails_when_no_batches_are_served(self, build):

@@ -6,7 +6,6 @@ import re
 
 import pytest
 import torch
-from common import assert_close_relative
 from torch._dynamo.testing import CompileCounter
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -19,6 +18,7 @@ from cropr_hf.training import (
     layer_decay_optimizer,
 )
 from cropr_hf.training.optimizer import layer_of
+from tests.common import assert_close_relative
 
 
 def tiny_model(model_class: type = CroprViTForImageClassification, **kwargs):

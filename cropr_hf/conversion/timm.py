@@ -83,8 +83,8 @@ def describe_timm(source: nn.Module) -> SourceDescription:
     unsupported = find_unsupported_parts(model)
     if unsupported:
         raise ValueError(
-            f"The timm model has {', '.join(unsupported)}, which a Cropr ViT does not support; choose a plain `vit_*`, "
-            "`deit*` or `eva02_*` model."
+            f"The timm model has {', '.join(unsupported)}, which a Cropr ViT does not support; choose a plain "
+            "`vit_*`, `deit*` or `eva02_*` model."
         )
     distilled = class_name == DISTILLED
     block = model.blocks[0]
