@@ -39,6 +39,8 @@ from starlette.requests import ClientDisconnect
 from transformers import AutoConfig, AutoImageProcessor, BatchFeature, HfArgumentParser
 from transformers.hf_argparser import HfArg
 
+import cropr_hf  # noqa: F401 (with it come the Auto classes of its models)
+
 
 logger = logging.getLogger("uvicorn.error")
 

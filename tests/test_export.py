@@ -218,7 +218,7 @@ def with_heads() -> Any:
         (MODELS["classification"], "model.pt2", {"image_size": "32"}, "'32'; give a multiple"),
         (MODELS["classification"], "model.pt2", {"tolerance": float("nan")}, "`tolerance` is nan; give 0 or more"),
         (MODELS["classification"], "model.pt2", {"tolerance": -1e-3}, "`tolerance` is -0.001"),
-        (MODELS["classification"], "../", {}, "is no file; give another name"),
+        (MODELS["classification"], "../", {}, "is not a file; give another name"),
         (with_heads, "model.pt2", {}, r"`remove_auxiliary_heads\(\)`"),
         (lambda: TASKS["classification"].build("random"), "model.pt2", {}, "'random' draws random numbers"),
         (MODELS["classification"], "model.pt2", {"batch_size": 0}, "`batch_size` is 0; give 1 or more, or None"),

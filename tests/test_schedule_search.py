@@ -557,7 +557,7 @@ class TestCommand:
             (["folder", "--save", "folder"], "the model itself"),
             (["folder", "--save", "out", "--image_size", 64], "leave --image_size or --save out"),
             (["folder", "--calibration", "folder", "--target_speedup", 1.5], "no image processor"),
-            (["folder", "--calibration", "photos", "--target_speedup", 1.5], "photos, which is no folder"),
+            (["folder", "--calibration", "photos", "--target_speedup", 1.5], "photos, which is not a folder"),
             (["folder", "--output", "nowhere/record.json"], "no folder nowhere"),
             (["folder"], "exactly one"),
             (["folder", "--target_speedup", 2.0, "--batch_size", 0], "--batch_size is 0; give 1 or more"),
