@@ -287,9 +287,13 @@ def test_help_has_an_example_that_parses(command, capsys):
 
 
 def test_it_is_installed_as_a_command():
+    (entry,) = [entry for entry in entry_points(group="console_scripts") if entry.name == "cropr-hf"]
+    assert entry.load() is main
+
+
+@pytest.mark.full
+def test_it_runs_as_a_module():
     result = subprocess.run(
         [sys.executable, "-m", "cropr_hf.cli", "--version"], capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == __version__
-    (entry,) = [entry for entry in entry_points(group="console_scripts") if entry.name == "cropr-hf"]
-    assert entry.load() is main

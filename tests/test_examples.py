@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -146,9 +147,8 @@ class TestTrainImageClassification:
         with pytest.raises(ValueError, match=r"digits\.yaml is not the first word"):
             script.main([*digits_command(tiny_vit, tmp_path), "digits.yaml"])
 
-    @pytest.mark.parametrize(
-        "task", ["image_classification", pytest.param("semantic_segmentation", marks=pytest.mark.full)]
-    )
+    @pytest.mark.full
+    @pytest.mark.parametrize("task", ["image_classification", "semantic_segmentation"])
     def test_two_processes_by_accelerate(self, task, tiny_vit, tmp_path):
         """`accelerate launch` with two CPU processes (gloo)."""
         launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
@@ -165,25 +165,60 @@ class TestTrainImageClassification:
         assert cropr_hf.CroprViTConfig.from_pretrained(tmp_path).use_auxiliary_heads is False
 
 
-def test_evaluation_in_a_fresh_process_with_picture(example, tiny_vit, tmp_path):
+@pytest.mark.parametrize("fresh_process", [False, pytest.param(True, marks=pytest.mark.full)])
+def test_evaluation_in_a_fresh_process_with_picture(fresh_process, example, tiny_vit, tmp_path):
+    """The quick suite does without the process."""
     model = cropr_hf.CroprViTForImageClassification.from_vit(tiny_vit, pruning_rate=10, num_labels=10)
     model.save_pretrained(tmp_path)
     ViTImageProcessor.from_pretrained(tiny_vit).save_pretrained(tmp_path)
     command = [sys.executable, str(EXAMPLES / "evaluate_image_classification.py"), "--max_eval_samples", "20"]
     command += ["--model_name_or_path", str(tmp_path), "--picture", str(tmp_path / "pruning.png")]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert 0 <= json.loads(result.stdout.splitlines()[-1])["accuracy"] <= 1
+    if fresh_process:
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr[-3000:]
+        metrics = json.loads(result.stdout.splitlines()[-1])
+    else:
+        metrics = example("evaluate_image_classification").main(command[2:])
+    assert 0 <= metrics["accuracy"] <= 1
     with Image.open(tmp_path / "pruning.png") as picture:
         assert picture.format == "PNG"
 
 
+def check_demo(demo, output: str, folder: Path, patches: int, schedule: list[int]) -> None:
+    rows = re.findall(r"^\| (\S+) \|(?: [\d.]+ % \|)+ (\d+) of (\d+) \|", output, flags=re.MULTILINE)
+    expected = {"unpruned": patches, "Cropr": schedule[-1], "random": schedule[-1]}
+    assert rows == [(name, str(left), str(patches)) for name, left in expected.items()]
+    record = json.loads((folder / "table.json").read_text(encoding="utf-8"))
+    assert {row["model"]: row["patches_left"] for row in record["rows"]} == expected
+    assert record["arguments"]["pruning_schedule"] == schedule and record["minutes"] >= 0
+    assert demo.table(record) in output
+    assert (folder / "cropr" / "pruning.png").stat().st_size > 10_000
+    card = (folder / "cropr" / "README.md").read_text(encoding="utf-8")
+    assert "pruning.png" in card and "| cluttered_digits | test |" in card and "interleaved rounds" in card
+
+
+def test_the_demo_without_processes_of_its_own(example, tiny_vit, tmp_path, capsys, monkeypatch):
+    """What `make demo` does, but for the fresh interpreters in which it evaluates."""
+
+    def run(command, **_):
+        return SimpleNamespace(stdout=json.dumps(example(Path(command[1]).stem).main(command[2:])))
+
+    demo = example("demo")
+    monkeypatch.setattr(demo, "subprocess", SimpleNamespace(run=run, PIPE=None))
+    command = ["demo.py", "--pretrained", tiny_vit, "--output_dir", str(tmp_path)]
+    command += ["--train_images", "32", "--test_images", "16", "--pruning_schedule", "30", "15", "15", "15"]
+    monkeypatch.setattr(sys, "argv", command)
+    demo.main()
+    check_demo(demo, capsys.readouterr().out, tmp_path, 36, [30, 15, 15, 15])
+
+
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("task", "patches", "schedule"),
     [
         ("image_classification", 36, [30, 15, 15, 15]),
-        pytest.param("semantic_segmentation", 36, [30, 15, 15, 15], marks=pytest.mark.full),
-        pytest.param("instance_segmentation", 256, [100, 25, 25, 25], marks=pytest.mark.full),
+        ("semantic_segmentation", 36, [30, 15, 15, 15]),
+        ("instance_segmentation", 256, [100, 25, 25, 25]),
     ],
 )
 def test_the_demo_prints_its_table(example, task, patches, schedule, tiny_vit, tmp_path):
@@ -193,19 +228,9 @@ def test_the_demo_prints_its_table(example, task, patches, schedule, tiny_vit, t
     command += ["--pruning_schedule", *map(str, schedule)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
-    rows = re.findall(r"^\| (\S+) \|(?: [\d.]+ % \|)+ (\d+) of (\d+) \|", result.stdout, flags=re.MULTILINE)
-    expected = {"unpruned": patches, "Cropr": schedule[-1], "random": schedule[-1]}
-    assert rows == [(name, str(left), str(patches)) for name, left in expected.items()]
-    record = json.loads((tmp_path / "table.json").read_text(encoding="utf-8"))
-    assert {row["model"]: row["patches_left"] for row in record["rows"]} == expected
-    assert record["arguments"]["pruning_schedule"] == schedule and record["minutes"] > 0
-    assert example("demo").table(record) in result.stdout
-    assert (tmp_path / "cropr" / "pruning.png").stat().st_size > 10_000
-    card = (tmp_path / "cropr" / "README.md").read_text(encoding="utf-8")
-    assert "pruning.png" in card and "| cluttered_digits | test |" in card and "interleaved rounds" in card
+    check_demo(example("demo"), result.stdout, tmp_path, patches, schedule)
 
 
-@pytest.mark.full
 def test_one_checkpoint_for_any_speed(example, tiny_vit, tmp_path, capsys, monkeypatch):
     """The workflow of `make demo-any-speed` with a random ViT and a handful of images."""
     ranges = []
@@ -389,6 +414,7 @@ class TestTrainSemanticSegmentation:
             script.main(segmentation_command(tiny_vit, tmp_path, data_dir=str(tmp_path / "data")))
 
 
+@pytest.mark.full
 def test_segmentation_is_evaluated_in_a_fresh_process_with_picture(trained_segmenter, tmp_path):
     command = [sys.executable, str(EXAMPLES / "evaluate_semantic_segmentation.py"), "--max_eval_samples", "12"]
     command += ["--dataset_name", "cluttered_digits", "--split", "test", "--picture", str(tmp_path / "maps.png")]

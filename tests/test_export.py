@@ -20,7 +20,7 @@ from transformers import ViTConfig, ViTModel
 
 import cropr_hf
 from cropr_hf import CroprViTForImageClassification
-from cropr_hf.publishing import export
+from cropr_hf.cli import export
 from cropr_hf.publishing.export import export_model
 
 
@@ -108,7 +108,7 @@ def test_a_file_computes_what_the_model_computes(name, suffix, exported):
         assert_close_relative(actual, expected, 5e-5)
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("suffix", [".pt2", pytest.param(".onnx", marks=(needs_onnx, pytest.mark.full))])
 def test_nothing_of_the_auxiliary_heads_is_in_a_file(suffix, exported, tmp_path):
     """The graph is that of a model that never had any."""
     _, never = exported("classification", suffix)
@@ -146,6 +146,7 @@ def test_of_equal_scores_a_file_keeps_the_earlier_token(suffix, tmp_path):
     assert_close_relative(run_file(tmp_path / f"model{suffix}", images)["logits"], outputs.logits, 5e-5)
 
 
+@pytest.mark.full
 @needs_onnx
 def test_files_run_in_a_process_without_this_package(exported, tmp_path):
     model, program = exported("classification", ".pt2")

@@ -20,7 +20,7 @@ from cropr_hf import (
     CroprViTImageProcessor,
 )
 from cropr_hf.publishing.hub import AUTO_MAP, save_for_hub
-from tests.common import DETECTOR, assert_close_relative, full
+from tests.common import DETECTOR, assert_close_relative
 from tests.test_import_rules import TRAVELS
 
 
@@ -85,6 +85,7 @@ def model() -> CroprViTForImageClassification:
     return build(CroprViTForImageClassification)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("auto_class", "model_class", "fields", "processor", "labels"),
     [
@@ -95,28 +96,26 @@ def model() -> CroprViTForImageClassification:
             ViTImageProcessor(size={"height": 32, "width": 32}),
             torch.tensor([0, 2]),
         ),
-        *full(
-            (
-                "AutoModelForSemanticSegmentation",
-                CroprViTForSemanticSegmentation,
-                {"num_queries": None},
-                SegformerImageProcessor(size={"height": 32, "width": 32}),
-                torch.arange(2 * 32 * 32).view(2, 32, 32) % 3,
-            ),
-            (
-                "AutoModelForObjectDetection",
-                CroprViTForObjectDetection,
-                DETECTOR,
-                CroprViTImageProcessor(size={"shortest_edge": 32, "longest_edge": 32}),
-                OBJECTS,
-            ),
-            (
-                "AutoModelForInstanceSegmentation",
-                CroprViTForInstanceSegmentation,
-                DETECTOR,
-                CroprViTImageProcessor(size={"shortest_edge": 32, "longest_edge": 32}),
-                OBJECTS,
-            ),
+        (
+            "AutoModelForSemanticSegmentation",
+            CroprViTForSemanticSegmentation,
+            {"num_queries": None},
+            SegformerImageProcessor(size={"height": 32, "width": 32}),
+            torch.arange(2 * 32 * 32).view(2, 32, 32) % 3,
+        ),
+        (
+            "AutoModelForObjectDetection",
+            CroprViTForObjectDetection,
+            DETECTOR,
+            CroprViTImageProcessor(size={"shortest_edge": 32, "longest_edge": 32}),
+            OBJECTS,
+        ),
+        (
+            "AutoModelForInstanceSegmentation",
+            CroprViTForInstanceSegmentation,
+            DETECTOR,
+            CroprViTImageProcessor(size={"shortest_edge": 32, "longest_edge": 32}),
+            OBJECTS,
         ),
     ],
     ids=["classification", "segmentation", "detection", "instances"],

@@ -526,6 +526,7 @@ def test_a_single_class_is_an_error_only_with_labels():
 # Graphs
 
 
+@pytest.mark.full
 @torch.no_grad()
 def test_compiled_model_equals_eager_with_padding():
     torch._dynamo.reset()
@@ -534,6 +535,7 @@ def test_compiled_model_equals_eager_with_padding():
     assert_close_relative(compiled(images).logits, model(images).logits)
 
 
+@pytest.mark.full
 def test_compiled_training_step_on_another_grid_has_no_graph_break():
     torch._dynamo.reset()
     model = trainable()

@@ -677,6 +677,7 @@ def test_threads(serve):
     torch.set_num_threads(before)  # what threads of later tests take
 
 
+@pytest.mark.full
 def test_a_server_in_a_process_of_its_own(example, folders, expected):
     """Good and bad images at once, and a signal while requests are waiting."""
     load_test = example("load_test")

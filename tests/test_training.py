@@ -18,7 +18,6 @@ from cropr_hf.training import (
     layer_decay_optimizer,
 )
 from cropr_hf.training.optimizer import layer_of
-from tests.common import assert_close_relative
 
 
 def tiny_model(model_class: type = CroprViTForImageClassification, **kwargs):
@@ -205,7 +204,8 @@ class TestStockTrainer:
         assert not any("aggregator" in name or "auxiliary" in name for name in published.state_dict())
         pixels = torch.stack([ColouredSquares()[i]["pixel_values"] for i in range(4)])
         with torch.no_grad():
-            assert_close_relative(published(pixels).logits, resumed.model.eval()(pixels).logits)
+            expected = resumed.model.eval()(pixels).logits
+            torch.testing.assert_close(published(pixels).logits, expected, rtol=1e-4, atol=1e-4)
 
     def test_predictions_in_evaluation_are_the_logits_alone(self, tmp_path):
         trainer = Trainer(tiny_model(), training_arguments(tmp_path), eval_dataset=ColouredSquares())
@@ -376,6 +376,7 @@ class TestPruningCurriculum:
         resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-8"))
         assert losses(resumed) == losses(whole)
 
+    @pytest.mark.full
     @torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True)
     def test_token_counts_can_be_variables_of_the_compiled_graph(self):
         """The setting that the docstring recommends: few compilations, however many schedules follow."""

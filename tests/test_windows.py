@@ -248,7 +248,8 @@ def test_feature_maps_are_those_of_the_blocks():
         assert torch.equal(maps[stage + 1].flatten(2).transpose(1, 2)[here], maps[stage].flatten(2).mT[here])
 
 
-@pytest.mark.parametrize("mode", [WINDOW_ROPE_MODES[0], *full(*WINDOW_ROPE_MODES[1:])])
+@pytest.mark.full
+@pytest.mark.parametrize("mode", WINDOW_ROPE_MODES)
 @torch.no_grad()
 def test_graph_has_no_break(mode):
     torch._dynamo.reset()
@@ -258,6 +259,7 @@ def test_graph_has_no_break(mode):
     assert_close_relative(compiled(images).last_hidden_state, tokens_of(model, images))
 
 
+@pytest.mark.full
 @torch.no_grad()
 def test_exported_program_equals_the_model():
     model, images = build(), make_images(2, 32, 40)
