@@ -293,15 +293,14 @@ class CroprViTModel(CroprViTPreTrainedModel):
         state, window_table = self.embed(pixel_values, pixel_mask)
         state = replace(state, keeps_pruned_states=state.keeps_pruned_states or bool(output_stages))
         stage_states = [state.hidden_states] if 0 in output_stages else []
-        method = find_token_reducer(self.config)
-        kept = kept_patches(self.config, method, state.num_patches, self.pruning)
-        for block, (layer, num_keep) in enumerate(zip(self.layers, kept), start=1):
+        kept = kept_patches(self.config, find_token_reducer(self.config), state.num_patches, self.pruning)
+        for block, num_keep in enumerate(kept, start=1):
             reducer: Any = self.token_reducers[str(block)] if str(block) in self.token_reducers else None
             if block == num_blocks and self.config.last_layer_fusion:
                 state = self.restore(state)
             if reducer is not None:
                 state = reducer.before_block(state)
-            state = self.run_block(layer, block, state, window_table, reducer, num_keep, **kwargs)
+            state = self.run_block(block, state, window_table, reducer, num_keep, **kwargs)
             if block in output_stages:
                 stage_states.append(self.restore(state).hidden_states)
             if reducer is not None:
@@ -323,7 +322,6 @@ class CroprViTModel(CroprViTPreTrainedModel):
 
     def run_block(
         self,
-        layer: nn.Module,
         block: int,
         state: TokenState,
         window_table: Rotation | None,
@@ -331,7 +329,8 @@ class CroprViTModel(CroprViTPreTrainedModel):
         num_keep: int = 0,
         **kwargs: Any,
     ) -> TokenState:
-        """The state after one block, and after what a method does inside of it."""
+        """The state after block 1 to L, and after what a method does inside of it."""
+        layer = self.layers[block - 1]
         window_grid = self.config.window_grid(block, state.num_patches, state.grid_size)  # type: ignore[arg-type]
         positions = state.rotations.get("image")
         if window_grid is not None and window_table is not None:
@@ -496,10 +495,12 @@ class CroprViTBackboneOutput(BackboneOutput):
             (B, 1 + rows * columns, D), CLS token first.
         auxiliary_losses: (modules,), in training with auxiliary heads and labels. No task loss contains them: add
             `config.auxiliary_loss_weight` times their sum.
+        method_losses: further losses of the method, by name, in training; likewise.
         hidden_states, attentions: see `CroprViTModelOutput`.
     """
 
     auxiliary_losses: torch.Tensor | None = None
+    method_losses: dict[str, torch.Tensor] | None = None
 
 
 class CroprViTBackbone(BackboneMixin, CroprViTPreTrainedModel):
@@ -561,6 +562,7 @@ class CroprViTBackbone(BackboneMixin, CroprViTPreTrainedModel):
             hidden_states=outputs.hidden_states and outputs.hidden_states[::copies],
             attentions=outputs.attentions and outputs.attentions[::copies],
             auxiliary_losses=self._auxiliary_losses(outputs.auxiliary_logits, labels, pixel_values.shape[0]),
+            method_losses=outputs.method_losses,
         )
 
     def _auxiliary_losses(

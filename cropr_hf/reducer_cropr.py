@@ -312,7 +312,6 @@ class CroprModule(TokenReducer):
             state = replace(state, auxiliary_logits=logits)
         return self.keep_best(state, num_keep)
 
-    @torch.no_grad()  # ranking has no gradient
     def scores(self, state: TokenState) -> torch.Tensor:
         """See `TokenReducer.scores`."""
         return self.router(state.hidden_states)

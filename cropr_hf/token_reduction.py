@@ -443,8 +443,9 @@ class TokenReducer(nn.Module):
         """Prunes to the `num_keep` patch tokens with the highest scores, and those of padding first."""
         if num_keep == state.num_patches:
             return state
-        scores: Any = self.scores(state)
-        kept, pruned = select_tokens(scores, num_keep, state.num_prefix_tokens, state.padding_of_tokens())
+        with torch.no_grad():  # ranking has no gradient
+            scores: Any = self.scores(state)
+            kept, pruned = select_tokens(scores, num_keep, state.num_prefix_tokens, state.padding_of_tokens())
         return state.prune(kept, pruned, self.block)
 
     # What training needs beside it

@@ -234,7 +234,7 @@ def test_run_of_training_steps_of_semantic_segmentation():
     assert rows["cropr"]["parameters"] - rows["unpruned"]["parameters"] == 2 * module
     saved = {name: row["saved_activations"] for name, row in rows.items()}
     assert 0 < saved["random"] < min(saved["cropr"], saved["unpruned"])
-    less = run(arguments(task="semantic_segmentation", training=True, gradient_checkpointing=True))["results"]
+    less = run(arguments(task="semantic_segmentation", training=True, activation_checkpointing=True))["results"]
     assert all(less[name]["saved_activations"] < saved[name] for name in saved)
     table = format_table(json.loads(json.dumps(record))).splitlines()
     assert len({line.count("|") for line in table[:5]}) == 1  # as many columns in every row
@@ -394,7 +394,7 @@ def test_an_unknown_task_is_an_error():
         ({"task": "encoder", "size": "tiny", "training": True}, "'encoder' has no loss; choose another task"),
         ({"dtype": "float8_e4m3fn"}, "'float8_e4m3fn'; choose one of float32, bfloat16, float16"),
         ({"tolerance": float("nan")}, "`tolerance` is nan; it must be 0 or more"),
-        ({"gradient_checkpointing": True}, "pass `training` as well"),
+        ({"activation_checkpointing": True}, "pass `training` as well"),
         ({"device": "gpu"}, "`device` is 'gpu', which torch cannot use here"),
         ({"device": "cuda:99"}, "`device` is 'cuda:99', which torch cannot use here"),
         (

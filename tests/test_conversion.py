@@ -719,7 +719,7 @@ def test_what_is_no_vision_transformer_is_refused(source):
         ("vit", {"global_pool": "avgmax"}, "pooling 'avgmax'"),
         ("vit", {"final_norm": False}, "no final norm"),
         ("vit", {"act_layer": "elu"}, "another activation"),
-        ("vit", {"norm_layer": "rmsnorm"}, "no LayerNorm"),
+        ("vit", {"norm_layer": "rmsnorm"}, "not a LayerNorm"),
         ("vit", {"embed_norm_layer": "layernorm"}, "another patch embedding"),
         ("eva", {"scale_attn_inner": True}, "norm inside attention"),
         ("eva", {"use_rot_pos_emb": True, "rope_type": "mixed"}, "rotary positions"),

@@ -510,7 +510,10 @@ WRONG_WEIGHTS = {
         r"layers.5.mlp.up_proj.weight is \(168, 64\), needed \(170, 64\)",
     ),
     "dimensions": ({"backbone__net__pos_embed": torch.ones(197, 64)}, "of 3 dimensions"),
-    "no square": ({"backbone__net__pos_embed": torch.ones(1, 196, 64)}, "195 patches, which are no square"),
+    "no square": (
+        {"backbone__net__pos_embed": torch.ones(1, 196, 64)},
+        "195 patches, which do not form a square",
+    ),
     "other window": (
         {"backbone__net__blocks__0__attn__rope__freqs_cos": torch.ones(9, 16)},
         "the image has 6 and a window 2 per side",

@@ -20,7 +20,7 @@ from transformers import ViTConfig, ViTModel
 
 import cropr_hf
 from cropr_hf import CroprViTForImageClassification
-from cropr_hf.cli import export
+from cropr_hf.publishing import export
 from cropr_hf.publishing.export import export_model
 
 

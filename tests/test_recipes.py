@@ -204,7 +204,7 @@ class TestReading:
     @pytest.mark.parametrize(
         "text, message",
         [
-            ("pruning_rat: 8", "own.yaml sets 'pruning_rat', which is no argument.* did you mean pruning_rate"),
+            ("pruning_rat: 8", "own.yaml sets 'pruning_rat', which is not an argument.* did you mean pruning_rate"),
             ("min_scale: 0.5", "own.yaml sets 'min_scale', which is not an argument of this script"),
             ("pruning_rate: eight", "own.yaml sets 'pruning_rate' to 'eight': .*invalid int value"),
             ("pruning_rate: '8 or so'", "sets 'pruning_rate' to '8 or so': .*invalid int value"),

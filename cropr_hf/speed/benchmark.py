@@ -134,7 +134,9 @@ class BenchmarkArguments:
     config: str = HfArg(default="{}", help="Further fields of the configuration, as JSON.")
     batch_size: int = HfArg(default=8, help="Images per call.")
     training: bool = HfArg(default=False, help="Time training steps, with auxiliary heads, instead of inference.")
-    gradient_checkpointing: bool = HfArg(default=False, help="In training, compute blocks again in the backward pass.")
+    activation_checkpointing: bool = HfArg(
+        default=False, help="In training, compute blocks again in the backward pass."
+    )
     device: str = HfArg(default="cpu", help="Where to run, such as cuda.")
     dtype: str = HfArg(default="float32", help="Type of weights and inputs, such as bfloat16.")
     attn_implementation: str | None = HfArg(
@@ -205,8 +207,8 @@ def _prepare(args: BenchmarkArguments) -> tuple[CroprViTConfig, str]:
         raise ValueError(f"`dtype` is {args.dtype!r}; choose one of {', '.join(DTYPES)}.")
     if args.model_name_or_path is not None and args.size != BenchmarkArguments.size:
         raise ValueError(f"`size` is {args.size!r}, but a checkpoint has a size; leave `size` or the checkpoint out.")
-    if args.gradient_checkpointing and not args.training:
-        raise ValueError("`gradient_checkpointing` is a matter of training steps; pass `training` as well.")
+    if args.activation_checkpointing and not args.training:
+        raise ValueError("`activation_checkpointing` is a matter of training steps; pass `training` as well.")
     if args.references and args.training:
         raise ValueError("`references` are compared in inference; leave out `references` or `training`.")
     on_gpu = parse_device(args.device).type == "cuda"
@@ -284,9 +286,9 @@ def _call(args: BenchmarkArguments, task: str, model: torch.nn.Module, inputs: d
     for head in getattr(model, "box_heads", ()):
         # Random weights find nothing. So every proposal is an object of the first class, as in a crowded image.
         torch.nn.init.constant_(head.class_predictor.bias[:1], 5.0)
-    if args.training and args.gradient_checkpointing:
+    if args.training and args.activation_checkpointing:
         # Older releases of Transformers have the second name only.
-        enable: Any = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable()
     # The number of detections depends on the image, so that detectors break into several graphs.
     run_model = torch.compile(model, fullgraph=not TASKS[task].is_detector) if args.compile else model

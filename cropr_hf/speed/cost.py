@@ -30,13 +30,13 @@ def multiply_adds(
     """
     rows, columns = config.grid_size if grid_size is None else grid_size
     stripped = CroprViTConfig(**config.to_dict() | {"use_auxiliary_heads": False, "dtype": None})
-    with torch.device("meta"), torch.no_grad():
+    with torch.device("meta"):
         # Eager attention is written in products that the counter knows, whatever kernels a device has.
         model = CroprViTModel._from_config(stripped, attn_implementation="eager").eval()
-        model.pruning = pruning if pruning is None or isinstance(pruning, int) else list(pruning)
         pixels = torch.empty(1, config.num_channels, rows * config.patch_size, columns * config.patch_size)
-        with FlopCounterMode(display=False) as counter:
-            model(pixels)
+    model.pruning = pruning if pruning is None or isinstance(pruning, int) else list(pruning)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(pixels)
     operations = counter.get_flop_counts()["Global"]
     between_activations = (torch.ops.aten.bmm, torch.ops.aten.baddbmm)
     counted = [flops for name, flops in operations.items() if attention or name not in between_activations]

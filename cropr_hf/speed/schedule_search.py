@@ -324,7 +324,7 @@ def _pruned_to(state: TokenState, count: int) -> TokenState:
 
 def _run_blocks(base_model: Any, blocks: Sequence[int], state: TokenState, window_table: Any) -> None:
     for block in blocks:
-        state = base_model.run_block(base_model.layers[block - 1], block, state, window_table)
+        state = base_model.run_block(block, state, window_table)
 
 
 def _lost_mass(model: Any, calibration: Iterable[Any], num_patches: int) -> np.ndarray:
