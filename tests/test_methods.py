@@ -38,7 +38,7 @@ from cropr_hf.speed.tables import format_sweep, format_table
 from cropr_hf.token_reduction import KEY_BIAS, select_tokens
 from cropr_hf.training import CroprTrainer
 from cropr_hf.visualization import plot_pruning
-from tests.common import NUM_LABELS, TINY, make_images, make_model, tiny_config
+from tests.common import NUM_LABELS, TINY, full, make_images, make_model, tiny_config
 
 
 @strict
@@ -185,7 +185,7 @@ def test_settings_survive_and_do_not_pass_to_another_method(tmp_path):
     )
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["random", "tome", *full("cropr", "attentive")])
 def test_exported_programs_agree(method, tmp_path):
     model = classifier(method)
     if method == "random":
@@ -195,12 +195,12 @@ def test_exported_programs_agree(method, tmp_path):
         assert export_model(model, tmp_path / "model.pt2") < 1e-4
 
 
-@pytest.mark.parametrize("method", ["tome", "attentive"])
+@pytest.mark.parametrize("method", ["tome", *full("attentive")])
 def test_exported_onnx_files_agree(method, tmp_path):
     assert export_model(classifier(method), tmp_path / "model.onnx") < 1e-4
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["tome", *full("cropr", "random", "attentive")])
 def test_graphs_have_no_break(method):
     torch.compiler.reset()
     model = classifier(method)
@@ -393,6 +393,7 @@ def test_the_file_of_a_foreign_method_travels(tmp_path):
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.full
 def test_a_folder_whose_method_is_not_there_names_the_package(tmp_path):
     save_for_hub(classifier("tome"), tmp_path / "folder")
     (tmp_path / "folder" / "reducer_tome.py").unlink()
