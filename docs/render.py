@@ -263,6 +263,12 @@ PAGES: dict[str, dict[str, tuple[Callable[..., str], list[str]]]] = {
         "attention_kept": (ATTENTION, ["speed/attention_kept"]),
         "tokens": (cost_table, ["speed/tokens"]),
     },
+    "docs/methods.md": {
+        "methods": (
+            partial(format_sweep, names=["size", "pruning_rate", "batch_size", "token_reducer"]),
+            ["speed/methods"],
+        )
+    },
     "docs/schedules.md": {"budgets": (budgets_table, ["speed/budgets"]), "shapes": (shapes_table, ["speed/shapes"])},
 }
 

@@ -309,7 +309,10 @@ def test_pictures_of_nothing_are_errors(swept):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"speed": [1]}, "'speed' is not an argument of the benchmark; choose among activation_checkpointing, attn_implementation"),
+        (
+            {"speed": [1]},
+            "'speed' is not an argument of the benchmark; choose among activation_checkpointing, attn_implementation",
+        ),
         ({"batch_size": []}, "'batch_size' has no values"),
         ({"batch_size": [1, 0]}, "`batch_size` is 0"),
         ({"min_rounds": [3, 2]}, "`min_rounds` 2 and `max_rounds` 3 must be 3 or more"),

@@ -697,6 +697,7 @@ DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "backbone.md"
 TINY_VIT = {"hidden_size": 32, "num_hidden_layers": 12, "num_attention_heads": 4, "intermediate_size": 48}
 
 
+@pytest.mark.full
 def test_the_code_of_the_documentation_runs(tmp_path, monkeypatch):
     torch.manual_seed(0)
     ViTModel(ViTConfig(**TINY_VIT)).save_pretrained(tmp_path / "vit")

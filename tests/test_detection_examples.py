@@ -150,6 +150,7 @@ class TestTraining:
         example("train_instance_segmentation").main(arguments)
         assert losses(tmp_path) == losses(trained)
 
+    @pytest.mark.full
     def test_files_in_coco_format(self, example, tiny_vit, tmp_path):
         write_coco(tmp_path / "data")
         arguments = files_command(tiny_vit, tmp_path / "out", tmp_path / "data")
@@ -158,6 +159,7 @@ class TestTraining:
         config = cropr_hf.CroprViTConfig.from_pretrained(tmp_path / "out")
         assert config.id2label == {0: "dog", 1: "cat"}
 
+    @pytest.mark.full
     def test_a_data_set_without_masks_trains_a_detector(self, example, tiny_vit, tmp_path):
         (tmp_path / "images" / "data").mkdir(parents=True)
         hub_images(8, "xyxy").to_parquet(tmp_path / "images" / "data" / "train-0.parquet")

@@ -52,7 +52,9 @@ def render():
     return module
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/demos.md", "docs/speed.md", "docs/schedules.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "docs/demos.md", "docs/speed.md", "docs/methods.md", "docs/schedules.md"]
+)
 def test_tables_say_what_the_records_say(name, render):
     assert render.page(name) == (ROOT / name).read_text(encoding="utf-8"), "run `make pages`"
 

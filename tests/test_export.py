@@ -168,6 +168,7 @@ torch.testing.assert_close(torch.from_numpy(logits), expected["logits"], rtol=0,
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.full
 def test_pruning_image_size_and_batch_size_are_those_of_the_call(tmp_path):
     model = TASKS["segmentation"].build(**SHORT).train()
     model.set_pruning([5, 5, 5])

@@ -156,7 +156,7 @@ def test_cards_name_the_method(method, tmp_path):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("fusion", [False, True])
+@pytest.mark.parametrize("fusion", [False, *full(True)])
 def test_folders_give_the_same_outputs_and_keep_the_settings(method, fusion, tmp_path):
     model = classifier(method, last_layer_fusion=fusion)
     model.save_pretrained(tmp_path)
@@ -185,7 +185,7 @@ def test_settings_survive_and_do_not_pass_to_another_method(tmp_path):
     )
 
 
-@pytest.mark.parametrize("method", ["random", "tome", *full("cropr", "attentive")])
+@pytest.mark.parametrize("method", ["random", *full("cropr", "tome", "attentive")])
 def test_exported_programs_agree(method, tmp_path):
     model = classifier(method)
     if method == "random":
@@ -195,12 +195,14 @@ def test_exported_programs_agree(method, tmp_path):
         assert export_model(model, tmp_path / "model.pt2") < 1e-4
 
 
-@pytest.mark.parametrize("method", ["tome", *full("attentive")])
+@pytest.mark.full
+@pytest.mark.parametrize("method", ["tome", "attentive"])
 def test_exported_onnx_files_agree(method, tmp_path):
     assert export_model(classifier(method), tmp_path / "model.onnx") < 1e-4
 
 
-@pytest.mark.parametrize("method", ["tome", *full("cropr", "random", "attentive")])
+@pytest.mark.full
+@pytest.mark.parametrize("method", METHODS)
 def test_graphs_have_no_break(method):
     torch.compiler.reset()
     model = classifier(method)

@@ -221,6 +221,7 @@ class TestModelCards:
         spec.loader.exec_module(module)
         return module
 
+    @pytest.mark.full
     def test_every_card_says_what_its_record_says(self, cards):
         written = {path: path.read_text(encoding="utf-8") for path in (ROOT / "model_cards").rglob("*.md")}
         assert cards.render() == written, "run `make cards`"

@@ -256,6 +256,7 @@ def test_compiled_stripped_model_equals_eager(name):
     assert_close_relative(compiled(images).logits, expected)
 
 
+@pytest.mark.full
 def test_training_step_has_no_graph_break():
     torch._dynamo.reset()
     model = build("classification", "plain", use_auxiliary_heads=True).train()
@@ -762,6 +763,7 @@ def test_pruning_that_is_no_whole_number_is_an_error(pruning):
         build("classification", "plain").set_pruning(pruning)
 
 
+@pytest.mark.full
 def test_flex_attention_equals_eager():
     """Forward only: flex attention has no backward on a CPU. Flash attention needs a GPU."""
     model = build("classification", "rope_registers")

@@ -127,6 +127,7 @@ for task, auto_class in classes.items():
 """
 
 
+@pytest.mark.full
 def test_published_models_are_stripped_and_load_by_their_names(hub_server, tmp_path):
     finish(start(hub_server, publish, tmp_path))
     repositories = hub_server.repositories

@@ -111,6 +111,7 @@ def test_the_installed_classes_are_preferred_to_code_in_a_folder():
     assert type(model) is cropr_hf.CroprViTForImageClassification
 
 
+@pytest.mark.full
 def test_old_code_from_a_folder_and_this_version_give_equal_bits(tmp_path):
     """Both in one process, so that this holds on any processor; the code reads every folder."""
     program = """

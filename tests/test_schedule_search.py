@@ -100,6 +100,7 @@ def check(found, model, pixels=PIXELS) -> None:
     assert found.bound > 1 and found.multiply_adds > 0
 
 
+@pytest.mark.full
 def test_with_a_real_clock():
     """What comes out depends on the machine and on what else it does; that it fits together does not."""
     model = tiny_model(image_size=192, hidden_size=64, intermediate_size=128, num_hidden_layers=6).eval()

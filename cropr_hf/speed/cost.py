@@ -1,6 +1,8 @@
 """What a model costs in multiply-adds, counted while it runs, without its weights or on them."""
 
+import json
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -28,19 +30,27 @@ def multiply_adds(
             paper's figures of detectors leave them out.
         pruning: a rate or a schedule instead of the configured one, as `set_pruning` takes it.
     """
-    rows, columns = config.grid_size if grid_size is None else grid_size
     stripped = CroprViTConfig(**config.to_dict() | {"use_auxiliary_heads": False, "dtype": None})
+    plain = pruning if pruning is None or isinstance(pruning, int) else tuple(pruning)
+    total, between = _count(stripped.to_json_string(use_diff=False), grid_size or config.grid_size, plain)
+    return total if attention else total - between
+
+
+@cache  # searches and cards ask again and again
+def _count(config: str, grid_size: tuple[int, int], pruning: int | tuple[int, ...] | None) -> tuple[int, int]:
+    """Multiply-adds of a configuration in JSON: all, and those of activations with each other."""
+    parsed = CroprViTConfig(**json.loads(config))
+    height, width = (length * parsed.patch_size for length in grid_size)
     with torch.device("meta"):
         # Eager attention is written in products that the counter knows, whatever kernels a device has.
-        model = CroprViTModel._from_config(stripped, attn_implementation="eager").eval()
-        pixels = torch.empty(1, config.num_channels, rows * config.patch_size, columns * config.patch_size)
+        model = CroprViTModel._from_config(parsed, attn_implementation="eager").eval()
+        pixels = torch.empty(1, parsed.num_channels, height, width)
     model.pruning = pruning if pruning is None or isinstance(pruning, int) else list(pruning)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(pixels)
     operations = counter.get_flop_counts()["Global"]
-    between_activations = (torch.ops.aten.bmm, torch.ops.aten.baddbmm)
-    counted = [flops for name, flops in operations.items() if attention or name not in between_activations]
-    return sum(counted) // 2
+    between = sum(operations.get(name, 0) for name in (torch.ops.aten.bmm, torch.ops.aten.baddbmm))
+    return sum(operations.values()) // 2, between // 2
 
 
 def head_multiply_adds(model: Any, inputs: dict[str, Any]) -> int:

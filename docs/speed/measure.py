@@ -1,4 +1,4 @@
-"""The measurements of two pages, speed.md and schedules.md.
+"""The measurements of the pages speed.md, schedules.md and methods.md.
 
 `python docs/speed/measure.py [NAME ...]` writes the records of groups, all but `shapes` by default. Each runs in a
 process of its own, as the memory that one leaves behind changes the times of the next, and takes minutes on a machine
@@ -114,6 +114,13 @@ GROUPS: dict[str, list[BenchmarkArguments]] = {
             max_rounds=5,
         )
         for pixels in (224, 320, 448, 640, 896, 1536)
+    ],
+    "methods": [
+        BenchmarkArguments(
+            size=size, token_reducer=method, pruning_rate=rate, batch_size=8, min_rounds=rounds, max_rounds=rounds
+        )
+        for size, rate, rounds in (("small", 13, 25), ("large", 8, 7))
+        for method in ("cropr", "tome")
     ],
 }
 
