@@ -108,7 +108,8 @@ def test_a_file_computes_what_the_model_computes(name, suffix, exported):
         assert_close_relative(actual, expected, 5e-5)
 
 
-@pytest.mark.parametrize("suffix", [".pt2", pytest.param(".onnx", marks=(needs_onnx, pytest.mark.full))])
+@pytest.mark.full
+@pytest.mark.parametrize("suffix", [".pt2", pytest.param(".onnx", marks=needs_onnx)])
 def test_nothing_of_the_auxiliary_heads_is_in_a_file(suffix, exported, tmp_path):
     """The graph is that of a model that never had any."""
     _, never = exported("classification", suffix)
@@ -183,6 +184,7 @@ def test_pruning_image_size_and_batch_size_are_those_of_the_call(tmp_path):
         run_file(tmp_path / "model.pt2", images)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("dtype", "suffix"),
     [

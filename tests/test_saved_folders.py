@@ -90,6 +90,7 @@ def test_a_checkpoint_is_complete_and_can_be_stripped():
     torch.testing.assert_close(outputs["logits"], expected["logits"], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", LOADERS)
 def test_saved_again_a_folder_gives_the_same(name, tmp_path):
     model = load(name)

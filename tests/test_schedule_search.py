@@ -181,6 +181,7 @@ class TestFindSchedule:
         assert find_schedule(model, 1.7, shape="constant", pixel_values=PIXELS).schedule[-1] < 25
         assert find_schedule(model, 1.3, pixel_values=PIXELS, calibration=IMAGES).shape == "free"
 
+    @pytest.mark.full
     def test_one_shot_comes_earlier_where_block_3_is_too_late(self, clock):
         model = deep_model(last_layer_fusion=False)
         blocks = {}
@@ -191,6 +192,7 @@ class TestFindSchedule:
         model = deep_model(pruning_rate=None, pruning_schedule=[256] * 4 + [99] * 4)
         assert find_schedule(model, 1.1, shape="one_shot", pixel_values=PIXELS).schedule[3:5] == [256, 160]
 
+    @pytest.mark.full
     @pytest.mark.parametrize(("prefix", "multiple"), [(1, 8), *full((0, 16), (5, 4))])
     @pytest.mark.parametrize("shape", schedule_search.SHAPES)
     def test_tokens_are_multiples_where_some_are_pruned(self, shape, prefix, multiple, clock):
@@ -264,6 +266,7 @@ class TestFindSchedule:
                 schedule_search._run_blocks(base, list(in_the_model), pruned, window_table)
                 assert calls == in_the_model
 
+    @pytest.mark.full
     def test_the_default_batch_and_images_of_another_size(self, clock):
         model = deep_model(CroprViTForSemanticSegmentation, num_queries=None)
         found = find_schedule(model, 1.2)
