@@ -535,8 +535,6 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
             return
         if self.pruning_rate is not None and self.pruning_schedule is not None:
             raise ValueError("Give `pruning_rate` or `pruning_schedule`, not both.")
-        if self.pruning_rate is not None and self.pruning_rate < 0:
-            raise ValueError(f"The pruning rate is {self.pruning_rate}; it must be 0 or more patch tokens per module.")
         if self.hidden_size % self.scorer_num_heads:
             raise ValueError(
                 f"`hidden_size` {self.hidden_size} is not divisible by `scorer_num_heads` {self.scorer_num_heads}."
