@@ -16,7 +16,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from transformers import AutoImageProcessor, HfArgumentParser, PreTrainedConfig
-from transformers.utils import IMAGE_PROCESSOR_NAME
+from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, cached_file
 
 from .arguments import DTYPES, parse_config, parse_device
 from .configuration_cropr_vit import CroprViTConfig
@@ -41,11 +41,11 @@ from .visualization import check_picture, plot_pruning
 
 def convert(args: Namespace) -> str:
     """Makes any pretrained ViT prunable."""
-    _check_target(args.output_dir, args.source)
+    _check_target(args.output_dir, args.source, args.overwrite)
     task = TASKS[args.task]
     model = task.model_class.from_vit(args.source, **parse_config(args.config))
     processor = _image_processor(args.source, model.config.input_size, task.is_detector)
-    _save(model, processor, args.output_dir, args.with_code)
+    save_for_hub(model, args.output_dir, processor, args.with_code)
     note = "" if processor is not None else " The source has no image processor; save one beside it."
     method = find_token_reducer(model.config)
     if method is None:
@@ -59,10 +59,10 @@ def convert(args: Namespace) -> str:
 
 def strip(args: Namespace) -> str:
     """Makes a publishable folder from a complete checkpoint."""
-    _check_target(args.output_dir, args.source)
+    _check_target(args.output_dir, args.source, args.overwrite)
     model = _load(args.source)
     _take_over_record(model, args.source)
-    _save(model, _image_processor(args.source), args.output_dir, args.with_code)
+    save_for_hub(model, args.output_dir, _image_processor(args.source), args.with_code)
     return f"{args.output_dir} is ready to publish: hf upload OWNER/NAME {args.output_dir}"
 
 
@@ -140,9 +140,8 @@ def export(args: Namespace) -> str:
                 f"{folder} has another {IMAGE_PROCESSOR_NAME}, which a model there needs; choose another folder."
             )
     model.to(getattr(torch, args.dtype))
-    difference = export_model(model, args.file, size, args.batch_size)
-    if processor is not None and not has_processor:
-        processor.save_pretrained(folder)
+    beside = None if processor is None or has_processor else processor.save_pretrained
+    difference = export_model(model, args.file, size, args.batch_size, beside=beside)
     return f"{args.file} holds the model; their outputs differ by {difference:.2g} (mean, relative)."
 
 
@@ -188,7 +187,7 @@ def schedule(args: Namespace) -> str:
     if args.model is None and (args.save or args.calibration):
         raise ValueError("A model of --size has random weights; --save and --calibration need a folder or Hub id.")
     if args.save is not None:
-        _check_target(args.save, args.model)
+        _check_target(args.save, args.model, args.overwrite)
     if args.batch_size < 1:
         raise ValueError(f"--batch_size is {args.batch_size}; give 1 or more.")
     if args.calibration is not None and not Path(args.calibration).is_dir():
@@ -233,7 +232,7 @@ def schedule(args: Namespace) -> str:
     if args.save is not None:
         stored = _load(args.model, **{**overrides, "pruning_rate": None, "pruning_schedule": found.schedule})
         _take_over_record(stored, args.model, without=("evaluations", "throughput"))  # of another schedule
-        _save(stored, processor, args.save)
+        save_for_hub(stored, args.save, processor, with_code=False)
     return _describe(found, model, args)
 
 
@@ -298,8 +297,9 @@ def _architecture(name_or_path: str) -> str:
     return (fields.get("architectures") or [""])[0]
 
 
-def _check_target(folder: str, source: str) -> None:
-    """Raises `ValueError` for a folder whose model must stay as it is, also by another path."""
+def _check_target(folder: str, source: str, overwrite: bool) -> None:
+    """Raises `ValueError` for a folder whose model must stay as it is, also by another path; `overwrite` gives up a
+    model of another origin."""
     target = Path(folder).resolve()
     if target == Path(source).resolve() or is_checkpoint_folder(folder):
         raise ValueError(
@@ -308,6 +308,8 @@ def _check_target(folder: str, source: str) -> None:
         )
     if target.is_file():
         raise ValueError(f"{folder} is a file; give a folder to save to.")
+    if (target / CONFIG_NAME).exists() and not overwrite:
+        raise ValueError(f"{folder} holds a model already; give another folder, or --overwrite to replace that model.")
 
 
 def _image_processor(
@@ -315,15 +317,17 @@ def _image_processor(
 ) -> Any:
     """The image processor in a folder or repository, made to give images of a size.
 
-    If there is none, it is `None`, or a `ValueError` where one is required.
+    If there is none, it is `None`, or a `ValueError` where one is required; one that is damaged is always an error.
     """
-    try:
-        processor = AutoImageProcessor.from_pretrained(name_or_path)
-    except (OSError, ValueError) as error:
+    if not _has_image_processor(name_or_path):
         if not required:
             return None
+        raise ValueError(f"{name_or_path} has no image processor, so its input is not known; save one beside it.")
+    try:
+        processor = AutoImageProcessor.from_pretrained(name_or_path)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
-            f"{name_or_path} has no image processor, so its input is not known; save one beside it."
+            f"The image processor in {name_or_path} cannot be used ({error}); save it again, or remove it."
         ) from error
     if size is None:
         return processor
@@ -339,13 +343,14 @@ def _image_processor(
     return processor
 
 
-def _save(model: CroprViTPreTrainedModel, processor: Any, folder: str, with_code: bool = False) -> None:
-    if with_code:
-        save_for_hub(model, folder, processor)
-        return
-    model.save_pretrained(folder)
-    if processor is not None:
-        processor.save_pretrained(folder)
+def _has_image_processor(name_or_path: str) -> bool:
+    """Whether there is the file of one in a folder or repository; a name of timm is neither."""
+    try:
+        names = (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME)
+        found = [cached_file(name_or_path, name, _raise_exceptions_for_missing_entries=False) for name in names]
+    except OSError:
+        return False
+    return any(found)
 
 
 def build_parser() -> ArgumentParser:
@@ -369,6 +374,10 @@ def build_parser() -> ArgumentParser:
     def add_output(command: ArgumentParser) -> None:
         command.add_argument("output_dir", help="folder for the stripped model")
         command.add_argument("--with_code", action="store_true", help="add the code, for trust_remote_code=True")
+        add_overwrite(command)
+
+    def add_overwrite(command: ArgumentParser) -> None:
+        command.add_argument("--overwrite", action="store_true", help="replace a model that is in the folder already")
 
     def add_input(command: ArgumentParser) -> None:
         command.add_argument("--image_size", type=int, help="height and width in pixels (default: that of the model)")
@@ -413,6 +422,7 @@ def build_parser() -> ArgumentParser:
     command.add_argument("--device", default="cpu", help="where to run, such as cuda (default: %(default)s)")
     command.add_argument("--output", help="JSON file for the record")
     command.add_argument("--save", metavar="FOLDER", help="folder for the stripped model with the schedule")
+    add_overwrite(command)
 
     command = add(export, "export", "outputs/published outputs/onnx/model.onnx")
     command.add_argument("model", help="folder or Hub id")

@@ -34,6 +34,7 @@ WINDOW_ROPE_MODES = ("origin", "slot", "global")
 NMS_METHODS = ("hard", "linear")
 PROBLEM_TYPES = (None, "single_label_classification", "multi_label_classification")
 DEFAULT_PRUNING_RATE = 8
+WEIGHTS_ID = "weights_id"  # in a saved configuration: of the weights beside it
 
 # Sizes of the original ViT and DeiT papers, and of EVA-02 as timm has it.
 EVA02: dict[str, Any] = {
@@ -362,6 +363,10 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
             replaced |= {"stage_names", "out_features", "out_indices"}
         stored = {name: value for name, value in config_dict.items() if name not in replaced}
         return super().from_dict({**stored, **overrides}, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """See `PreTrainedConfig.to_dict`; which weights it was saved with is not a part of a configuration."""
+        return {name: value for name, value in super().to_dict().items() if name != WEIGHTS_ID}
 
     @property
     def grid_size(self) -> tuple[int, int]:

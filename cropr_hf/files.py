@@ -17,8 +17,8 @@ def check_file(path: str | os.PathLike) -> Path:
 
 
 def write_file(path: str | os.PathLike, text: str) -> None:
-    """Never leaves half a file behind."""
-    path = Path(path).resolve()  # a link stays one
+    """Never leaves half a file behind. A link is replaced, and what it leads to stays as it is."""
+    path = Path(path)
     temporary = path.with_name(f"_{path.name}")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)

@@ -14,9 +14,9 @@
 """Loading and saving: stripped for publishing, complete for resuming."""
 
 import copy
-import fnmatch
+import glob
+import hashlib
 import inspect
-import itertools
 import json
 import os
 import re
@@ -27,18 +27,21 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.utils import CONFIG_NAME
 
-from .configuration_cropr_vit import CroprViTConfig
+from .configuration_cropr_vit import WEIGHTS_ID, CroprViTConfig
+from .folders import staged
 from .token_reduction import TokenReducer, find_token_reducer, has_auxiliary_heads
 
 
 TRAINING_CONFIG_FOLDER = "training_config"
-STAGING_PREFIX = "_saving_"
 HUB_ARGUMENTS = ("commit_message", "commit_description", "private", "token", "create_pr", "revision")
 CARD_NAME = "README.md"
+RECORD_NAME = "record.json"
+PICTURE_NAME = "pruning.png"
 CARD_MARK = "<!-- Written by cropr_hf from record.json. Remove this line to keep changes of your own. -->"
 
 
@@ -113,11 +116,22 @@ class StrippableModel(PreTrainedModel):
             config = copy.deepcopy(config)
             config.use_auxiliary_heads = stored_heads
         return_info = kwargs.pop("output_loading_info", False)
+        # A repository gives all files of one commit, and variants share a configuration.
+        folder = os.path.join(path, kwargs["subfolder"]) if kwargs.get("subfolder") else path
+        is_checked = os.path.isdir(folder) and not kwargs.get("variant")
+        weights_ids = {stored.get(WEIGHTS_ID)}
+        if config is not None and config.name_or_path == str(path):
+            weights_ids.add(getattr(config, WEIGHTS_ID, None))
         try:
+            if is_checked:
+                _check_weights_id(folder, weights_ids)
             loaded: Any = super().from_pretrained(path, *model_args, config=config, output_loading_info=True, **kwargs)
+            if is_checked:  # again: they may have been replaced meanwhile
+                _check_weights_id(folder, weights_ids)
         except SafetensorError as error:
             raise ValueError(f"The weights in {path} are damaged or truncated ({error}); save them again.") from error
         model, info = loaded
+        vars(model.config).pop(WEIGHTS_ID, None)  # from now on they may change
         # New reducers are usual if they will be trained, a new head if the folder holds a model of another class.
         new_parts = ["token_reducers."] if wanted_heads and not stored_heads else []
         if stored.get("architectures") != [cls.__name__]:
@@ -169,19 +183,26 @@ class StrippableModel(PreTrainedModel):
         push_to_hub: bool = False,
         *args: Any,
         strip_auxiliary_heads: bool | None = None,
+        beside: Callable[[str], Any] | None = None,
+        replaced: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
         """Saves for publishing: stripped weights, with `training_config/config.json` to train them again.
 
         A folder that the Trainer resumes from (`checkpoint-<step>`) gets the complete weights. The model in memory
-        does not change. All files are written beside the old ones first, and `config.json` comes last: an interrupted
-        save leaves the old folder, or one that does not load. See `PreTrainedModel.save_pretrained` for the rest.
+        does not change. A folder that held another model holds that one until all files are written, and then this
+        one, in one step (see `folders.staged`), whatever interrupts the save; its card, record and picture go with it.
+        See `PreTrainedModel.save_pretrained` for the rest.
 
         Except in a folder to resume from, `record.json` and the model card `README.md` lie beside the weights (where
         `cropr_hf` is installed); a card that somebody wrote or changed by hand stays.
 
         Args:
             strip_auxiliary_heads: `None` is as above; `True` and `False` decide.
+            beside: writes into the folder that it is given what belongs to the model besides, such as
+                `image_processor.save_pretrained`. It is saved, and uploaded, together with the model.
+            replaced: patterns of further files, relative to the folder, which belong to a model that is there already,
+                and go with it.
 
         Raises:
             `ValueError`: for a distributed checkpoint, which can only be complete.
@@ -211,9 +232,12 @@ class StrippableModel(PreTrainedModel):
         saved = self.state_dict() if state_dict is None else state_dict  # which loses its tensors on the way
         num_parameters = sum(tensor.numel() for tensor in saved.values())
         os.makedirs(save_directory, exist_ok=True)
-        for name in fnmatch.filter(os.listdir(save_directory), f"{STAGING_PREFIX}*"):  # of a save that was killed
-            shutil.rmtree(os.path.join(save_directory, name), ignore_errors=True)
-        with tempfile.TemporaryDirectory(prefix=STAGING_PREFIX, dir=save_directory) as staging:
+        stale = [*_stale_files(kwargs.get("variant")), *replaced]
+        if is_published:
+            stale += [RECORD_NAME, PICTURE_NAME, *([] if is_own_card(save_directory) else [CARD_NAME])]
+        with staged(save_directory, CONFIG_NAME, stale) as staging:
+            if beside is not None:
+                beside(staging)
             self.config.use_auxiliary_heads = self.config.use_auxiliary_heads and not strip
             try:
                 super().save_pretrained(staging, True, state_dict, False, *args, **kwargs)
@@ -223,9 +247,10 @@ class StrippableModel(PreTrainedModel):
                 self.config.use_auxiliary_heads = self.config.use_auxiliary_heads or strip
             if strip:
                 _save_training_config(staging, type(self.config))
+            if not kwargs.get("variant"):  # variants share a configuration
+                _identify_weights(staging)
             if push_to_hub:
                 _upload(staging, repo_id or folder, weights_variant=kwargs.get("variant"), **hub_kwargs)
-            _replace_files(staging, save_directory, weights_variant=kwargs.get("variant"))
 
     def push_to_hub(  # type: ignore[override]
         self,
@@ -333,7 +358,7 @@ def _upload(
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     kept = [CARD_NAME] if _has_own_card(api, repo_id, revision) else None
     if os.path.exists(os.path.join(folder, "config.json")):  # not adapters alone
-        kwargs["delete_patterns"] = [*_weight_patterns(weights_variant), f"{TRAINING_CONFIG_FOLDER}/*"]
+        kwargs["delete_patterns"] = [*_stale_files(weights_variant), RECORD_NAME, PICTURE_NAME]
     return api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, ignore_patterns=kept, **kwargs)
 
 
@@ -341,34 +366,70 @@ def _has_own_card(api: HfApi, repo_id: str, revision: str | None) -> bool:
     """Whether the card of a repository was written or taken over by somebody."""
     if not api.file_exists(repo_id, CARD_NAME, revision=revision):
         return False
-    card = api.hf_hub_download(repo_id, CARD_NAME, revision=revision)
-    with open(card, encoding="utf-8", errors="replace") as file:
+    return is_own_card(os.path.dirname(api.hf_hub_download(repo_id, CARD_NAME, revision=revision)))
+
+
+def is_own_card(folder: str | os.PathLike) -> bool:
+    """Whether there is a card in a folder that somebody wrote or took over."""
+    path = os.path.join(folder, CARD_NAME)
+    if not os.path.isfile(path):
+        return False
+    with open(path, encoding="utf-8", errors="replace") as file:
         return CARD_MARK not in file.read()
 
 
-def _weight_patterns(variant: str | None) -> list[str]:
-    """Names of files with weights: whole, in shards, and the index of shards. Loading takes the first it finds."""
+def _stale_files(variant: str | None) -> list[str]:
+    """Patterns of what must not stay of an older model: its training configuration, and its files with weights, whole,
+    in shards, and the index of shards, of which loading takes the first it finds.
+    """
     dotted = f".{variant}" if variant else ""
     shard = f"model{dotted}-?????-of-?????.safetensors"
-    return [f"model{dotted}.safetensors", shard, f"model.safetensors.index{dotted}.json"]
+    index = f"model.safetensors.index{dotted}.json"
+    return [f"{TRAINING_CONFIG_FOLDER}/*", f"model{dotted}.safetensors", shard, index]
 
 
-def _replace_files(source: str, target: str, weights_variant: str | None) -> None:
-    """Moves a saved model over an older one so that no mixture of the two can be loaded: without config, then with."""
-    config_name = "config.json"
-    if not os.path.exists(os.path.join(source, config_name)):  # adapters alone: the model beside them stays
-        shutil.copytree(source, target, dirs_exist_ok=True)
+def _identify_weights(folder: str) -> None:
+    """Writes into `config.json` and into each file of weights which weights they are, a digest of all of them."""
+    files = sorted(glob.glob(os.path.join(glob.escape(folder), "*.safetensors")))
+    config = os.path.join(folder, CONFIG_NAME)
+    if not files or not os.path.exists(config):  # adapters alone, for instance
         return
-    if os.path.exists(os.path.join(target, config_name)):
-        os.remove(os.path.join(target, config_name))
-    shutil.rmtree(os.path.join(target, TRAINING_CONFIG_FOLDER), ignore_errors=True)
-    stale = [fnmatch.filter(os.listdir(target), pattern) for pattern in _weight_patterns(weights_variant)]
-    for name in itertools.chain.from_iterable(stale):
-        os.remove(os.path.join(target, name))
-    for folder, _, names in os.walk(source):
-        destination = os.path.join(target, os.path.relpath(folder, source))
-        os.makedirs(destination, exist_ok=True)
-        for name in names:
-            if folder != source or name != config_name:
-                os.replace(os.path.join(folder, name), os.path.join(destination, name))
-    os.replace(os.path.join(source, config_name), os.path.join(target, config_name))
+    digest = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as weights:
+            while chunk := weights.read(2**24):
+                digest.update(chunk)
+    weights_id = digest.hexdigest()[:16]
+    for path in files:  # 8 bytes with the length of the header, the header in JSON, the weights
+        with open(path, "rb") as source, open(f"{path}.new", "wb") as target:
+            header = json.loads(source.read(int.from_bytes(source.read(8), "little")))
+            header["__metadata__"] = {**header.get("__metadata__", {}), WEIGHTS_ID: weights_id}
+            text = json.dumps(header, separators=(",", ":")).encode()
+            text += b" " * (-len(text) % 8)
+            target.write(len(text).to_bytes(8, "little") + text)
+            shutil.copyfileobj(source, target, 2**24)
+        os.replace(f"{path}.new", path)
+    with open(config, encoding="utf-8") as file:
+        stored = json.load(file)
+    with open(config, "w", encoding="utf-8") as file:
+        json.dump({**stored, WEIGHTS_ID: weights_id}, file, indent=2, sort_keys=True)
+
+
+def _check_weights_id(folder: str, weights_ids: set[str | None]) -> None:
+    """Raises `ValueError` if the weights in a folder are others than those that a configuration says it belongs to."""
+    path = os.path.join(folder, "model.safetensors")
+    files = [path]
+    if not os.path.exists(path):
+        try:
+            with open(f"{path}.index.json", encoding="utf-8") as file:
+                files = [os.path.join(folder, name) for name in set(json.load(file)["weight_map"].values())]
+        except FileNotFoundError:
+            return  # loading says what is missing
+    for path in filter(os.path.exists, files):
+        with safe_open(path, "pt") as weights:
+            weights_ids = weights_ids | {(weights.metadata() or {}).get(WEIGHTS_ID)}
+    if len(weights_ids - {None}) > 1:
+        raise ValueError(
+            f"The configuration and the weights in {folder} were not saved together: files of two models were mixed, "
+            "or somebody is saving there at this moment. Load the model and its configuration again, or save it again."
+        )

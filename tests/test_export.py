@@ -251,31 +251,6 @@ def test_weights_of_an_older_file_go(tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model.onnx", "other.onnx.data"]
 
 
-@pytest.mark.parametrize("old", [[], ["model.onnx"], ["model.onnx", "model.onnx.data"]])
-@pytest.mark.parametrize("new", [["model.onnx"], ["model.onnx", "model.onnx.data"]])
-def test_no_graph_ever_lies_beside_the_weights_of_another(old, new, tmp_path, monkeypatch):
-    """Wherever it is stopped."""
-    (tmp_path / "draft").mkdir()
-    for folder, names, text in ((tmp_path, old, "old"), (tmp_path / "draft", new, "new")):
-        for name in names:
-            (folder / name).write_text(text)
-    seen = []
-
-    def watched(change):
-        def call(*args, **kwargs):
-            change(*args, **kwargs)
-            seen.append({file.name: file.read_text() for file in tmp_path.iterdir() if file.is_file()})
-
-        return call
-
-    monkeypatch.setattr(os, "replace", watched(os.replace))
-    monkeypatch.setattr(Path, "unlink", watched(Path.unlink))
-    export._move(tmp_path / "draft" / "model.onnx", tmp_path / "model.onnx")
-    assert seen[-1] == dict.fromkeys(new, "new")
-    for files in seen[:-1]:
-        assert "model.onnx" not in files
-
-
 def test_a_folder_that_is_read_only_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda *_: False)  # permissions do not stop everybody
     with pytest.raises(ValueError, match="is read-only; choose another"):

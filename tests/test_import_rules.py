@@ -21,7 +21,8 @@ TRAVELS = {
     "reducers": ({"reducer_cropr", "reducer_random"}, set()),
     "labels": ({"configuration_cropr_vit"}, {"torch"}),
     "vit_layers": ({"configuration_cropr_vit", "token_reduction"}, HUB),
-    "saving": ({"configuration_cropr_vit", "token_reduction"}, {*HUB, "safetensors"}),
+    "folders": (set(), set()),
+    "saving": ({"configuration_cropr_vit", "folders", "token_reduction"}, {*HUB, "safetensors"}),
     "modeling_cropr_vit": (
         {
             "configuration_cropr_vit",

@@ -3,8 +3,8 @@
 The number of images is free; the image size, and with it the number of patches that each module keeps, is fixed.
 """
 
+import glob
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from ..configuration_cropr_vit import CroprViTConfig
 from ..files import check_file
+from ..folders import staged
 from ..modeling_cropr_vit import CroprViTBackbone
 from ..modeling_cropr_vit_detection import CroprViTDetector
 from ..saving import StrippableModel
@@ -37,6 +38,7 @@ def export_model(
     image_size: int | tuple[int, int] | None = None,
     batch_size: int | None = None,
     tolerance: float | None = None,
+    beside: Callable[[str], Any] | None = None,
 ) -> float:
     """Writes a stripped model to `path`, and checks the file against the model on random pixels.
 
@@ -46,7 +48,8 @@ def export_model(
     pyramid is exported, `pyramid0` (the finest) to `pyramid4`: its number of boxes depends on the image.
 
     The weights keep their dtype, and the pruning is what the model has now (see `set_pruning`). A `.pt2` program runs
-    on the device that the model is on now. The file appears when it has passed the check, and not otherwise.
+    on the device that the model is on now. The file appears when it has passed the check, and not otherwise: until
+    then an older one stays, together with its weights.
 
     Args:
         model: of a class in `cropr_hf.tasks`, without auxiliary heads.
@@ -55,6 +58,8 @@ def export_model(
         image_size: height and width in pixels, or one number for both; by default those of the configuration.
         batch_size: images per call; `None` for any number.
         tolerance: largest difference between file and model, as returned; 1e-3 by default, 0.05 in half precision.
+        beside: writes into the folder that it is given what appears together with the file, such as
+            `image_processor.save_pretrained`.
 
     Returns:
         The difference: mean absolute difference of an output over its mean magnitude, of the worst output. It is a
@@ -90,7 +95,8 @@ def export_model(
     in_training = [module for module in model.modules() if module.training]
     graph = _Graph(model).eval()
     try:
-        with torch.no_grad(), tempfile.TemporaryDirectory(dir=target.parent, prefix=".export_") as folder:
+        stale = [glob.escape(f"{target.name}.data")]
+        with torch.no_grad(), staged(target.parent, target.name, stale, f".export_{target.name}_") as folder:
             draft = Path(folder) / target.name
             batches = [pixels(count) for count in ((1, 3) if batch_size is None else (batch_size,))]
             expected = [graph(batch) for batch in batches]
@@ -104,7 +110,8 @@ def export_model(
                     f"{target.name} differs from the model by {difference:.2g} (mean, relative), more than "
                     f"{tolerance:g}, so that it was not kept; raise `tolerance` if that will do."
                 )
-            _move(draft, target)
+            if beside is not None:
+                beside(folder)
     finally:
         for module in in_training:
             module.training = True
@@ -186,17 +193,6 @@ def _check_onnx(dtype: torch.dtype) -> None:
             "The weights are bfloat16, for which ONNX Runtime has no kernels on CPUs, so that no file could be "
             "checked; use float16 or float32, or a `.pt2` file."
         )
-
-
-def _move(draft: Path, target: Path) -> None:
-    """Puts a file where an older one may be, so that no graph ever lies beside the weights of another."""
-    draft_weights, weights = (Path(f"{file}.data") for file in (draft, target))
-    if target.suffix == ".onnx" and (draft_weights.exists() or weights.exists()):
-        target.unlink(missing_ok=True)
-        weights.unlink(missing_ok=True)
-        if draft_weights.exists():
-            os.replace(draft_weights, weights)
-    os.replace(draft, target)
 
 
 def _write(graph: _Graph, pixel_values: torch.Tensor, path: Path, free_batch: bool) -> Callable[..., Tensors]:

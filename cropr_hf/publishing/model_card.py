@@ -25,7 +25,7 @@ from transformers.utils import logging
 
 from ..configuration_cropr_vit import CroprViTConfig
 from ..files import source_name, write_file
-from ..saving import CARD_MARK, CARD_NAME
+from ..saving import CARD_MARK, CARD_NAME, PICTURE_NAME, RECORD_NAME, is_own_card
 from ..speed.cost import multiply_adds, unpruned_config
 from ..tasks import find_task
 from ..token_reduction import TOKEN_REDUCERS
@@ -33,8 +33,6 @@ from ..token_reduction import TOKEN_REDUCERS
 
 logger = logging.get_logger(__name__)
 
-RECORD_NAME = "record.json"
-PICTURE_NAME = "pruning.png"
 TEMPLATE = resources.files(__package__) / "templates" / "model_card.md"
 BAR_LENGTH = 40
 
@@ -128,11 +126,10 @@ def write_record(folder: str | os.PathLike, record: dict[str, Any], target: str 
     """
     folder, target = Path(folder), Path(folder if target is None else target)
     write_file(folder / RECORD_NAME, json.dumps(record, indent=2, default=str) + "\n")
-    card = target / CARD_NAME
-    if card.is_file() and CARD_MARK not in card.read_text(encoding="utf-8", errors="replace"):
-        logger.info(f"{card} was not written by cropr_hf, or was changed since, and stays as it is.")
+    if is_own_card(target):
+        logger.info(f"{target / CARD_NAME} was not written by cropr_hf, or was changed since, and stays as it is.")
         return
-    write_file(folder / CARD_NAME, str(render_card(record, target)))
+    write_file(folder / CARD_NAME, str(render_card(record, folder)))
 
 
 def add_to_record(
