@@ -19,12 +19,23 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import initialization as init
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_cropr_vit import CroprViTConfig
 from .labels import check_label_maps
 from .modeling_cropr_vit import CroprViTModel, CroprViTPreTrainedModel, CroprViTTaskOutput
+from .token_reduction import OwnWeights
 from .vit_layers import pad_to_patches
+
+
+class PatchClassifier(OwnWeights, nn.Linear):
+    """Linear layer with first weights of its own."""
+
+    def init_weights(self) -> None:
+        """As in the reference code: so small that every class begins with the same probability."""
+        init.normal_(self.weight, mean=0.0, std=2e-5)
+        init.zeros_(self.bias)
 
 
 class CroprViTForSemanticSegmentation(CroprViTPreTrainedModel):
@@ -47,7 +58,7 @@ class CroprViTForSemanticSegmentation(CroprViTPreTrainedModel):
         self._check_config(config)
         self.num_labels: int = config.num_labels or 0
         self.cropr_vit = CroprViTModel(config)
-        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
+        self.classifier = PatchClassifier(config.hidden_size, self.num_labels)
         self.post_init()
 
     def add_auxiliary_heads(self) -> None:
@@ -108,8 +119,9 @@ class CroprViTForSemanticSegmentation(CroprViTPreTrainedModel):
         outputs = self.cropr_vit(pixel_values, output_pruning=output_pruning, **kwargs)
         grid_size = (pixel_values.shape[2] // patch_size, pixel_values.shape[3] // patch_size)
         patches = self.cropr_vit.patches(outputs)
-        # (B, rows * columns, C) -> (B, C, rows * columns) -> (B, C, rows, columns)
-        logits = patch_logits = self.classifier(patches).transpose(1, 2).unflatten(2, grid_size)
+        # (B, rows * columns, C) -> (B, rows, columns, C) -> (B, C, rows, columns), in this order because the strides
+        # then say channels last for a single image as well, which PyTorch upsamples several times faster.
+        logits = patch_logits = self.classifier(patches).unflatten(1, grid_size).permute(0, 3, 1, 2)
         if pixel_values.shape[2:] != (height, width):
             logits = upsample(patch_logits, pixel_values.shape[-2:])[..., :height, :width]
         self._warn_untrained(labels, outputs.auxiliary_logits)
