@@ -25,17 +25,7 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_cropr_vit import CroprViTConfig
 from .labels import check_label_maps
 from .modeling_cropr_vit import CroprViTModel, CroprViTPreTrainedModel, CroprViTTaskOutput
-from .token_reduction import OwnWeights
 from .vit_layers import pad_to_patches
-
-
-class PatchClassifier(OwnWeights, nn.Linear):
-    """Linear layer with first weights of its own."""
-
-    def init_weights(self) -> None:
-        """As in the reference code: so small that every class begins with the same probability."""
-        init.normal_(self.weight, mean=0.0, std=2e-5)
-        init.zeros_(self.bias)
 
 
 class CroprViTForSemanticSegmentation(CroprViTPreTrainedModel):
@@ -58,8 +48,14 @@ class CroprViTForSemanticSegmentation(CroprViTPreTrainedModel):
         self._check_config(config)
         self.num_labels: int = config.num_labels or 0
         self.cropr_vit = CroprViTModel(config)
-        self.classifier = PatchClassifier(config.hidden_size, self.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self.classifier:  # as in the reference code: every class begins with about the same probability
+            init.normal_(self.classifier.weight, mean=0.0, std=2e-5)
 
     def add_auxiliary_heads(self) -> None:
         """See `CroprViTPreTrainedModel.add_auxiliary_heads`; raises `ValueError` unless there is a query per patch."""

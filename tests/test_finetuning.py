@@ -1,6 +1,7 @@
 """Frozen backbone, LoRA, averaged weights and streams, by the Trainer and by the scripts."""
 
 import importlib
+import random
 import sys
 from collections.abc import Iterable
 
@@ -20,6 +21,7 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessor,
+    set_seed,
 )
 
 from cropr_hf import (
@@ -368,7 +370,9 @@ def numbers(count: int, num_shards: int):
 
 
 def noisy(columns: dict[str, list]) -> dict[str, list]:
-    return {"value": [(number, torch.rand(()).item()) for number in columns["number"]]}
+    """Numbers with one random number of each kind that augmentation draws."""
+    draws = (lambda: torch.rand(()).item(), random.random, np.random.rand)
+    return {"value": [(number, *(draw() for draw in draws)) for number in columns["number"]]}
 
 
 def read(stream: TrainingStream, batches: int, workers: int = 0) -> list[list[tuple[int, float]]]:
@@ -390,7 +394,7 @@ class TestTrainingStream:
         seen = []
         for process in range(processes):
             seen += read(number_stream(process=process, processes=processes), batches, workers)
-        values = [number for batch in seen for number, _ in batch]
+        values = [number for batch in seen for number, *_ in batch]
         assert len(set(values)) == len(values)
         assert processes == 3 or sorted(values) == list(range(24))
 
@@ -401,16 +405,24 @@ class TestTrainingStream:
         whole = read(number_stream(), 16, workers)
         stream = number_stream()
         stream.start = start
-        torch.rand(7)  # random numbers of the process do not matter
+        noisy({"number": range(7)})  # random numbers of the process do not matter
         rest = read(stream, 16, workers)
         assert [batch for batch in rest if batch] == whole[start:]
 
     def test_passes_differ_and_seeds_decide(self):
         first = read(number_stream(), 16)
-        order = [number for batch in first for number, _ in batch]
+        order = [number for batch in first for number, *_ in batch]
         assert sorted(order[:24]) == sorted(order[24:]) == list(range(24))
         assert order[:24] != order[24:] and order[:24] != list(range(24))
         assert read(number_stream(), 16) == first != read(number_stream(seed=1), 16)
+
+    def test_random_numbers_of_the_process_go_on_as_if_nothing_was_read(self):
+        drawn = []
+        for batches in (0, 3):
+            set_seed(0)
+            read(number_stream(), batches)
+            drawn.append(noisy({"number": [0]}))
+        assert drawn[0] == drawn[1]
 
     def test_examples_before_the_start_are_not_transformed(self):
         transformed = []
