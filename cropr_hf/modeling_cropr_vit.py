@@ -330,21 +330,22 @@ class CroprViTModel(CroprViTPreTrainedModel):
         **kwargs: Any,
     ) -> TokenState:
         """The state after block 1 to L, and after what a method does inside of it."""
-        layer = self.layers[block - 1]
+        layer: Any = self.layers[block - 1]
         window_grid = self.config.window_grid(block, state.num_patches, state.grid_size)  # type: ignore[arg-type]
         positions = state.rotations.get("image")
         if window_grid is not None and window_table is not None:
             positions = self.window_positions(state, window_grid, window_table)
         # The first argument stays the hidden states: what records outputs, and checkpointing, look for them there.
+        hidden_states = layer.checkpoint_input(state.hidden_states)
         if reducer is None or not reducer.acts_inside:
-            hidden_states = layer(state.hidden_states, positions, window_grid, key_bias=state.key_bias, **kwargs)
+            hidden_states = layer(hidden_states, positions, window_grid, key_bias=state.key_bias, **kwargs)
             return replace(state, hidden_states=hidden_states)
 
         def reduce(hidden_states: torch.Tensor, facts: AttentionFacts) -> TokenState:
             return reducer.after_attention(replace(state, hidden_states=hidden_states), num_keep, facts)
 
         hidden_states, state_inside = layer(
-            state.hidden_states, positions, window_grid, key_bias=state.key_bias, reduce=reduce, **kwargs
+            hidden_states, positions, window_grid, key_bias=state.key_bias, reduce=reduce, **kwargs
         )
         return replace(state_inside, hidden_states=hidden_states)
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import initialization as init
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_cropr_vit import CroprViTConfig
@@ -49,6 +50,12 @@ class CroprViTForSemanticSegmentation(CroprViTPreTrainedModel):
         self.cropr_vit = CroprViTModel(config)
         self.classifier = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self.classifier:  # as in the reference code: every class begins with about the same probability
+            init.normal_(self.classifier.weight, mean=0.0, std=2e-5)
 
     def add_auxiliary_heads(self) -> None:
         """See `CroprViTPreTrainedModel.add_auxiliary_heads`; raises `ValueError` unless there is a query per patch."""
@@ -108,8 +115,9 @@ class CroprViTForSemanticSegmentation(CroprViTPreTrainedModel):
         outputs = self.cropr_vit(pixel_values, output_pruning=output_pruning, **kwargs)
         grid_size = (pixel_values.shape[2] // patch_size, pixel_values.shape[3] // patch_size)
         patches = self.cropr_vit.patches(outputs)
-        # (B, rows * columns, C) -> (B, C, rows * columns) -> (B, C, rows, columns)
-        logits = patch_logits = self.classifier(patches).transpose(1, 2).unflatten(2, grid_size)
+        # (B, rows * columns, C) -> (B, rows, columns, C) -> (B, C, rows, columns), in this order because the strides
+        # then say channels last for a single image as well, which PyTorch upsamples several times faster.
+        logits = patch_logits = self.classifier(patches).unflatten(1, grid_size).permute(0, 3, 1, 2)
         if pixel_values.shape[2:] != (height, width):
             logits = upsample(patch_logits, pixel_values.shape[-2:])[..., :height, :width]
         self._warn_untrained(labels, outputs.auxiliary_logits)

@@ -351,6 +351,19 @@ class CroprViTLayer(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.drop_path = CroprViTDropPath(drop_path_rate)
 
+    def checkpoint_input(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The hidden states, as a leaf that requires a gradient where a checkpoint needs one that nothing before does.
+
+        A reentrant checkpoint computes gradients inside of it only if an input requires one: without this, adapters,
+        and blocks behind a frozen part, would learn nothing.
+        """
+        is_checkpoint = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        if not is_checkpoint or hidden_states.requires_grad or torch.compiler.is_compiling():
+            return hidden_states
+        if not any(parameter.requires_grad for parameter in self.parameters()):
+            return hidden_states
+        return hidden_states.detach().requires_grad_()
+
     def forward(
         self,
         hidden_states: torch.Tensor,

@@ -90,7 +90,6 @@ TASKS = {
             "learning_rate": 5e-3,
             "layer_decay": 0.4,
             "warmup_steps": 50,
-            "max_grad_norm": 1,
             "max_steps": -1,
         },
     ),
@@ -125,6 +124,7 @@ def fine_tune(args: DemoArguments, name: str, *options: str) -> Path:
         # Cropr modules are new and learn fast; the pretrained blocks below keep what they know.
         "learning_rate": 1e-2,
         "layer_decay": 0.3,
+        "max_grad_norm": 1,
         "drop_path_rate": 0,
         "logging_steps": 20,
         "save_strategy": "no",

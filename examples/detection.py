@@ -131,7 +131,6 @@ class CocoArguments(RecipeArguments):
         default_factory=lambda: [0.8, 0.9],
         metadata={"help": "Shares of the training after which the scheduled rate is ten times lower; 1 is never."},
     )
-    max_grad_norm: float = HfArg(default=0.0, help="Greatest norm of the gradient; 0 is no limit.")
     per_device_train_batch_size: int = HfArg(default=2, help="Images per process and forward pass.")
     gradient_accumulation_steps: int = HfArg(default=64, help="Forward passes per step: 128 images on one device.")
     per_device_eval_batch_size: int = HfArg(default=2, help="Images per process and evaluation step.")

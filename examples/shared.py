@@ -136,6 +136,7 @@ class RecipeArguments(TrainingArguments):
     do_train: bool = HfArg(default=True, help="Whether to train, or only to evaluate.")
     weight_decay: float = HfArg(default=0.05, help="Of matrices; vectors, prefix tokens and positions have none.")
     layer_decay: float = HfArg(default=0.75, help="Factor of the learning rate per block, from the head down.")
+    max_grad_norm: float = HfArg(default=0.0, help="Largest norm of the gradient; 0 is no limit.")
     pruning_curriculum: float = HfArg(
         default=0.0, help="Share of the training over which pruning grows from nothing; 0 is off."
     )

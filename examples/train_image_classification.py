@@ -23,7 +23,7 @@ This and the settings of other models are files in `examples/recipes`, which a s
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ from torchvision.transforms import v2
 from transformers import ViTImageProcessor, set_seed
 from transformers import logging as transformers_logging
 from transformers.hf_argparser import HfArg
+from transformers.utils import is_timm_available
 
 from cropr_hf import CroprViTConfig, CroprViTForImageClassification
 from cropr_hf.training import CroprTrainer, layer_decay_optimizer
@@ -99,9 +100,9 @@ class DataArguments(StreamingArguments):
     crop_min_scale: float = HfArg(default=0.08, help="Smallest share of the image in a random crop; 1 is no crop.")
     horizontal_flip: float = HfArg(default=0.5, help="Probability of a mirror image.")
     randaugment_magnitude: int = HfArg(
-        default=9, help="RandAugment with 2 operations of this magnitude (0 to 30); 0 is none."
+        default=9, help="RandAugment of timm with operations of about this magnitude (0 to 10); 0 is none."
     )
-    random_erasing: float = HfArg(default=0.25, help="Probability of erasing a rectangle.")
+    random_erasing: float = HfArg(default=0.25, help="Probability of replacing a rectangle by noise.")
     mixup_alpha: float = HfArg(default=0.8, help="Mixup; 0 is none.")
     cutmix_alpha: float = HfArg(default=1.0, help="Cutmix; 0 is none. A batch gets one of the two.")
 
@@ -110,6 +111,8 @@ class DataArguments(StreamingArguments):
             self.dataset_name = None  # that of a recipe
         if self.center_crop is not None and not 0 < self.center_crop <= 1:
             raise ValueError(f"--center_crop is {self.center_crop}; it must be in (0, 1], such as 0.875.")
+        if not 0 <= self.randaugment_magnitude <= 10:
+            raise ValueError(f"--randaugment_magnitude is {self.randaugment_magnitude}; it must be in [0, 10].")
 
 
 @dataclass
@@ -182,29 +185,54 @@ def augmentation(config: CroprViTConfig, args: DataArguments, processor: Any) ->
     if args.horizontal_flip > 0:
         train.append(v2.RandomHorizontalFlip(args.horizontal_flip))
     if args.randaugment_magnitude > 0:
-        train.append(v2.RandAugment(num_ops=2, magnitude=args.randaugment_magnitude))
+        train.append(rand_augment(args.randaugment_magnitude, processor.image_mean))
     train += [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
     train.append(v2.Normalize(processor.image_mean, processor.image_std))
     if args.random_erasing > 0:
-        train.append(v2.RandomErasing(args.random_erasing))
+        train.append(v2.RandomErasing(args.random_erasing, value="random"))
     return v2.Compose(train)
 
 
-def column_transforms(config: CroprViTConfig, args: DataArguments, processor: Any) -> list[Any]:
-    """From columns to columns, for training and evaluation; training images say that they are, for the collator."""
+def rand_augment(magnitude: int, image_mean: Sequence[float]) -> Callable[[Any], Any]:
+    """RandAugment as MAE, EVA-02 and the paper train with it, from Pillow images to Pillow images.
 
-    def process(image: Any) -> torch.Tensor:
-        return processor(image, return_tensors="pt")["pixel_values"][0]
+    Two operations of timm's increasing set, each left out with probability 0.5, at a magnitude drawn around
+    `magnitude` tenths of the strongest; what comes in at the edges has the mean colour.
 
-    def transformed(transform: Callable[[Any], torch.Tensor], training: bool):
-        def apply(batch: dict[str, list]) -> dict[str, list]:
-            pixels = [transform(image) for image in batch[args.image_column_name]]
-            labels = batch[args.label_column_name]
-            return {"pixel_values": pixels, "labels": labels, "training": [training] * len(labels)}
+    Raises:
+        `ImportError`: without timm. That of torchvision leaves nothing out, and its 9 is 9 of 30.
+    """
+    if not is_timm_available():
+        raise ImportError(
+            'RandAugment needs timm: pip install "cropr_hf[timm]"; or do without by --randaugment_magnitude 0.'
+        )
+    from timm.data.auto_augment import rand_augment_transform
 
-        return apply
+    settings = {"img_mean": tuple(round(255 * mean) for mean in image_mean), "interpolation": BICUBIC}
+    return rand_augment_transform(f"rand-m{magnitude}-mstd0.5-inc1", settings)
 
-    return [transformed(augmentation(config, args, processor), True), transformed(process, False)]
+
+class Transform:
+    """Images and classes -> normalised pixels (channels, height, width) and classes, with `augment` or else as the
+    published model takes them. Training images say that they are, for the collator.
+
+    (An object, because worker processes that are not forked get it by pickle, which knows no function in a function.)
+    """
+
+    def __init__(self, args: DataArguments, processor: Any, augment: Callable[[Any], torch.Tensor] | None = None):
+        self.args, self.processor, self.augment = args, processor, augment
+
+    def __call__(self, batch: dict[str, list]) -> dict[str, list]:
+        """A batch of columns, as `Dataset.set_transform` gives it."""
+        labels = batch[self.args.label_column_name]
+        pixels = [self.pixels(image) for image in batch[self.args.image_column_name]]
+        return {"pixel_values": pixels, "labels": labels, "training": [self.augment is not None] * len(labels)}
+
+    def pixels(self, image: Any) -> torch.Tensor:
+        """(channels, height, width) of one image."""
+        if self.augment is not None:
+            return self.augment(image)
+        return self.processor(image, return_tensors="pt")["pixel_values"][0]
 
 
 class Collator:
@@ -235,7 +263,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     label_names = get_label_names(images, data_args.label_column_name)
     model = load_model(CroprViTForImageClassification, model_args, label_names)
     processor = image_processor(model.config, data_args, model_args)
-    set_transforms(images, *column_transforms(model.config, data_args, processor), data_args, training_args)
+    train = Transform(data_args, processor, augmentation(model.config, data_args, processor))
+    set_transforms(images, train, Transform(data_args, processor), data_args, training_args)
 
     accuracy = evaluate.load(ACCURACY)
     trainer = CroprTrainer(

@@ -164,7 +164,7 @@ class Ade20kArguments(RecipeArguments):
     )
     num_train_epochs: float = HfArg(default=64, help="Passes over the training images.")
     learning_rate: float = HfArg(default=2e-5, help="First learning rate of the head.")
-    layer_decay: float = HfArg(default=0.9, help="Factor of the learning rate per block, from the head down.")
+    layer_decay: float = HfArg(default=1.0, help="Factor of the learning rate per block, from the head down.")
     lr_scheduler_type: str = HfArg(default="polynomial", help="Learning-rate schedule.")
     lr_scheduler_kwargs: dict | str | None = field(default_factory=lambda: {"power": 0.9, "lr_end": 0.0})
     pruning_curriculum: float = HfArg(
@@ -245,8 +245,8 @@ class Transform:
     """Images and label maps -> normalised pixels (channels, height, width) and classes (height, width).
 
     Training images are resized at random, their longer side being `min_scale` to `max_scale` times the input, and
-    cropped at random; evaluation images are resized to fit. What is smaller than the input is filled up with the mean
-    colour and ignored labels.
+    cropped at random; evaluation images are resized to fit. What is smaller than the input is filled up below and on
+    the right, with the mean colour and ignored labels.
     """
 
     def __init__(self, args: DataArguments, processor: Any, augmentation: AugmentationArguments | None = None):
@@ -258,8 +258,9 @@ class Transform:
             steps = [
                 v2.ScaleJitter(self.size, (augmentation.min_scale, augmentation.max_scale)),
                 *photometric_distortion(augmentation.photometric_distortion),
-                v2.RandomCrop(self.size, pad_if_needed=True, fill=self.fill),
                 v2.RandomHorizontalFlip(augmentation.horizontal_flip),
+                self.pad,  # after the flip: below and on the right, as in evaluation
+                v2.RandomCrop(self.size),
             ]
         steps.append(v2.ToDtype({tv_tensors.Image: torch.float32, tv_tensors.Mask: torch.int64}, scale=True))
         steps.append(v2.Normalize(processor.image_mean, processor.image_std))

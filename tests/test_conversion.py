@@ -322,6 +322,23 @@ def test_vit_mae_with_the_recipe_of_the_paper_normalises_the_mean():
     assert_close(outputs.pooler_output, source.vit.layernorm(outputs.last_hidden_state.mean(dim=1)))
 
 
+@pytest.mark.parametrize(("name", "is_new"), [("vit_mae", True), ("timm_vit_mean_of_all", False)])
+def test_a_classifier_that_normalises_the_mean_has_a_new_norm_unless_its_source_does_so_too(name, is_new):
+    """MAE's norm was trained on tokens, before they are pooled; its fine-tuning starts a new one."""
+    source = build(name)
+    trained = source.fc_norm if name.startswith("timm") else source.vit.layernorm
+    settings = {"num_labels": 7, "pruning_rate": 2, "pooling": "mean", "norm_before_pooling": False}
+    backbone = CroprViTModel.from_vit(source, **settings)
+    classifier = CroprViTForImageClassification.from_vit(source, **settings).cropr_vit
+    as_in_the_source = CroprViTForImageClassification.from_vit(source, num_labels=7).cropr_vit
+    for attribute, first in (("weight", 1.0), ("bias", 0.0)):
+        expected = getattr(trained, attribute)
+        for model in (backbone, as_in_the_source):
+            assert torch.equal(getattr(model.layernorm, attribute), expected)
+        expected = torch.full_like(expected, first) if is_new else expected
+        assert torch.equal(getattr(classifier.layernorm, attribute), expected)
+
+
 # ---- Steps ----------------------------------------------------------------------------------------------------------
 
 

@@ -1,7 +1,10 @@
 """The examples, run as a user runs them, on tiny data and a tiny random ViT."""
 
+import functools
 import json
+import multiprocessing
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -134,6 +137,29 @@ class TestTrainImageClassification:
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
         torch.testing.assert_close(image * std + mean, torch.ones(3, 32, 32))
 
+    def test_augmentation_is_that_of_the_paper(self, example, tiny_vit):
+        auto_augment = pytest.importorskip("timm.data.auto_augment")
+        script = example("train_image_classification")
+        config = cropr_hf.CroprViTConfig.from_size("tiny", image_size=64, token_reducer=None)
+        args = script.DataArguments(crop_min_scale=1, random_erasing=1.0)
+        augmentation = script.augmentation(config, args, ViTImageProcessor.from_pretrained(tiny_vit))
+        (rand_augment,) = [step for step in augmentation.transforms if type(step) is auto_augment.RandAugment]
+        assert rand_augment.num_layers == 2 and len(rand_augment.ops) == 15
+        for op in rand_augment.ops:
+            assert (op.prob, op.magnitude, op.magnitude_std, op.magnitude_max) == (0.5, 9, 0.5, None)  # of 10
+            assert op.kwargs == {"fillcolor": (128, 128, 128), "resample": Image.Resampling.BICUBIC}
+        grey = augmentation(Image.new("RGB", (64, 64), (128, 128, 128)))
+        noise = grey[:, grey.std(dim=0) > 0]  # what was erased
+        assert noise.numel() > 3 * 64 * 64 // 60 and noise.std().item() == pytest.approx(1, abs=0.3)
+
+    def test_augmentation_without_timm_says_what_to_do(self, example, monkeypatch):
+        script = example("train_image_classification")
+        monkeypatch.setattr(script, "is_timm_available", lambda: False)
+        with pytest.raises(ImportError, match=r'pip install "cropr_hf\[timm\]"; or do without by --randaugment'):
+            script.rand_augment(9, [0.5, 0.5, 0.5])
+        with pytest.raises(ValueError, match=r"randaugment_magnitude is 27; it must be in \[0, 10\]"):
+            script.DataArguments(randaugment_magnitude=27)
+
     def test_wrong_arguments_say_what_to_do(self, example, tiny_vit, tmp_path):
         script = example("train_image_classification")
         with pytest.raises(ValueError, match="--dataset_name"):
@@ -163,6 +189,48 @@ class TestTrainImageClassification:
         assert len(logs) == 4  # 32 images, 2 processes of 4
         assert all("auxiliary_loss_2" in entry for entry in logs)
         assert cropr_hf.CroprViTConfig.from_pretrained(tmp_path).use_auxiliary_heads is False
+
+
+@pytest.mark.parametrize(
+    ("task", "fields"),
+    [
+        ("image_classification", {}),
+        ("image_classification", {"streaming": True, "max_steps": 1}),
+        ("semantic_segmentation", {"pruning_rate": 8}),
+        ("instance_segmentation", {"pruning_rate": 8, "config": json.dumps({"window_size": 0})}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_worker_processes_that_are_not_forked_get_everything_by_pickle(
+    example, tiny_vit, tmp_path, monkeypatch, task, fields
+):
+    """As on macOS and Windows, and with Python 3.14 everywhere."""
+
+    class Stopped(Exception):
+        pass
+
+    def stop(trainer, *args):
+        for name in ("train", "eval"):
+            loader = getattr(trainer, f"get_{name}_dataloader")()
+            data, collate = pickle.loads(pickle.dumps((loader.dataset, loader.collate_fn)))
+            rows = next(iter(data)) if isinstance(data, torch.utils.data.IterableDataset) else data[0]
+            assert "pixel_values" in (rows if collate is None or isinstance(rows, dict) else collate([rows]))
+        raise Stopped
+
+    script = example(f"train_{task}")
+    monkeypatch.setattr(example("detection" if task == "instance_segmentation" else script.__name__), "run", stop)
+    with pytest.raises(Stopped):
+        script.main(digits_command(tiny_vit, tmp_path, **fields))
+
+
+@pytest.mark.full
+def test_the_script_trains_with_workers_of_a_fork_server(example, tiny_vit, tmp_path, monkeypatch):
+    context = multiprocessing.get_context("forkserver")
+    loader = functools.partial(torch.utils.data.DataLoader, multiprocessing_context=context)
+    monkeypatch.setattr("transformers.trainer.DataLoader", loader)
+    fields = {"max_steps": 1, "dataloader_num_workers": 1, "benchmark_rounds": 0, "eval_strategy": "no"}
+    example("train_image_classification").main(digits_command(tiny_vit, tmp_path, **fields))
+    assert len(losses(tmp_path)) == 1
 
 
 @pytest.mark.parametrize("fresh_process", [False, pytest.param(True, marks=pytest.mark.full)])
@@ -368,6 +436,22 @@ class TestTrainSemanticSegmentation:
         assert (labels == 1).sum() == 24 * 24 and (labels == 255).sum() == 48 * 48 - 24 * 24
         assert pixels[:, labels == 255].abs().max() < 0.01  # the mean, normalised
         assert pixels[:, labels == 1].std(dim=1).max() < 0.01 and pixels[:, labels == 1].abs().mean() > 0.1
+
+    @pytest.mark.parametrize("horizontal_flip", [0.0, 1.0])
+    @pytest.mark.parametrize("scale", [0.5, 1.5])
+    def test_small_training_images_are_filled_up_below_and_on_the_right(self, example, scale, horizontal_flip):
+        """As in evaluation, also where they are mirrored, or too small in one direction alone."""
+        script = example("train_semantic_segmentation")
+        processor = SegformerImageProcessor(size={"height": 48, "width": 48})
+        augmentation = script.AugmentationArguments(
+            min_scale=scale, max_scale=scale, horizontal_flip=horizontal_flip, photometric_distortion=0.0
+        )
+        transform = script.Transform(script.DataArguments(dataset_name="other"), processor, augmentation)
+        image, classes = Image.new("RGB", (60, 20)), np.ones((20, 60), np.uint8)
+        for _ in range(4):
+            labels = transform({"image": [image], "annotation": [Image.fromarray(classes)]})["labels"][0]
+            height, width = round(16 * scale), min(round(48 * scale), 48)
+            assert (labels[:height, :width] == 1).all() and (labels == 1).sum() == height * width
 
     def test_reduced_labels(self, example):
         data = example("train_semantic_segmentation").DataArguments

@@ -1,13 +1,14 @@
 """Frozen backbone, LoRA, averaged weights and streams, by the Trainer and by the scripts."""
 
 import importlib
+import random
 import sys
 from collections.abc import Iterable
 
 import numpy as np
 import pytest
 import torch
-from common import assert_close_relative, full
+from common import assert_close_relative, enable_activation_checkpointing, full
 from datasets import Dataset, load_dataset
 from PIL import Image
 from safetensors.torch import load_file
@@ -20,6 +21,7 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessor,
+    set_seed,
 )
 
 from cropr_hf import (
@@ -192,6 +194,24 @@ class TestFrozenBackbone:
             classification.main(command(tiny_vit, tmp_path, freeze_backbone=True, lora_rank=2))
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("token_reducer", ["cropr", "tome"])
+def test_checkpointing_gives_blocks_behind_frozen_ones_their_gradients(token_reducer, use_reentrant):
+    fields = {"token_reducer": token_reducer, "use_auxiliary_heads": token_reducer == "cropr", "drop_path_rate": 0.0}
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny_model(**fields).train()
+        model.cropr_vit.embeddings.requires_grad_(False)
+        model.cropr_vit.layers[:2].requires_grad_(False)
+        if checkpointing:
+            enable_activation_checkpointing(model, use_reentrant=use_reentrant)
+        task_loss(model).backward()
+        gradients.append({name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad})
+        assert not any(weight.grad is not None for weight in model.cropr_vit.layers[:2].parameters())
+    assert any(".layers.2." in name for name in gradients[0])
+    assert_close_relative(gradients[1], gradients[0])
+
+
 class TestLora:
     @pytest.fixture(autouse=True)
     def _peft(self):
@@ -217,6 +237,34 @@ class TestLora:
         assert sum(len(group["params"]) for group in groups) == len(trained)
         assert {group["lr"] for group in groups} == {0.5**depth for depth in range(5)}  # head to first block
 
+    @pytest.mark.parametrize(
+        "model_class",
+        [
+            CroprViTForImageClassification,
+            *full(CroprViTForSemanticSegmentation, CroprViTForObjectDetection, CroprViTForInstanceSegmentation),
+        ],
+    )
+    @pytest.mark.parametrize("use_reentrant", [False, True])
+    def test_checkpointing_gives_adapters_their_gradients(self, model_class, use_reentrant):
+        """A reentrant checkpoint computes none unless an input requires one; the frozen embeddings require none."""
+        fields = {**TASKS[model_class], "drop_path_rate": 0.0}
+
+        def gradients(*, checkpointing: bool) -> dict[str, torch.Tensor]:
+            model = lora_model(tiny_model(model_class, **fields), rank=2, init_lora_weights=False).train()
+            if checkpointing:  # as the Trainer does, before or after the adapters
+                enable_activation_checkpointing(model.get_base_model(), use_reentrant=use_reentrant)
+            torch.manual_seed(0)
+            task_loss(model.get_base_model()).backward()
+            return {name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}
+
+        torch.manual_seed(0)
+        expected = gradients(checkpointing=False)
+        torch.manual_seed(0)
+        found = gradients(checkpointing=True)
+        for name, gradient in expected.items():
+            assert gradient.any(), name
+            assert_close_relative(found[name], gradient, msg=name)
+
     def test_the_merged_model_computes_the_same_and_is_stripped(self, tmp_path):
         model = lora_model(tiny_model(), rank=2)
         with torch.no_grad():
@@ -239,6 +287,30 @@ class TestLora:
         published = CroprViTForImageClassification.from_pretrained(tmp_path)
         assert not any("lora" in name or "auxiliary" in name for name in published.state_dict())
         assert_close_relative(published(pixels()).logits, expected.logits)
+
+    @pytest.mark.parametrize("model_class", [CroprViTForImageClassification, *full(CroprViTForSemanticSegmentation)])
+    def test_adapters_load_on_the_published_base_and_on_the_complete_one(self, model_class, tmp_path):
+        """By what users of PEFT type; the published base has one vector in place of the queries that were trained."""
+        from peft import PeftModel
+
+        task_model(model_class).save_pretrained(tmp_path / "base")
+        base = model_class.from_pretrained(tmp_path / "base", use_auxiliary_heads=True)
+        model = lora_model(base, rank=2, init_lora_weights=False)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.05 * torch.randn_like(parameter))
+        expected = model.eval()(pixel_values=pixels(), output_pruning=True)
+        model.save_pretrained(tmp_path / "adapters")
+        for heads in (False, True):
+            base = model_class.from_pretrained(tmp_path / "base", use_auxiliary_heads=heads)
+            loaded = PeftModel.from_pretrained(base, str(tmp_path / "adapters")).eval()
+            for each in (loaded, loaded.merge_and_unload()):
+                outputs = each(pixel_values=pixels(), output_pruning=True)
+                assert torch.equal(outputs.pruned_after_block, expected.pruned_after_block)
+                assert_close_relative(outputs.logits, expected.logits)
+        merged = merge_lora(model)
+        assert merged.state_dict().keys() == task_model(model_class).state_dict().keys()
 
     @pytest.mark.full
     def test_a_resumed_run_repeats_the_uninterrupted_one(self, tmp_path):
@@ -368,7 +440,9 @@ def numbers(count: int, num_shards: int):
 
 
 def noisy(columns: dict[str, list]) -> dict[str, list]:
-    return {"value": [(number, torch.rand(()).item()) for number in columns["number"]]}
+    """Numbers with one random number of each kind that augmentation draws."""
+    draws = (lambda: torch.rand(()).item(), random.random, np.random.rand)
+    return {"value": [(number, *(draw() for draw in draws)) for number in columns["number"]]}
 
 
 def read(stream: TrainingStream, batches: int, workers: int = 0) -> list[list[tuple[int, float]]]:
@@ -390,7 +464,7 @@ class TestTrainingStream:
         seen = []
         for process in range(processes):
             seen += read(number_stream(process=process, processes=processes), batches, workers)
-        values = [number for batch in seen for number, _ in batch]
+        values = [number for batch in seen for number, *_ in batch]
         assert len(set(values)) == len(values)
         assert processes == 3 or sorted(values) == list(range(24))
 
@@ -401,16 +475,24 @@ class TestTrainingStream:
         whole = read(number_stream(), 16, workers)
         stream = number_stream()
         stream.start = start
-        torch.rand(7)  # random numbers of the process do not matter
+        noisy({"number": range(7)})  # random numbers of the process do not matter
         rest = read(stream, 16, workers)
         assert [batch for batch in rest if batch] == whole[start:]
 
     def test_passes_differ_and_seeds_decide(self):
         first = read(number_stream(), 16)
-        order = [number for batch in first for number, _ in batch]
+        order = [number for batch in first for number, *_ in batch]
         assert sorted(order[:24]) == sorted(order[24:]) == list(range(24))
         assert order[:24] != order[24:] and order[:24] != list(range(24))
         assert read(number_stream(), 16) == first != read(number_stream(seed=1), 16)
+
+    def test_random_numbers_of_the_process_go_on_as_if_nothing_was_read(self):
+        drawn = []
+        for batches in (0, 3):
+            set_seed(0)
+            read(number_stream(), batches)
+            drawn.append(noisy({"number": [0]}))
+        assert drawn[0] == drawn[1]
 
     def test_examples_before_the_start_are_not_transformed(self):
         transformed = []

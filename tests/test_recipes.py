@@ -82,7 +82,6 @@ class TestRecipes:
         on_all = facts(recipe)["devices"] * args.per_device_train_batch_size * args.gradient_accumulation_steps
         assert (on_all, args.learning_rate) == (batch, learning_rate)
         assert args.fp16
-        assert args.max_grad_norm == 0
         assert args.output_dir.startswith("outputs/")
 
     def test_what_it_says_of_itself(self, recipe):
@@ -129,6 +128,13 @@ def test_a_recipe_that_a_script_has_as_its_defaults_says_the_same(parse, name):
     same = ("learning_rate", "layer_decay", "weight_decay", "warmup_steps", "max_steps", "lr_scheduler_type")
     for field in (*same, "lr_scheduler_kwargs", "pruning_curriculum", "num_train_epochs", "eval_strategy"):
         assert getattr(stated[2], field) == getattr(defaults[2], field)
+
+
+@pytest.mark.parametrize("script", sorted({script_of(recipe) for recipe in RECIPES}))
+def test_gradients_have_no_limit_unless_one_is_given(parse, script):
+    """As in the reference code, where the Trainer has a limit of 1 by default."""
+    assert parse(script)[2].max_grad_norm == 0
+    assert parse(script, "--max_grad_norm", 0.5)[2].max_grad_norm == 0.5
 
 
 def test_eva02_keeps_its_pooling(parse):

@@ -142,6 +142,35 @@ def test_logits_cover_the_image_and_stock_post_processing_reads_them(height, wid
     assert torch.equal(torch.stack(maps), of_pixels.argmax(dim=1))
 
 
+@torch.no_grad()
+def test_logits_of_one_image_have_the_strides_of_channels_last():
+    model, image = segmenter(), make_images(1, 40, 48)
+    logits = model(image).logits
+    assert logits.shape == (1, NUM_LABELS, 5, 6)
+    # PyTorch takes the fast kernel by these, also that of the batch, although it has no meaning for one image.
+    assert logits.stride() == (5 * 6 * NUM_LABELS, 1, 6 * NUM_LABELS, NUM_LABELS)
+    patches = model.cropr_vit.patches(model.cropr_vit(image))
+    rows_and_columns = model.classifier(patches).transpose(1, 2).unflatten(2, (5, 6))
+    assert torch.equal(logits, rows_and_columns)
+    upsampled = [F.interpolate(each, size=(40, 48), mode="bilinear") for each in (logits, rows_and_columns)]
+    assert_close_relative(upsampled[0], upsampled[1])
+
+
+def test_the_first_weights_of_the_classifier_prefer_no_class(tmp_path):
+    fields = {"hidden_size": 64, "num_labels": 100, "num_queries": None}
+    CroprViTForImageClassification(tiny_config(**fields, use_auxiliary_heads=True)).save_pretrained(tmp_path)
+    new = CroprViTForSemanticSegmentation(tiny_config(**fields))
+    loaded = CroprViTForSemanticSegmentation.from_pretrained(
+        tmp_path, num_queries=None, num_labels=150, ignore_mismatched_sizes=True
+    )
+    for model in (new, loaded):
+        assert model.classifier.weight.std().item() == pytest.approx(2e-5, rel=0.1)
+        assert not model.classifier.bias.any()
+    with_heads = CroprViTForSemanticSegmentation(tiny_config(**fields, use_auxiliary_heads=True))
+    auxiliary = with_heads.cropr_vit.token_reducers["1"].auxiliary_head.classifier
+    assert 0.01 < auxiliary.weight.std().item() < 0.03  # is another one
+
+
 def naive_auxiliary_logits(module, queries, tokens):
     """One query after the other, for the plain scorer."""
     logits = []

@@ -65,6 +65,7 @@ FIXED_FIELDS = (
 )
 # These as well, but a target can do without what they stand for.
 DROPPABLE_FIELDS = ("use_cls_token", "num_register_tokens", "use_final_norm")
+FINAL_NORM = ("layernorm.weight", "layernorm.bias")
 # What `CroprViTConfig` takes besides its fields.
 FURTHER_ARGUMENTS = ("num_labels", "out_features", "out_indices", "attn_implementation")
 
@@ -74,6 +75,9 @@ def convert_vit(cls: type[CroprViTPreTrainedModel], source: str | os.PathLike | 
 
     With `token_reducer=None` it computes what the source computes. Otherwise it prunes by a score that is still
     random, so it has to be trained: task classes get auxiliary heads unless `use_auxiliary_heads=False`.
+
+    An image classifier that normalises the mean of the tokens, where its source normalises the tokens, has a new final
+    norm: as MAE and the paper fine-tune, and timm when its pooling changes.
 
     The classifier comes along when the source has a linear one, `cls` is an image classifier, and `num_labels` and
     `pooling` stay; otherwise it is new. Its labels stay while their number does. What the source has for its
@@ -120,6 +124,8 @@ def convert_vit(cls: type[CroprViTPreTrainedModel], source: str | os.PathLike | 
     config.dtype = config.dtype or first.dtype
     # Building under the dtype, instead of casting, keeps rotary frequencies in float32.
     model = cls._from_config(config)
+    if _moves_norm(cls, description, config):
+        weights |= {name: tensor for name, tensor in model.base_model.state_dict().items() if name in FINAL_NORM}
     _fill(model, weights, _keeps_classifier(cls, description, config))
     return model.to(first.device).eval()
 
@@ -200,6 +206,17 @@ def _keeps_classifier(cls: type, description: SourceDescription, config: CroprVi
         issubclass(cls, CroprViTForImageClassification)
         and config.num_labels == description.labels.get("num_labels")
         and all(getattr(config, name) == description.fields[name] for name in ("pooling", "norm_before_pooling"))
+    )
+
+
+def _moves_norm(cls: type, description: SourceDescription, config: CroprViTConfig) -> bool:
+    """Whether the final norm of a classifier sees means of tokens, but that of the source single tokens."""
+    return (
+        issubclass(cls, CroprViTForImageClassification)
+        and config.use_final_norm
+        and "mean" in config.pooling
+        and description.fields["norm_before_pooling"]
+        and not config.norm_before_pooling
     )
 
 

@@ -3,10 +3,12 @@
 import re
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..modeling_cropr_vit import CroprViTModel, CroprViTPreTrainedModel
+from ..reducer_cropr import Scorer
 from ..vit_layers import CroprViTAttention, CroprViTDropPath
 
 
@@ -52,6 +54,8 @@ def lora_model(
 
     It trains with the `Trainer`, whose checkpoints then hold adapters, Cropr modules and head, without the frozen
     weights: to resume, wrap a model from the same source. `merge_lora` makes an ordinary model of the result.
+    What it saves, `peft.PeftModel.from_pretrained` puts on the base as it is published, stripped, or on a complete
+    one.
 
     Args:
         model: any `CroprViT*` model.
@@ -81,7 +85,27 @@ def lora_model(
         modules_to_save=_trained_in_full(model, backbone),
         **kwargs,
     )
-    return get_peft_model(model, config)  # type: ignore[return-value]
+    adapted = get_peft_model(model, config)
+    for module in adapted.modules():
+        if isinstance(module, Scorer) and module.queries.requires_grad:
+            module.register_state_dict_post_hook(_add_folded_query)
+            module.register_load_state_dict_pre_hook(_drop_folded_query)
+    return adapted  # type: ignore[return-value]
+
+
+def _add_folded_query(scorer: Scorer, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+    """What a stripped base has in place of the queries is saved with them, for PEFT to load there.
+
+    PEFT asks the scorer alone for its weights, and the model for those of modules that it saves; others, such as a
+    merged model, stay as they are.
+    """
+    if not prefix or ".modules_to_save." in prefix:
+        with torch.no_grad():
+            state_dict[f"{prefix}folded_query"] = scorer()
+
+
+def _drop_folded_query(_: Scorer, state_dict: dict[str, Any], prefix: str, *__: Any) -> None:
+    state_dict.pop(f"{prefix}folded_query", None)
 
 
 def merge_lora(model: "PeftModel") -> CroprViTPreTrainedModel:

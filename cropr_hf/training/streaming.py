@@ -1,10 +1,12 @@
 """Training on a stream of examples, which are read as they are needed and never all at once."""
 
+import contextlib
 import itertools
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import IterableDataset
 from datasets.distributed import split_dataset_by_node
@@ -26,8 +28,8 @@ class TrainingStream(torch.utils.data.IterableDataset):
 
     Args:
         examples: from `load_dataset(..., streaming=True)` or `Dataset.to_iterable_dataset(num_shards=...)`.
-        transform: columns of several examples -> columns, as `Dataset.set_transform` takes it. Only the random numbers
-            of PyTorch repeat.
+        transform: columns of several examples -> columns, as `Dataset.set_transform` takes it. The random numbers of
+            Python, NumPy and PyTorch repeat.
         seed: of order and random numbers.
         buffer_size: examples, not decoded, among which the next one is drawn.
     """
@@ -78,8 +80,21 @@ class TrainingStream(torch.utils.data.IterableDataset):
     def _batch(self, rows: list[dict[str, Any]], index: int) -> Any:
         features = self.examples.features
         rows = [features.decode_example(row) for row in rows] if features else rows
-        with torch.random.fork_rng(devices=[]):
-            seed = random.Random(f"{self.seed} {self.process} {index}").getrandbits(63)
-            torch.default_generator.manual_seed(seed)  # and not those of accelerators, which the model draws from
+        with random_numbers(random.Random(f"{self.seed} {self.process} {index}").getrandbits(63)):
             columns = self.transform({name: [row[name] for row in rows] for name in rows[0]})
             return self.collate([dict(zip(columns, values)) for values in zip(*columns.values())])
+
+
+@contextlib.contextmanager
+def random_numbers(seed: int) -> Iterator[None]:
+    """A context in which Python, NumPy and PyTorch draw from a seed; they go on afterwards as if nothing had been."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.default_generator.manual_seed(seed)  # and not those of accelerators, which the model draws from
+        try:
+            yield
+        finally:
+            random.setstate(of_python)
+            np.random.set_state(of_numpy)
