@@ -318,7 +318,7 @@ def _image_processor(
     If there is none, it is `None`, or a `ValueError` where one is required.
     """
     try:
-        processor = AutoImageProcessor.from_pretrained(name_or_path)
+        processor = AutoImageProcessor.from_pretrained(name_or_path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         if not required:
             return None

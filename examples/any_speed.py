@@ -60,7 +60,8 @@ def test_metric(args: AnySpeedArguments, folder: str) -> tuple[Callable[[Any], d
     settings = evaluation.Arguments(max_eval_samples=args.test_images, batch_size=args.batch_size)
     images = evaluation.load_images(settings)
     pictures, labels = list(images["image"]), list(images["label"])
-    processor, accuracy = AutoImageProcessor.from_pretrained(folder), evaluate.load(ACCURACY)
+    processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+    accuracy = evaluate.load(ACCURACY)
 
     def metric(model: Any) -> dict[str, float]:
         predictions = evaluation.predict(model, processor, pictures, settings)

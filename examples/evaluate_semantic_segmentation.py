@@ -63,8 +63,9 @@ class Segmenter:
 
     def __init__(self, args: EvaluationArguments):
         self.args = args
-        self.model = AutoModelForSemanticSegmentation.from_pretrained(args.model_name_or_path).to(args.device)
-        self.processor = AutoImageProcessor.from_pretrained(args.model_name_or_path)
+        model = AutoModelForSemanticSegmentation.from_pretrained(args.model_name_or_path, trust_remote_code=False)
+        self.model = model.to(args.device)
+        self.processor = AutoImageProcessor.from_pretrained(args.model_name_or_path, trust_remote_code=False)
         self.size = (self.processor.size["height"], self.processor.size["width"])
         self.fill = fill_values(self.processor, self.model.config.semantic_loss_ignore_index)
 
