@@ -3,7 +3,6 @@
 Exit codes: 0 when it worked, 1 when it did not (the reason is on stderr), 2 for arguments that are missing or unknown.
 """
 
-import json
 import math
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
@@ -20,7 +19,7 @@ from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from .arguments import DTYPES, parse_config, parse_device
 from .configuration_cropr_vit import CroprViTConfig
-from .files import check_file, write_file
+from .files import check_file, write_json
 from .image_processing_cropr_vit import CroprViTImageProcessor
 from .modeling_cropr_rf_detr import CroprRfDetrForObjectDetection
 from .modeling_cropr_vit import CroprViTPreTrainedModel
@@ -89,7 +88,7 @@ def run_benchmark(args: Namespace) -> str:
     def save(records: list[dict[str, Any]]) -> None:
         if arguments.output is not None:
             content = records if settings else records[0]
-            write_file(arguments.output, json.dumps(content, indent=2))
+            write_json(arguments.output, content)
 
     records = sweep(arguments, settings, save)
     if args.update_record:
@@ -229,7 +228,7 @@ def schedule(args: Namespace) -> str:
         args.token_multiple,
     )
     if args.output is not None:
-        write_file(args.output, json.dumps(found.record(), indent=2))
+        write_json(args.output, found.record())
     if args.save is not None:
         stored = _load(args.model, **{**overrides, "pruning_rate": None, "pruning_schedule": found.schedule})
         _take_over_record(stored, args.model, without=("evaluations", "throughput"))  # of another schedule

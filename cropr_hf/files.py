@@ -1,7 +1,11 @@
 """Files that are written whole or not at all, and names of sources that give no path away."""
 
+import json
+import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 
 def check_file(path: str | os.PathLike) -> Path:
@@ -22,6 +26,20 @@ def write_file(path: str | os.PathLike, text: str) -> None:
     temporary = path.with_name(f"_{path.name}")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def write_json(path: str | os.PathLike, record: Any) -> None:
+    """Writes a record, whole or not at all; JSON has no word for what is not a finite number, which becomes null."""
+    write_file(path, json.dumps(finite(record), indent=2, default=str, allow_nan=False) + "\n")
+
+
+def finite(record: Any) -> Any:
+    """A copy of a record in which `None` stands for NaN and infinity."""
+    if isinstance(record, float):
+        return record if math.isfinite(record) else None
+    if isinstance(record, Mapping):
+        return {name: finite(value) for name, value in record.items()}
+    return [finite(value) for value in record] if isinstance(record, (list, tuple)) else record
 
 
 def source_name(name: str | os.PathLike) -> str:

@@ -26,6 +26,7 @@ from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
 import cropr_hf  # noqa: F401 (registers the models with the Auto classes)
+from cropr_hf.files import finite
 from cropr_hf.visualization import plot_pruning
 
 
@@ -107,4 +108,4 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main()))
+    print(json.dumps(finite(main())))

@@ -1,6 +1,7 @@
 """Frozen backbone, LoRA, averaged weights and streams, by the Trainer and by the scripts."""
 
 import importlib
+import json
 import sys
 from collections.abc import Iterable
 
@@ -239,6 +240,17 @@ class TestLora:
         published = CroprViTForImageClassification.from_pretrained(tmp_path)
         assert not any("lora" in name or "auxiliary" in name for name in published.state_dict())
         assert_close_relative(published(pixels()).logits, expected.logits)
+
+    def test_what_it_publishes_names_no_path_of_this_machine(self, tmp_path):
+        tiny_model().save_pretrained(tmp_path / "private" / "base")
+        source = CroprViTForImageClassification.from_pretrained(
+            tmp_path / "private" / "base", use_auxiliary_heads=True
+        )
+        lora_model(source, rank=2).save_pretrained(tmp_path / "adapters")
+        stored = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
+        assert stored["base_model_name_or_path"] is None  # which PEFT would take for a repository
+        for file in ("adapter_config.json", "README.md"):
+            assert str(tmp_path) not in (tmp_path / "adapters" / file).read_text()
 
     @pytest.mark.full
     def test_a_resumed_run_repeats_the_uninterrupted_one(self, tmp_path):

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..files import source_name
 from ..modeling_cropr_vit import CroprViTModel, CroprViTPreTrainedModel
 from ..vit_layers import CroprViTAttention, CroprViTDropPath
 
@@ -51,7 +52,8 @@ def lora_model(
     Embeddings and norms of the backbone are frozen.
 
     It trains with the `Trainer`, whose checkpoints then hold adapters, Cropr modules and head, without the frozen
-    weights: to resume, wrap a model from the same source. `merge_lora` makes an ordinary model of the result.
+    weights: to resume, wrap a model from the same source, which they name if it is on the Hub. `merge_lora`
+    makes an ordinary model of the result.
 
     Args:
         model: any `CroprViT*` model.
@@ -74,6 +76,10 @@ def lora_model(
     if rank < 1:
         raise ValueError(f"`rank` is {rank}; it must be 1 or more, such as 8.")
     prefix, backbone = _find_backbone(model)
+    # PEFT publishes both, and looks for the first on the Hub: of a local folder only its name goes into the card.
+    source = str(model.config.name_or_path)
+    model.config.name_or_path = source_name(source)
+    model.name_or_path = source if model.config.name_or_path == source else ""
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,  # type: ignore[arg-type]
