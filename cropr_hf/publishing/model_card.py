@@ -115,9 +115,9 @@ def read_record(folder: str | os.PathLike) -> dict[str, Any]:
         )
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not valid JSON ({error}); save the model again, or correct the file.") from error
-    if not isinstance(record, dict) or "model" not in record:
+    if not isinstance(record, dict) or not isinstance(record.get("model"), dict):
         raise ValueError(f"{file} has no section `model`; save the model again, or correct the file.")
     return record
 
