@@ -1,11 +1,14 @@
 """The command `cropr-hf`: what this package does with folders, from a shell.
 
-Exit codes: 0 when it worked, 1 when it did not (the reason is on stderr), 2 for arguments that are missing or unknown.
+Exit codes: 0 when it worked, 1 when it did not (the reason is on stderr), 2 for arguments that are missing or unknown,
+130 when it was interrupted, 141 when nobody reads its output any more.
 """
 
-import json
+import io
 import math
+import os
 import sys
+import traceback
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
@@ -13,21 +16,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from transformers import AutoImageProcessor, HfArgumentParser, PreTrainedConfig
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, cached_file
 
 from .arguments import DTYPES, parse_config, parse_device
 from .configuration_cropr_vit import CroprViTConfig
-from .files import check_file, write_file
+from .files import check_file, replacing, write_json
 from .image_processing_cropr_vit import CroprViTImageProcessor
 from .modeling_cropr_rf_detr import CroprRfDetrForObjectDetection
 from .modeling_cropr_vit import CroprViTPreTrainedModel
 from .modeling_cropr_vit_detection import CroprViTDetector
 from .publishing.export import export_model, input_size
 from .publishing.hub import save_for_hub
-from .publishing.model_card import CARD_NAME, RECORD_NAME, add_to_record, read_record, write_card, write_record
+from .publishing.model_card import (
+    CARD_NAME,
+    RECORD_NAME,
+    add_to_record,
+    class_name,
+    model_facts,
+    read_record,
+    write_record,
+)
 from .saving import is_checkpoint_folder
 from .speed.benchmark import BenchmarkArguments, sweep
 from .speed.plots import plot_benchmark
@@ -82,20 +92,21 @@ def run_benchmark(args: Namespace) -> str:
     if args.output is not None:
         check_file(args.output)
     if args.plot is not None:
-        check_file(args.plot)
+        check_file(args.plot, [] if args.output is None else [args.output])
         check_picture(args.plot)
     settings = _sweep_settings(args.sweep or ())
 
     def save(records: list[dict[str, Any]]) -> None:
         if arguments.output is not None:
             content = records if settings else records[0]
-            write_file(arguments.output, json.dumps(content, indent=2))
+            write_json(arguments.output, content)
 
     records = sweep(arguments, settings, save)
     if args.update_record:
         add_to_record(args.model_name_or_path, throughput=records[0])
     if args.plot is not None:
-        plot_benchmark(records, [*settings]).savefig(args.plot, dpi=110, bbox_inches="tight")
+        with replacing(args.plot) as draft:
+            plot_benchmark(records, [*settings]).savefig(draft, dpi=110, bbox_inches="tight")
     return format_sweep(records, [*settings]) if settings else format_table(records[0])
 
 
@@ -148,7 +159,7 @@ def export(args: Namespace) -> str:
 @torch.inference_mode()
 def visualize(args: Namespace) -> str:
     """Draws which patches a model prunes, and after which block."""
-    check_file(args.output)
+    check_file(args.output, args.images)
     check_picture(args.output)
     model = _load(args.model).eval()
     processor = _image_processor(args.model, required=True)
@@ -159,19 +170,20 @@ def visualize(args: Namespace) -> str:
     grid_size = (pixels.shape[-2] // model.config.patch_size, pixels.shape[-1] // model.config.patch_size)
     names = [Path(path).name for path in args.images]
     figure = plot_pruning(list(shown), outputs.pruned_after_block, model.config.num_hidden_layers, grid_size, names)
-    figure.savefig(args.output, dpi=110)
+    with replacing(args.output) as draft:
+        figure.savefig(draft, dpi=110)
     return f"{args.output} shows {len(shown)} images and their pruned patches."
 
 
 def card(args: Namespace) -> str:
     """Writes the model card of a folder from its record."""
     folder = Path(args.folder)
-    if not (folder / RECORD_NAME).exists():
+    if (folder / RECORD_NAME).exists():
+        record = read_record(folder)
+    else:
         model = _load(str(folder))
-        write_card(
-            model, folder, folder.absolute().name, sum(tensor.numel() for tensor in model.state_dict().values())
-        )
-    record = read_record(folder)
+        num_parameters = sum(tensor.numel() for tensor in model.state_dict().values())
+        record = {"model": model_facts(model.config, class_name(model), folder.absolute().name, num_parameters)}
     if args.name is not None:
         record["model"]["name"] = args.name
     given = {name: getattr(args, name) for name in ("license", "language", "tags")}
@@ -228,7 +240,7 @@ def schedule(args: Namespace) -> str:
         args.token_multiple,
     )
     if args.output is not None:
-        write_file(args.output, json.dumps(found.record(), indent=2))
+        write_json(args.output, found.record())
     if args.save is not None:
         stored = _load(args.model, **{**overrides, "pruning_rate": None, "pruning_schedule": found.schedule})
         _take_over_record(stored, args.model, without=("evaluations", "throughput"))  # of another schedule
@@ -324,7 +336,7 @@ def _image_processor(
             return None
         raise ValueError(f"{name_or_path} has no image processor, so its input is not known; save one beside it.")
     try:
-        processor = AutoImageProcessor.from_pretrained(name_or_path)
+        processor = AutoImageProcessor.from_pretrained(name_or_path, trust_remote_code=False)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
             f"The image processor in {name_or_path} cannot be used ({error}); save it again, or remove it."
@@ -447,13 +459,32 @@ def build_parser() -> ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # not every terminal knows every sign
     args = build_parser().parse_args(arguments)
     try:
-        print(args.function(args))
-    except (ValueError, TypeError, KeyError, RuntimeError, OSError, ImportError, StrictDataclassError) as error:
-        print(f"cropr-hf: {error}", file=sys.stderr)
+        print(args.function(args), flush=True)
+    except KeyboardInterrupt:
+        print("cropr-hf: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest there at its end
+        return 141
+    except Exception as error:
+        print(f"cropr-hf: {_reason(error)}", file=sys.stderr)
         return 1
     return 0
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong, in words: some errors say no more than a key or a number, or nothing."""
+    message = str(error).strip()
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in message:
+        return f"There is too little memory; take fewer or smaller images, or a smaller model. {message}".strip()
+    if isinstance(error, KeyError) or " " not in message:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        return f"{type(error).__name__}: {message or 'no reason'} ({Path(place.filename).name}, line {place.lineno})"
+    return message
 
 
 if __name__ == "__main__":

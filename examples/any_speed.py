@@ -11,7 +11,6 @@ fixed pruning, then unpruned; all alike otherwise. Each result is measured under
 model has seen. It writes `any_speed.json` and `any_speed.png`, and prints a table.
 """
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -27,6 +26,7 @@ from transformers import logging as transformers_logging
 from transformers.hf_argparser import HfArg
 
 from cropr_hf import CroprViTForImageClassification, curriculum_schedule, evaluate_schedules
+from cropr_hf.files import write_json
 from cropr_hf.speed.plots import plot_tradeoff
 from cropr_hf.speed.tables import markdown_table
 
@@ -60,7 +60,8 @@ def test_metric(args: AnySpeedArguments, folder: str) -> tuple[Callable[[Any], d
     settings = evaluation.Arguments(max_eval_samples=args.test_images, batch_size=args.batch_size)
     images = evaluation.load_images(settings)
     pictures, labels = list(images["image"]), list(images["label"])
-    processor, accuracy = AutoImageProcessor.from_pretrained(folder), evaluate.load(ACCURACY)
+    processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+    accuracy = evaluate.load(ACCURACY)
 
     def metric(model: Any) -> dict[str, float]:
         predictions = evaluation.predict(model, processor, pictures, settings)
@@ -117,7 +118,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     minutes = (time.perf_counter() - start) / 60
     record = {"arguments": asdict(args), "minutes": round(minutes, 1), "strengths": strengths}
     record |= {"any_speed": curve, "fixed": fixed}
-    (output / "any_speed.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_json(output / "any_speed.json", record)
 
     # Weights do not change the speed: the checkpoints for one speed have the timings of the one for all.
     own = [fixed[strength][row if strength else 0] for row, strength in enumerate(strengths)]

@@ -30,6 +30,7 @@ from transformers import HfArgumentParser
 from transformers import logging as transformers_logging
 
 from cropr_hf import CroprViTConfig
+from cropr_hf.files import write_json
 from cropr_hf.publishing.model_card import PICTURE_NAME, add_to_record
 from cropr_hf.speed.benchmark import BenchmarkArguments, run
 from cropr_hf.speed.tables import markdown_table
@@ -201,7 +202,7 @@ def report(args: DemoArguments, rows: list[dict[str, Any]], benchmark: dict[str,
         "rows": rows,
     }
     path = Path(args.output_dir) / "table.json"
-    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_json(path, record)
     print(f"\n{table(record)}\n\n{record['machine']}; multiply-add bound {record['multiply_add_bound']:.2f}")
     print(f"Record: {path}")
 

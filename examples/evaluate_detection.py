@@ -42,6 +42,7 @@ from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
 import cropr_hf  # noqa: F401 (registers the models with the Auto classes)
+from cropr_hf.files import finite
 from cropr_hf.visualization import plot_detections
 
 
@@ -69,11 +70,11 @@ class Detector:
     def __init__(self, args: EvaluationArguments):
         self.args = args
         name, fields = args.model_name_or_path, json.loads(args.config)
-        architecture = (AutoConfig.from_pretrained(name).architectures or [""])[0]
+        architecture = (AutoConfig.from_pretrained(name, trust_remote_code=False).architectures or [""])[0]
         self.masks = architecture.endswith("InstanceSegmentation")
         auto_class = AutoModelForInstanceSegmentation if self.masks else AutoModelForObjectDetection
-        self.model = auto_class.from_pretrained(name, **fields).to(args.device)
-        self.processor = AutoImageProcessor.from_pretrained(name)
+        self.model = auto_class.from_pretrained(name, trust_remote_code=False, **fields).to(args.device)
+        self.processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
 
     @torch.inference_mode()
     def forward(self, images: Sequence[Any]) -> tuple[Any, list[tuple[int, int]]]:
@@ -180,4 +181,4 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main()))
+    print(json.dumps(finite(main())))

@@ -26,6 +26,7 @@ from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
 import cropr_hf  # noqa: F401 (registers the models with the Auto classes)
+from cropr_hf.files import finite
 from cropr_hf.visualization import plot_pruning
 
 
@@ -94,8 +95,9 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(arguments)
     images = load_images(args)
     pictures, labels = list(images[args.image_column_name]), list(images[args.label_column_name])
-    model = AutoModelForImageClassification.from_pretrained(args.model_name_or_path).to(args.device)
-    processor = AutoImageProcessor.from_pretrained(args.model_name_or_path)
+    model = AutoModelForImageClassification.from_pretrained(args.model_name_or_path, trust_remote_code=False)
+    model.to(args.device)
+    processor = AutoImageProcessor.from_pretrained(args.model_name_or_path, trust_remote_code=False)
     predictions = predict(model, processor, pictures, args)
     if args.picture is not None:
         save_picture(model, processor, pictures, labels, args)
@@ -106,4 +108,4 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main()))
+    print(json.dumps(finite(main())))

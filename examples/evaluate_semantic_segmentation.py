@@ -35,6 +35,7 @@ from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
 import cropr_hf  # noqa: F401 (registers the models with the Auto classes)
+from cropr_hf.files import finite
 from cropr_hf.sliding_window import sliding_window_logits
 from cropr_hf.visualization import plot_segmentation
 
@@ -63,8 +64,9 @@ class Segmenter:
 
     def __init__(self, args: EvaluationArguments):
         self.args = args
-        self.model = AutoModelForSemanticSegmentation.from_pretrained(args.model_name_or_path).to(args.device)
-        self.processor = AutoImageProcessor.from_pretrained(args.model_name_or_path)
+        model = AutoModelForSemanticSegmentation.from_pretrained(args.model_name_or_path, trust_remote_code=False)
+        self.model = model.to(args.device)
+        self.processor = AutoImageProcessor.from_pretrained(args.model_name_or_path, trust_remote_code=False)
         self.size = (self.processor.size["height"], self.processor.size["width"])
         self.fill = fill_values(self.processor, self.model.config.semantic_loss_ignore_index)
 
@@ -158,4 +160,4 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main()))
+    print(json.dumps(finite(main())))

@@ -18,7 +18,6 @@ one: the clients send bytes that are encoded before the test, and do not decode 
 """
 
 import asyncio
-import json
 import shlex
 import signal
 import socket
@@ -41,6 +40,7 @@ from PIL import Image
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
+from cropr_hf.files import write_json
 from cropr_hf.speed.instruments import library_versions, machine_name
 from cropr_hf.speed.tables import markdown_table
 from cropr_hf.speed.timing import Timing
@@ -244,7 +244,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         with running_server(*common, "--pruning_rate", "0") as unpruned, running_server(*common) as pruned:
             record = compare(args, {"unpruned": unpruned, "Cropr": pruned})
     if args.output is not None:
-        Path(args.output).write_text(json.dumps(record, indent=2), encoding="utf-8")
+        write_json(args.output, record)
     print(table(record))
     return record
 

@@ -111,7 +111,7 @@ def write_parquet(images: Dataset, folder: Path, split: str) -> None:
 
 def write_models(args: Arguments, folder: Path) -> None:
     """Models that were not trained to prune yet, each with its image processor: stripped, and complete."""
-    source = AutoImageProcessor.from_pretrained(args.model_name_or_path)
+    source = AutoImageProcessor.from_pretrained(args.model_name_or_path, trust_remote_code=False)
     normalization = {"image_mean": source.image_mean, "image_std": source.image_std}
     size = {"height": 96, "width": 96}
     square = {"height": DETECTOR["image_size"], "width": DETECTOR["image_size"]}

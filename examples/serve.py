@@ -50,6 +50,9 @@ TASKS = ("ImageClassification", "SemanticSegmentation", "ObjectDetection", "Inst
 MAX_SCANS = 100  # of a progressive JPEG, which has about ten; each costs the time of a whole image
 MAX_FAILURES = 3  # batches in a row, after which the server reports unhealthy
 MAX_MAP_VALUES = 2**27  # 0.5 GB of maps per image while labels of pixels are found
+# What the connections may do before a request is known. The parser is named, since not every one bounds headers; the
+# number of connections stays below that of the files a process may open (256 on macOS).
+CONNECTIONS = {"http": "h11", "h11_max_incomplete_event_size": 2**14, "limit_concurrency": 200, "ws": "none"}
 
 
 @dataclass
@@ -61,7 +64,7 @@ class Settings:
     port: int = HfArg(default=8000, help="Port to listen at.")
     max_batch_size: int = HfArg(default=8, help="Images that the model sees at once, at most.")
     max_delay_ms: float = HfArg(default=5.0, help="How long the first image of a batch waits for others.")
-    queue_size: int = HfArg(default=64, help="Requests being received, waiting or computed, at most; others get 503.")
+    queue_size: int = HfArg(default=64, help="Images waiting or computed, at most; others get 503.")
     threads: int = HfArg(default=torch.get_num_threads(), help="CPU threads of the model.")
     image_threads: int = HfArg(default=min(4, os.cpu_count() or 1), help="Images prepared or answered at a time.")
     pruning_rate: int | None = HfArg(
@@ -70,12 +73,13 @@ class Settings:
     device: str = HfArg(default="cuda" if torch.cuda.is_available() else "cpu", help="Where the model runs.")
     dtype: Literal["float32", "bfloat16", "float16"] = HfArg(default="float32", help="Type of the weights.")
     compile: bool = HfArg(default=False, help="Compile the encoder; the start takes a minute or more.")
+    max_bodies: int = HfArg(default=64, help="Bodies being received, at most; the slowest makes room for a new one.")
     max_megabytes: float = HfArg(default=10.0, help="Size of a body, at most.")
-    max_megapixels: float = HfArg(default=40.0, help="Size of an image, at most.")
+    max_megapixels: float = HfArg(default=40.0, help="Size of an image, at most, as it comes and as it is resized.")
     body_seconds: float = HfArg(default=10.0, help="Time that a client has to send its image.")
 
     def __post_init__(self) -> None:
-        for name in ("max_batch_size", "queue_size", "threads", "image_threads"):
+        for name in ("max_batch_size", "queue_size", "max_bodies", "threads", "image_threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} is {getattr(self, name)}; give 1 or more.")
         for name in ("max_megabytes", "max_megapixels", "body_seconds"):
@@ -85,21 +89,34 @@ class Settings:
             raise ValueError(f"--max_delay_ms is {self.max_delay_ms}; give 0, which never waits, or more.")
 
 
-async def read_body(request: Request, settings: Settings) -> bytearray:
-    """The body of a request, or an `HTTPException` that says what is wrong with it."""
+async def read_body(request: Request, settings: Settings, receiving: dict[anyio.CancelScope, None]) -> bytearray:
+    """The body of a request, or an `HTTPException` that says what is wrong with it.
+
+    `receiving` holds those that are on their way, the oldest first. Where they are too many, that one is given up:
+    slow clients lose their own requests, not those of others.
+    """
     body, announced = bytearray(), int(request.headers.get("content-length", 0))
-    try:
-        with anyio.fail_after(settings.body_seconds):
+    if len(receiving) >= settings.max_bodies:
+        slowest = next(iter(receiving))
+        del receiving[slowest]
+        slowest.cancel()
+    with anyio.move_on_after(settings.body_seconds) as scope:
+        receiving[scope] = None
+        try:
             async for chunk in request.stream():
                 body += chunk
                 if max(len(body), announced) > settings.max_megabytes * 1e6:
                     raise HTTPException(413, f"The body is larger than {settings.max_megabytes:g} MB.")
-    except TimeoutError:
+            return body
+        except ClientDisconnect:
+            raise HTTPException(400, "The body ended early.") from None
+        finally:
+            receiving.pop(scope, None)
+    if anyio.current_time() >= scope.deadline:
         reason = f"The body took longer than {settings.body_seconds:g} seconds."
-        raise HTTPException(408, reason, {"Connection": "close"}) from None
-    except ClientDisconnect:
-        raise HTTPException(400, "The body ended early.") from None
-    return body
+        raise HTTPException(408, reason, {"Connection": "close"})
+    reason = "The server is busy, and this body took longer than the others; try again later."
+    raise HTTPException(503, reason, {"Connection": "close", "Retry-After": "1"})
 
 
 def decode_image(body: bytes | bytearray, max_megapixels: float) -> Image.Image:
@@ -129,9 +146,22 @@ def decode_image(body: bytes | bytearray, max_megapixels: float) -> Image.Image:
         raise HTTPException(400, f"The image is broken: {error}") from None
 
 
-def misfit(size: tuple[int, int], error: Exception) -> HTTPException:
+def misfit(size: tuple[int, int], error: Exception | str) -> HTTPException:
     """What a client hears whose image of (height, width) `size` is good, but not for this model."""
     return HTTPException(422, f"The image of {size[1]} x {size[0]} pixels does not fit the model: {error}")
+
+
+def resized_size(processor: Any, size: tuple[int, int]) -> tuple[int, int]:
+    """What an image of (height, width) `size` is enlarged to, if that depends on its shape; else its own size.
+
+    With `shortest_edge` alone, as before a crop, the long side of a strip grows without bounds; all other kinds of
+    sizes bound both sides.
+    """
+    edges = processor.size
+    if not processor.do_resize or not edges.get("shortest_edge") or edges.get("longest_edge"):
+        return size
+    scale = edges["shortest_edge"] / min(size)
+    return round(scale * size[0]), round(scale * size[1])
 
 
 class Predictor:
@@ -139,13 +169,16 @@ class Predictor:
 
     def __init__(self, settings: Settings):
         self.settings, self.dtype = settings, getattr(torch, settings.dtype)
-        architecture = (AutoConfig.from_pretrained(settings.model).architectures or ["no model class"])[0]
+        architecture = (
+            AutoConfig.from_pretrained(settings.model, trust_remote_code=False).architectures or ["no model class"]
+        )[0]
         self.task = architecture.rpartition("For")[2]
         if self.task not in TASKS:
             raise ValueError(f"{settings.model} holds {architecture}; this serves {', '.join(TASKS)}.")
-        self.processor = AutoImageProcessor.from_pretrained(settings.model)
+        self.processor = AutoImageProcessor.from_pretrained(settings.model, trust_remote_code=False)
         auto_class = getattr(transformers, f"AutoModelFor{self.task}")
-        self.model = auto_class.from_pretrained(settings.model, dtype=self.dtype).to(settings.device).eval()
+        loaded = auto_class.from_pretrained(settings.model, dtype=self.dtype, trust_remote_code=False)
+        self.model = loaded.to(settings.device).eval()
         self.labels = [self.model.config.id2label[label] for label in range(self.model.config.num_labels)]
         if settings.pruning_rate is not None:
             prunable = [part for part in self.model.modules() if hasattr(part, "set_pruning")]
@@ -165,6 +198,11 @@ class Predictor:
         """A file -> the model's input, whose tensors start with a dimension of 1, and (height, width) of the image."""
         image = decode_image(body, self.settings.max_megapixels)
         size = (image.height, image.width)
+        height, width = resized_size(self.processor, size)
+        if height * width > self.settings.max_megapixels * 1e6:  # of a strip, which is cropped only afterwards
+            raise misfit(
+                size, f"resized to {width} x {height} it has more than {self.settings.max_megapixels:g} megapixels"
+            )
         try:
             return self.processor(images=image, return_tensors="pt"), size
         except (ValueError, RuntimeError) as error:  # a strip that would be resized to nothing, for example
@@ -184,9 +222,9 @@ class Predictor:
         outputs = self.model(**batch.to(self.settings.device, self.dtype))
         names = [name for name in ("logits", "pred_boxes", "pred_masks") if name in outputs]
         tensors = [outputs[name].float().cpu() for name in names]
-        if any(tensor.isnan().any() for tensor in tensors):
+        if not all(tensor.isfinite().all() for tensor in tensors):
             raise FloatingPointError(
-                "The model returns what is not a number; half precision may be too little for it."
+                "The model returns what is not a finite number; half precision may be too little for it."
             )
         columns = [tensor.split(1) for tensor in tensors]
         return [SimpleNamespace(**dict(zip(names, row))) for row in zip(*columns)]
@@ -321,6 +359,7 @@ class Batcher:
 def build_app(predictor: Predictor) -> FastAPI:
     """The application: `POST /predict`, `GET /health` and `GET /labels`."""
     settings = predictor.settings
+    receiving: dict[anyio.CancelScope, None] = {}
     in_house = 0
 
     @asynccontextmanager
@@ -334,7 +373,7 @@ def build_app(predictor: Predictor) -> FastAPI:
             app.state.runner = asyncio.create_task(app.state.batcher.run())
             yield  # uvicorn goes on when the last request is answered, or cancelled
             app.state.runner.cancel()
-            while in_house:  # those that were cancelled hear it before the end of a batch is waited for
+            while receiving or in_house:  # those that were cancelled hear it before the end of a batch is waited for
                 await asyncio.sleep(0.01)
 
     app = FastAPI(title=f"{predictor.task} by {settings.model}", lifespan=lifespan)
@@ -342,43 +381,56 @@ def build_app(predictor: Predictor) -> FastAPI:
     async def in_thread(function: Callable, *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(app.state.image_threads, function, *args)
 
+    def refuse_if_full() -> None:
+        if in_house >= settings.queue_size:
+            raise HTTPException(503, "The server is busy; try again later.", {"Retry-After": "1"})
+
     @app.post("/predict")
     async def predict(
         request: Request,
         top_k: Annotated[int, Query(ge=1)] = 5,
-        threshold: Annotated[float, Query(ge=0, le=1)] = 0.5,
+        threshold: Annotated[float, Query(ge=0, le=1, allow_inf_nan=False)] = 0.5,
     ) -> Response:
         """Answers for the image that is the body: `top_k` classes, a label map, or objects from a score on."""
         nonlocal in_house
-        if in_house >= settings.queue_size:  # counts bodies and images too, so that memory is bounded
-            raise HTTPException(503, "The server is busy; try again later.", {"Retry-After": "1"})
-        in_house += 1
         try:
-            inputs, size = await in_thread(predictor.prepare, await read_body(request, settings))
+            refuse_if_full()  # before the body is sent
+            body = await read_body(request, settings, receiving)
+            refuse_if_full()  # by others that were faster
+            in_house += 1
             try:
-                outputs = await unless_left(request, app.state.batcher(inputs))
-            except ValueError as error:  # too few patches for the schedule, for example
-                raise misfit(size, error) from None
-            except Exception:
-                raise HTTPException(500, "The model failed on this image; the server's log has the reason.") from None
-            try:
-                return await in_thread(predictor.answer, outputs, size, top_k, threshold)
-            except Exception:
-                logger.exception("There is no answer for an image.")
-                raise HTTPException(
-                    500, "There is no answer for this image; the server's log has the reason."
-                ) from None
+                return await respond(request, body, top_k, threshold)
+            finally:
+                in_house -= 1
         except asyncio.CancelledError:  # the client left, and hears nothing, or the time after a signal is over
             raise HTTPException(503, "The server is shutting down.", {"Retry-After": "1"}) from None
-        finally:
-            in_house -= 1
+
+    async def respond(request: Request, body: bytearray, top_k: int, threshold: float) -> Response:
+        inputs, size = await in_thread(predictor.prepare, body)
+        try:
+            outputs = await unless_left(request, app.state.batcher(inputs))
+        except ValueError as error:  # too few patches for the schedule, for example
+            raise misfit(size, error) from None
+        except Exception:
+            raise HTTPException(500, "The model failed on this image; the server's log has the reason.") from None
+        try:
+            return await in_thread(predictor.answer, outputs, size, top_k, threshold)
+        except Exception:
+            logger.exception("There is no answer for an image.")
+            raise HTTPException(500, "There is no answer for this image; the server's log has the reason.") from None
 
     @app.get("/health")
     async def health() -> dict[str, int]:
-        """200 if batches are being served, with counts of what the model has seen and of requests being answered."""
+        """200 if batches are being served, with counts of what the model has seen and of what is in work."""
         if app.state.runner.done() or app.state.batcher.failures >= MAX_FAILURES:
             raise HTTPException(503, "The last batches failed; the server's log has the reason. Restart it.")
-        return {"images": app.state.batcher.items, "batches": app.state.batcher.batches, "in_house": in_house}
+        batcher = app.state.batcher
+        return {
+            "images": batcher.items,
+            "batches": batcher.batches,
+            "receiving": len(receiving),
+            "in_house": in_house,
+        }
 
     @app.get("/labels")
     async def labels() -> list[str]:
@@ -395,7 +447,8 @@ def main() -> None:
     """
     (settings,) = HfArgumentParser(Settings).parse_args_into_dataclasses()
     app = build_app(Predictor(settings))
-    uvicorn.run(app, host=settings.host, port=settings.port, access_log=False, timeout_graceful_shutdown=30)
+    address = {"host": settings.host, "port": settings.port}
+    uvicorn.run(app, **address, **CONNECTIONS, access_log=False, timeout_graceful_shutdown=30)
 
 
 if __name__ == "__main__":

@@ -263,7 +263,7 @@ def load_whole_model(model_class: Any, args: ModelArguments, label_names: list[s
 def cropr_config(name_or_path: str, **hub: Any) -> CroprViTConfig | None:
     """The configuration of a Cropr ViT; `None` if the folder or repository holds something else."""
     try:
-        config = AutoConfig.from_pretrained(name_or_path, **hub)
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False, **hub)
     except (OSError, ValueError):  # a timm model has no Transformers configuration
         return None
     return config if config.model_type == CroprViTConfig.model_type else None
@@ -273,7 +273,7 @@ def normalization(args: ModelArguments) -> dict[str, Any]:
     """Mean and standard deviation that the source was trained with, as image processors take them."""
     name = args.image_processor_name or args.model_name_or_path
     try:
-        processor = AutoImageProcessor.from_pretrained(name, **args.hub())
+        processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False, **args.hub())
         return {"image_mean": processor.image_mean, "image_std": processor.image_std}
     except (OSError, ValueError, AttributeError) as error:  # timm models have none
         pretrained = timm_pretrained_config(name)

@@ -1,11 +1,15 @@
 """The command `cropr-hf`: what it writes, and how it fails."""
 
+import io
 import json
+import os
 import re
 import subprocess
 import sys
+from argparse import Namespace
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -264,6 +268,115 @@ def test_failures_say_why_and_exit_with_1(arguments, reason, tmp_path, monkeypat
     assert main(arguments) == 1
     assert reason in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_output_replaces_an_input_or_a_file_of_a_model(checkpoint, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (50, 20), "red").save(photo)
+    run("strip", checkpoint, tmp_path / "out")
+    config, weights = tmp_path / "out" / "config.json", tmp_path / "out" / "model.safetensors"
+    (tmp_path / "link.json").symlink_to(config)
+    (tmp_path / "link.png").symlink_to(photo)
+    (tmp_path / "link.onnx").symlink_to(weights)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    model = ["--model_name_or_path", tmp_path / "out"]
+    for command in (
+        ["visualize", tmp_path / "out", photo, "--output", photo],
+        ["visualize", tmp_path / "out", photo, "--output", tmp_path / "out" / ".." / "photo.png"],
+        ["visualize", tmp_path / "out", photo, "--output", tmp_path / "link.png"],
+        ["benchmark", *model, "--output", config],
+        ["benchmark", *model, "--output", tmp_path / "link.json"],
+        ["benchmark", "--output", tmp_path / "new.svg", "--plot", tmp_path / "new.svg"],
+        ["schedule", *TINY, "--output", tmp_path / "out" / "record.json"],
+        ["export", tmp_path / "out", tmp_path / "link.onnx"],
+    ):
+        assert run(*command) == 1
+        assert re.search("is an input as well|is a file of a model", capsys.readouterr().err)
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_old_one(checkpoint, tmp_path, monkeypatch, capsys):
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    picture, photo = tmp_path / "pruning.png", tmp_path / "photo.png"
+    for file in (picture, photo):
+        Image.new("RGB", (32, 32), "red").save(file)
+    before = {file: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()}
+
+    def savefig(self, path, **kwargs):
+        Path(path).write_bytes(b"half a pict")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(figure, "savefig", savefig)
+    assert run("visualize", checkpoint, photo, "--output", picture) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert {file: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()} == before
+
+
+def test_a_card_that_cannot_be_made_changes_nothing(checkpoint, tmp_path, monkeypatch, capsys):
+    run("strip", checkpoint, tmp_path / "out")
+    record, card = tmp_path / "out" / "record.json", tmp_path / "out" / "README.md"
+    for text in ('{"model": {}}', '{"model": []}', "[]", "{", "\udcff"):
+        record.write_bytes(text.encode("utf-8", "surrogateescape"))
+        before = card.read_bytes(), record.read_bytes()
+        assert run("card", tmp_path / "out", "--license", "mit") == 1
+        assert "record.json" in capsys.readouterr().err and (card.read_bytes(), record.read_bytes()) == before
+
+
+@pytest.fixture
+def fail_with(monkeypatch):
+    """Runs a command that raises an error."""
+
+    def run_failing(error: BaseException) -> int:
+        def command(args):
+            raise error
+
+        parser = SimpleNamespace(parse_args=lambda arguments: Namespace(function=command))
+        monkeypatch.setattr(cli, "build_parser", lambda: parser)
+        return main([])
+
+    return run_failing
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ValueError("There are no images."), "There are no images."),
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (KeyError("weights"), "KeyError: 'weights' (test_cli.py, line "),
+        (IndexError(0), "IndexError: 0 (test_cli.py, line "),
+        (AssertionError(), "AssertionError: no reason (test_cli.py, line "),
+        (AttributeError("'list' object has no attribute 'get'"), "'list' object has no attribute 'get'"),
+        (ImportError("Pictures need matplotlib."), "Pictures need matplotlib."),
+        (MemoryError(), "There is too little memory; take fewer"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "a smaller model. CUDA out of memory."),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "There is too little memory; take fewer"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_every_error_is_one_reason_and_no_traceback(error, reason, fail_with, capsys):
+    assert fail_with(error) == 1
+    output = capsys.readouterr()
+    assert output.out == "" and output.err.startswith("cropr-hf: ") and reason in output.err
+    assert "Traceback" not in output.err
+
+
+def test_interrupts_and_readers_that_left_have_their_own_codes(fail_with, monkeypatch, capsys):
+    assert fail_with(KeyboardInterrupt()) == 130 and capsys.readouterr().err == "cropr-hf: interrupted\n"
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert fail_with(BrokenPipeError()) == 141
+        print("This goes nowhere.", file=stdout, flush=True)
+
+
+def test_signs_that_a_terminal_does_not_know_are_no_failure(monkeypatch):
+    output = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(output, encoding="ascii"))
+    parser = SimpleNamespace(parse_args=lambda arguments: Namespace(function=lambda args: "1.5 ± 0.1"))
+    monkeypatch.setattr(cli, "build_parser", lambda: parser)
+    assert main([]) == 0 and output.getvalue().strip() == b"1.5 ? 0.1"
 
 
 def test_wrong_arguments_exit_with_2(capsys):

@@ -1,6 +1,7 @@
 """Frozen backbone, LoRA, averaged weights and streams, by the Trainer and by the scripts."""
 
 import importlib
+import json
 import random
 import sys
 from collections.abc import Iterable
@@ -311,6 +312,17 @@ class TestLora:
                 assert_close_relative(outputs.logits, expected.logits)
         merged = merge_lora(model)
         assert merged.state_dict().keys() == task_model(model_class).state_dict().keys()
+
+    def test_what_it_publishes_names_no_path_of_this_machine(self, tmp_path):
+        tiny_model().save_pretrained(tmp_path / "private" / "base")
+        source = CroprViTForImageClassification.from_pretrained(
+            tmp_path / "private" / "base", use_auxiliary_heads=True
+        )
+        lora_model(source, rank=2).save_pretrained(tmp_path / "adapters")
+        stored = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
+        assert stored["base_model_name_or_path"] is None  # which PEFT would take for a repository
+        for file in ("adapter_config.json", "README.md"):
+            assert str(tmp_path) not in (tmp_path / "adapters" / file).read_text()
 
     @pytest.mark.full
     def test_a_resumed_run_repeats_the_uninterrupted_one(self, tmp_path):

@@ -62,6 +62,7 @@ ROOMS = [
 ]
 MOST_LINES, MOST_LINES_OF_A_CLASS = 700, 350
 FILES = sorted(PACKAGE.rglob("*.py"))
+EXAMPLES = sorted(PACKAGE.parent.glob("examples/*.py"))
 
 
 def dotted(path: Path) -> str:
@@ -142,6 +143,16 @@ def test_nothing_prints_or_imports_the_whole_package(module):
     if module != "__init__":
         assert "cropr_hf" not in {package for _, package in imports_of(module)}
         assert "__init__" not in {ours for ours, _ in imports_of(module)}
+
+
+@pytest.mark.parametrize("file", [*FILES, *EXAMPLES], ids=lambda file: file.name)
+def test_auto_classes_run_no_code_from_a_repository(file):
+    """Without the flag Transformers asks on standard input, where a server or a job has nobody."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        if node.func.attr == "from_pretrained" and ast.unparse(node.func.value).lower().startswith("auto"):
+            assert "trust_remote_code" in {keyword.arg for keyword in node.keywords}, node.lineno
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))

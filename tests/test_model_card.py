@@ -1,18 +1,24 @@
+import ast
 import importlib.util
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 from test_training import ColouredSquares, tiny_model, training_arguments
 from torch.utils.data import Subset
 
 from cropr_hf import CroprViTForSemanticSegmentation
 from cropr_hf.publishing.hub import save_for_hub
-from cropr_hf.publishing.model_card import add_to_record, model_facts, read_record, render_card
+from cropr_hf.publishing.model_card import add_to_record, model_facts, read_record, render_card, write_record
 from cropr_hf.training import CroprTrainer, changed_settings
+from cropr_hf.training.record import licence_of
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -93,7 +99,86 @@ class TestSaving:
         assert str(tmp_path) not in text and "It starts from `base`" in text
 
 
+NASTY = "a|b `c` <script>x</script>\n```\n# [d](e) \"f\" 'g' __h__ \\"
+
+
+def markup_and_texts(markdown: str) -> tuple[list[str], list[str]]:
+    """What a reader of Markdown finds: kinds of elements, and texts and code in their order."""
+    tokens = MarkdownIt("commonmark").enable("table").parse(markdown)
+    flat = [part for token in tokens for part in (token.children or [token])]
+    texts = [part.content for part in flat if part.type in ("text", "code_inline", "fence")]
+    return [part.type + part.tag for part in flat if part.type != "text"], texts
+
+
+class TestNames:
+    """Names of data sets, labels, folders and machines are somebody else's text: none of it becomes markup or code."""
+
+    def record(self, **changes):
+        facts = model_facts(tiny_model().config, "CroprViTForImageClassification", NASTY, base_model=NASTY)
+        evaluation = {"dataset": NASTY, "split": NASTY, "settings": {NASTY: NASTY}, "metrics": {NASTY: 0.5}}
+        row = {"images_per_second": 1.0, "speedup": 1.0, "spread": 0.0}
+        throughput = {
+            "results": {NASTY: row},
+            "arguments": {"batch_size": 1, "dtype": "float32"},
+            "machine": NASTY,
+            "versions": {"torch": "2", "transformers": "5"},
+            "rounds": 3,
+            "multiply_add_bound": 1.5,
+        }
+        training = {"dataset": NASTY, "machine": NASTY, "base_licence": NASTY, "settings": {"note": NASTY}}
+        record = {"model": facts, "evaluations": [evaluation], "throughput": throughput, "training": training}
+        return {**record, "metadata": {"tags": [NASTY]}, **changes}
+
+    def test_they_stay_text_wherever_they_stand(self):
+        record = self.record()
+        harmless = json.loads(json.dumps(record).replace(json.dumps(NASTY)[1:-1], "name"))
+        card = str(render_card(record))
+        markup, texts = markup_and_texts(ModelCard(card).text)
+        expected_markup, expected_texts = markup_and_texts(ModelCard(str(render_card(harmless))).text)
+        assert markup == expected_markup and len(texts) == len(expected_texts)
+        shown = " ".join(NASTY.split())
+        assert texts.count(shown) == expected_texts.count("name") >= 7  # title, source, and cells of three tables
+        data = ModelCard(card).data
+        assert data.tags[-1] == NASTY and data.eval_results[0].dataset_name == NASTY
+        (settings,) = [text for text in texts if "note:" in text]
+        assert yaml.safe_load(settings) == {"note": NASTY}
+
+    @pytest.mark.parametrize("name", ["CroprViTForImageClassification", "CroprViTModel"])
+    def test_the_usage_example_is_python_with_the_name_as_a_string(self, name):
+        card = render_card({"model": model_facts(tiny_model().config, name, NASTY)})
+        (usage,) = [text for text in markup_and_texts(str(card))[1] if text.startswith("import cropr_hf")]
+        strings = [node.value for node in ast.walk(ast.parse(usage)) if isinstance(node, ast.Constant)]
+        assert NASTY in strings
+
+
 class TestRecords:
+    def test_what_is_not_a_number_is_null_and_shown_as_such(self, tmp_path):
+        saved(tmp_path)
+        metrics = {"accuracy": 0.5, "iou_of_a_class_without_pixels": math.nan, "loss": math.inf}
+        add_to_record(tmp_path, evaluation={**ACCURACY, "metrics": metrics})
+        add_to_record(tmp_path)  # which reads it again
+
+        def refuse(constant):
+            raise AssertionError(constant)
+
+        record = json.loads((tmp_path / "record.json").read_text(encoding="utf-8"), parse_constant=refuse)
+        assert record["evaluations"][0]["metrics"] == {**metrics, "iou_of_a_class_without_pixels": None, "loss": None}
+        card = card_of(tmp_path)
+        assert "| iou_of_a_class_without_pixels | not a number |" in card and ".nan" not in card
+        assert [result.metric_type for result in ModelCard(card).data.eval_results] == ["accuracy"]
+
+    def test_a_record_that_says_too_little_is_an_error_and_stays(self, tmp_path):
+        saved(tmp_path)
+        before = card_of(tmp_path)
+        for changes in ({"model": {}}, {"model": []}, {"evaluations": [{}]}, {"throughput": {"results": 1}}):
+            file = tmp_path / "record.json"
+            text = json.dumps(read_record(tmp_path) | changes)
+            file.write_text(text)
+            with pytest.raises(ValueError, match="does not say what a card needs"):
+                write_record(tmp_path, read_record(tmp_path))
+            assert file.read_text() == text and card_of(tmp_path) == before
+            saved(tmp_path)
+
     def test_measurements_are_added_and_replaced(self, tmp_path):
         saved(tmp_path)
         add_to_record(tmp_path, evaluation=ACCURACY)
@@ -171,6 +256,36 @@ class TestTrainer:
         assert data.tags == ["vision", "cropr", "token-pruning", "squares"]
         trainer.model.save_pretrained(tmp_path / "copy")
         assert {**read_record(tmp_path / "copy"), "model": None} == {**record, "model": None}
+
+    def test_the_batch_size_is_the_one_that_fitted(self, tmp_path):
+        def forward(model, args, kwargs):
+            if model.training and len(kwargs["pixel_values"]) > 4:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+
+        trainer = self.trainer(tmp_path, auto_find_batch_size=True)
+        trainer.model.register_forward_pre_hook(forward, with_kwargs=True)
+        trainer.train()
+        trainer.save_model()
+        training = read_record(tmp_path)["training"]
+        assert training["batch_size"] == training["settings"]["per_device_train_batch_size"] == 4
+
+    def test_a_run_that_diverged_leaves_a_record_that_can_be_read(self, tmp_path):
+        trainer = self.trainer(tmp_path)
+        trainer.train()
+        trainer.compute_metrics = lambda predictions: {"accuracy": math.nan}
+        trainer.evaluate()
+        trainer.state.log_history[-2]["train_loss"] = math.nan
+        trainer.save_model()
+        record = read_record(tmp_path)
+        assert record["training"]["loss"] is None and record["evaluations"][0]["metrics"]["accuracy"] is None
+
+    def test_the_licence_of_the_source_is_looked_up_where_the_source_is_known(self, tmp_path, monkeypatch):
+        """A new model has no source, and a bare name is that of a folder which lies elsewhere."""
+        (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
+        monkeypatch.chdir(tmp_path)
+        assert licence_of(str(tmp_path)) == "mit"
+        monkeypatch.setattr(ModelCard, "load", None)
+        assert licence_of("") is None and licence_of("base") is None
 
     def test_results_of_other_weights_are_not_recorded(self, tmp_path):
         """Those during the training, and those before more of it."""

@@ -3,12 +3,13 @@
 import asyncio
 import base64
 import json
+import socket
 import struct
 import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 
@@ -19,7 +20,14 @@ import pytest
 import torch
 import uvicorn
 from PIL import Image, ImageOps
-from transformers import SegformerImageProcessor, ViTConfig, ViTForImageClassification, ViTImageProcessor, pipeline
+from transformers import (
+    AutoImageProcessor,
+    SegformerImageProcessor,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+    pipeline,
+)
 
 from cropr_hf import (
     CroprViTConfig,
@@ -42,6 +50,11 @@ MODELS = {
     "detector": (CroprViTForObjectDetection, DETECTOR, CroprViTImageProcessor(size=EDGES, pad_size=SQUARE)),
     "instances": (CroprViTForInstanceSegmentation, DETECTOR, CroprViTImageProcessor(size=EDGES, pad_size=SQUARE)),
     "detector_of_all_shapes": (CroprViTForObjectDetection, DETECTOR, CroprViTImageProcessor(size=EDGES)),
+    "cropping": (
+        CroprViTForImageClassification,
+        {},
+        ViTImageProcessor(size={"shortest_edge": 36}, do_center_crop=True, crop_size=SQUARE),
+    ),
 }
 FOREVER = 600_000  # a delay in ms: batches start when they are full
 
@@ -340,6 +353,26 @@ class TestBadRequests:
         check_refusal(strip, 422, "1 x 5000 pixels does not fit")
         assert good.status_code == 200
 
+    @pytest.mark.parametrize("size", [(2000, 1), (1, 2000)])
+    def test_strips_are_not_enlarged_without_bounds(self, serve, folders, size):
+        """A crop comes after resizing: of a strip of 100 bytes that would be 2.6 megapixels, of a longer one more."""
+        predictor = serve.Predictor(serve.Settings(folders["cropping"], device="cpu", max_megapixels=2))
+        strip, good, panorama = post(
+            serve.build_app(predictor), encode(Image.new("RGB", size)), PNG, encode(picture(1, (800, 20)))
+        )
+        width, height = (36 * side for side in size)
+        check_refusal(strip, 422, f"resized to {width} x {height} it has more than 2 megapixels")
+        assert good.status_code == panorama.status_code == 200
+
+    @pytest.mark.parametrize("name", MODELS)
+    def test_what_an_image_is_resized_to(self, serve, folders, name):
+        """The bound is what the image processor makes, as far as that can be larger than its configuration."""
+        processor = AutoImageProcessor.from_pretrained(folders[name])
+        for size in ((20, 800), (300, 40), (36, 36)):
+            pixels = torch.zeros(3, *size, dtype=torch.uint8)
+            made, bound = processor.resize(pixels, processor.size).shape[1:], serve.resized_size(processor, size)
+            assert max(made) <= 36 or np.abs(np.subtract(made, bound)).max() <= 1
+
     def test_what_the_model_refuses(self, build):
         """Of four images in a batch one has too few patches for the schedule."""
         strip = encode(picture(1, (96, 12)))
@@ -373,6 +406,55 @@ class TestBadRequests:
             await asyncio.sleep(600)
 
         check_refusal(post(build(body_seconds=0.1)[0], chunks())[0], 408, "0.1 seconds")
+
+    def test_slow_clients_do_not_take_the_places_of_others(self, build, expected):
+        """Of bodies on their way the oldest makes room; images in work do not count among them."""
+        app, _ = build(max_bodies=2, queue_size=1)
+
+        async def chunks():
+            yield PNG[:50]
+            await asyncio.sleep(600)
+
+        async def scenario():
+            async with client(app) as user:
+                slow = []
+                for count in (1, 2):
+                    slow.append(asyncio.create_task(user.post("/predict", content=chunks())))
+                    await until(user, receiving=count)
+                good = [await user.post("/predict", content=PNG) for _ in range(4)]
+                assert (await user.get("/health")).json()["receiving"] == 1
+                slow[1].cancel()
+                await asyncio.wait(slow)
+                assert (await user.get("/health")).json()["receiving"] == 0
+                return good, slow[0].result()
+
+        good, given_up = asyncio.run(scenario())
+        for response in good:
+            check_classes(response, expected["png"])
+        check_refusal(given_up, 503, "longer than the others")
+        assert given_up.headers["retry-after"] == "1" and given_up.headers["connection"] == "close"
+
+    def test_headers_have_a_size_and_connections_a_number(self, build, serve):
+        with running(build()[0], **serve.CONNECTIONS) as url:
+            address = httpx.URL(url)
+            with socket.create_connection((address.host, address.port), timeout=20) as flood:
+                with suppress(ConnectionError):  # the server need not read to the end
+                    flood.sendall(b"GET /health HTTP/1.1\r\n" + b"x: y\r\n" * 100_000)
+                    assert b" 400 " in flood.recv(100)
+            limit = serve.CONNECTIONS["limit_concurrency"]
+            with ExitStack() as stack:
+                for _ in range(limit):
+                    stack.enter_context(socket.create_connection((address.host, address.port), timeout=20))
+                assert httpx.get(f"{url}/health", timeout=20).status_code == 503
+            with httpx.Client() as user:
+                for _ in range(200):  # until the server has noticed that they are gone
+                    if user.get(f"{url}/health").status_code == 200:
+                        break
+                    time.sleep(0.01)
+                assert user.get(f"{url}/health").status_code == 200
+
+    def test_a_threshold_is_a_number(self, build):
+        assert post(build("detector")[0], PNG, threshold="nan")[0].status_code == 422
 
     def test_clients_that_leave_early(self, build):
         app, sizes = build()
@@ -512,8 +594,11 @@ class TestTrouble:
             else:
                 check_refusal(response, 500, "The model failed")
 
-    @pytest.mark.parametrize("name", ["classifier", "segmenter", "detector"])
-    def test_no_numbers_are_no_answer(self, serve, folders, name):
+    @pytest.mark.parametrize(
+        "name, value",
+        [("classifier", torch.nan), ("classifier", torch.inf), ("segmenter", torch.nan), ("detector", torch.nan)],
+    )
+    def test_no_numbers_are_no_answer(self, serve, folders, name, value):
         predictor = serve.Predictor(
             serve.Settings(folders[name], device="cpu", max_batch_size=3, max_delay_ms=FOREVER)
         )
@@ -522,7 +607,7 @@ class TestTrouble:
         def overflowing(pixel_values, **kwargs):
             """Of a white image nothing comes out."""
             outputs = forward(pixel_values, **kwargs)
-            outputs.logits[pixel_values.std(dim=(2, 3)).amax(dim=1) < 1e-6] = torch.nan
+            outputs.logits[pixel_values.std(dim=(2, 3)).amax(dim=1) < 1e-6] = value
             return outputs
 
         predictor.model.forward = overflowing
@@ -556,6 +641,18 @@ class TestTrouble:
             return states
 
         assert asyncio.run(scenario()) == [200] * (serve.MAX_FAILURES - 1) + [503, 200]
+
+    def test_health_fails_when_the_model_returns_no_numbers(self, serve, folders):
+        predictor = serve.Predictor(serve.Settings(folders["classifier"], device="cpu"))
+        torch.nn.init.constant_(predictor.model.classifier.weight, torch.nan)
+
+        async def scenario():
+            async with client(serve.build_app(predictor)) as user:
+                for _ in range(serve.MAX_FAILURES):
+                    check_refusal(await user.post("/predict", content=PNG), 500, "The model failed on this image")
+                return await user.get("/health")
+
+        check_refusal(asyncio.run(scenario()), 503, "Restart")
 
     def test_cancelled_requests_leave_no_trace(self, build, expected):
         release = threading.Event()
@@ -636,6 +733,16 @@ class TestTrouble:
         with pytest.raises(ValueError, match="holds CroprViTModel; this serves ImageClassification"):
             serve.Predictor(serve.Settings(str(tmp_path)))
 
+    def test_code_beside_a_model_is_neither_run_nor_asked_about(self, serve, tmp_path, monkeypatch):
+        asked = []
+        monkeypatch.setattr("builtins.input", asked.append)
+        config = {"model_type": "foreign", "auto_map": {"AutoConfig": "configuration_foreign.ForeignConfig"}}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        (tmp_path / "configuration_foreign.py").write_text("raise SystemExit('It runs.')")
+        with pytest.raises(ValueError, match="trust_remote_code"):
+            serve.Predictor(serve.Settings(str(tmp_path)))
+        assert asked == []
+
     def test_a_model_that_cannot_prune_has_no_rate(self, serve, tmp_path):
         ViTForImageClassification(
             ViTConfig(
@@ -648,7 +755,7 @@ class TestTrouble:
         with pytest.raises(ValueError, match="holds ViTForImageClassification, without pruning"):
             serve.Predictor(serve.Settings(str(tmp_path), pruning_rate=0))
 
-    @pytest.mark.parametrize("name", ["max_batch_size", "queue_size", "threads", "image_threads"])
+    @pytest.mark.parametrize("name", ["max_batch_size", "queue_size", "max_bodies", "threads", "image_threads"])
     def test_numbers_must_be_positive(self, serve, name):
         with pytest.raises(ValueError, match=f"--{name} is 0; give 1 or more"):
             serve.Settings("folder", **{name: 0})

@@ -208,7 +208,7 @@ def load_transformers(source: str | os.PathLike, **loading: Any) -> PreTrainedMo
         `OSError`: when there is no such folder or repository, or it is out of reach.
     """
     try:
-        config = AutoConfig.from_pretrained(source, **loading)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **loading)
     except OSError as error:
         raise OSError(
             f"{source} is neither a folder of a model nor a repository that can be reached: {error}"
@@ -216,7 +216,9 @@ def load_transformers(source: str | os.PathLike, **loading: Any) -> PreTrainedMo
     family = find_family(config)
     names = config.architectures or [""]
     model_class = getattr(transformers, names[0], AutoModel)
-    loaded: Any = model_class.from_pretrained(source, config=config, output_loading_info=True, **loading)
+    loaded: Any = model_class.from_pretrained(
+        source, config=config, output_loading_info=True, trust_remote_code=False, **loading
+    )
     model, info = loaded
     description = SourceDescription({}, (), dropped=family.dropped, prefix=family.prefix)
     missing = sorted(name for name in info["missing_keys"] if not description.drops(name))

@@ -21,10 +21,11 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import TemplateError
 from transformers.utils import logging
 
 from ..configuration_cropr_vit import CroprViTConfig
-from ..files import source_name, write_file
+from ..files import finite, source_name, write_file, write_json
 from ..saving import CARD_MARK, CARD_NAME, PICTURE_NAME, RECORD_NAME, is_own_card
 from ..speed.cost import multiply_adds, unpruned_config
 from ..tasks import find_task
@@ -112,9 +113,9 @@ def read_record(folder: str | os.PathLike) -> dict[str, Any]:
         )
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not valid JSON ({error}); save the model again, or correct the file.") from error
-    if not isinstance(record, dict) or "model" not in record:
+    if not isinstance(record, dict) or not isinstance(record.get("model"), dict):
         raise ValueError(f"{file} has no section `model`; save the model again, or correct the file.")
     return record
 
@@ -123,13 +124,23 @@ def write_record(folder: str | os.PathLike, record: dict[str, Any], target: str 
     """Writes a record and the card that says the same.
 
     A card in `target` (`folder` by default) that somebody wrote, or took over by removing our mark, is left alone.
+
+    Raises:
+        `ValueError`: for a record that lacks what the card says; then nothing is written.
     """
     folder, target = Path(folder), Path(folder if target is None else target)
-    write_file(folder / RECORD_NAME, json.dumps(record, indent=2, default=str) + "\n")
+    try:
+        text = str(render_card(record, folder))
+    except (LookupError, TypeError, AttributeError, ValueError, TemplateError) as error:
+        raise ValueError(
+            f"The record of {target} does not say what a card needs ({type(error).__name__}: {error}); save the model "
+            f"again, or correct {RECORD_NAME}."
+        ) from error
+    write_json(folder / RECORD_NAME, record)
     if is_own_card(target):
         logger.info(f"{target / CARD_NAME} was not written by cropr_hf, or was changed since, and stays as it is.")
         return
-    write_file(folder / CARD_NAME, str(render_card(record, folder)))
+    write_file(folder / CARD_NAME, text)
 
 
 def add_to_record(
@@ -183,6 +194,7 @@ def render_card(record: Mapping[str, Any], folder: str | os.PathLike | None = No
             recipes that nobody has run.
         folder: of the model, whose picture and code the card mentions.
     """
+    record = finite(record)
     model = record["model"]
     name = model["name"]
     folder = None if folder is None else Path(folder)
@@ -207,9 +219,11 @@ def render_card(record: Mapping[str, Any], folder: str | os.PathLike | None = No
         data,
         template_str=TEMPLATE.read_text(encoding="utf-8"),
         mark=CARD_MARK,
+        text=_text,
+        fenced=_fenced,
         name=name,
         summary=_summary(model, is_pruned, is_trained=bool(training)),
-        base_model=f"[{base}](https://huggingface.co/{base})" if on_hub else base and f"`{base}`",
+        base_model=f"[{base}](https://huggingface.co/{base})" if on_hub else base and _code(base),
         base_licence=training.get("base_licence"),
         model=model,
         giga=_giga,
@@ -237,7 +251,8 @@ def _summary(model: Mapping[str, Any], is_pruned: bool, is_trained: bool) -> str
     method = TOKEN_REDUCERS.get(name)
     share = 1 - model["patches_kept"][-1] / model["num_patches"]
     if method is None:
-        return f"A vision transformer that {does}, and drops {share:.0%} of the image patches on the way by `{name}`."
+        drops = f"drops {share:.0%} of the image patches on the way by {_code(name)}"
+        return f"A vision transformer that {does}, and {drops}."
     linked = method.title if method.url is None else f"[{method.title}]({method.url})"
     acts = "merges" if method.merges else "drops"
     free = "" if method.learns or is_trained else ", training-free"
@@ -276,10 +291,11 @@ def _usage(class_name: str, name: str) -> str:
     lines = ["import cropr_hf  # registers the models with the Auto classes"]
     if found is not None and found[1].has_loss:  # the pipeline of the others has no use for pruned features
         subtask = ', subtask="instance"' if class_name == "CroprViTForInstanceSegmentation" else ""
-        lines += ["from transformers import pipeline", "", f'model = pipeline("{pipeline}", model="{name}")']
+        lines += ["from transformers import pipeline", "", f'model = pipeline("{pipeline}", model={_literal(name)})']
         lines.append(f'print(model("image.jpg"{subtask}))')
     else:
-        lines += [f"from transformers import {auto_class}", "", f'model = {auto_class}.from_pretrained("{name}")']
+        lines += [f"from transformers import {auto_class}", ""]
+        lines.append(f"model = {auto_class}.from_pretrained({_literal(name)})")
     return "\n".join(lines)
 
 
@@ -327,7 +343,37 @@ def _eval_results(record: Mapping[str, Any]) -> list[EvalResult]:
         )
         for evaluation in record.get("evaluations", [])
         for metric, value in evaluation["metrics"].items()
+        if value is not None  # not a number: the metadata of the Hub has no word for it
     ]
+
+
+def _text(value: Any) -> str:
+    """Anything as text of one line, in a paragraph, heading or cell of a table, of which nothing is markup."""
+    line = " ".join(str(value).split()).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"[\\`*\[\]|~]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", line)
+
+
+def _code(value: Any) -> str:
+    """Anything as code within a line: the fence is longer than any run of back-ticks in it."""
+    line = " ".join(str(value).split())
+    fence = "`" * (1 + _longest_run(line))
+    padding = " " if "`" in line else ""
+    return f"{fence}{padding}{line}{padding}{fence}"
+
+
+def _fenced(text: str, language: str = "") -> str:
+    """A block of code: the fence is longer than any run of back-ticks in it."""
+    fence = "`" * max(3, 1 + _longest_run(text))
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+
+
+def _longest_run(text: str) -> int:
+    return max(map(len, re.findall("`+", text)), default=0)
+
+
+def _literal(name: str) -> str:
+    """A name as a string of Python."""
+    return json.dumps(name, ensure_ascii=False)
 
 
 def _is_hub_id(name: str) -> bool:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..files import source_name
 from ..modeling_cropr_vit import CroprViTModel, CroprViTPreTrainedModel
 from ..reducer_cropr import Scorer
 from ..vit_layers import CroprViTAttention, CroprViTDropPath
@@ -53,9 +54,9 @@ def lora_model(
     Embeddings and norms of the backbone are frozen.
 
     It trains with the `Trainer`, whose checkpoints then hold adapters, Cropr modules and head, without the frozen
-    weights: to resume, wrap a model from the same source. `merge_lora` makes an ordinary model of the result.
-    What it saves, `peft.PeftModel.from_pretrained` puts on the base as it is published, stripped, or on a complete
-    one.
+    weights: to resume, wrap a model from the same source, which they name if it is on the Hub. `merge_lora` makes an
+    ordinary model of the result. What it saves, `peft.PeftModel.from_pretrained` puts on the base as it is published,
+    stripped, or on a complete one.
 
     Args:
         model: any `CroprViT*` model.
@@ -78,6 +79,10 @@ def lora_model(
     if rank < 1:
         raise ValueError(f"`rank` is {rank}; it must be 1 or more, such as 8.")
     prefix, backbone = _find_backbone(model)
+    # PEFT publishes both, and looks for the first on the Hub: of a local folder only its name goes into the card.
+    source = str(model.config.name_or_path)
+    model.config.name_or_path = source_name(source)
+    model.name_or_path = source if model.config.name_or_path == source else ""
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,  # type: ignore[arg-type]

@@ -61,11 +61,15 @@ def training_facts(trainer: Trainer) -> dict[str, Any]:
     args, state = trainer.args, trainer.state
     finished = next((entry for entry in reversed(state.log_history) if "train_runtime" in entry), {})
     precision = trainer.accelerator.mixed_precision  # by the arguments, or by the configuration of accelerate
+    settings = changed_settings(args)
+    if args.auto_find_batch_size:
+        settings["per_device_train_batch_size"] = trainer._train_batch_size // max(1, args.n_gpu)
     facts = {
         **dataset_facts(trainer.train_dataset),
         "num_epochs": round(state.epoch, 2) if state.epoch else None,
         "num_steps": state.global_step,
-        "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        # Not that of the arguments, which may have been too large for `auto_find_batch_size`.
+        "batch_size": trainer._train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "precision": PRECISIONS.get(precision, precision),
         "seed": args.seed,
         "loss": round(finished["train_loss"], 4) if finished else None,
@@ -74,7 +78,7 @@ def training_facts(trainer: Trainer) -> dict[str, Any]:
         "num_processes": args.world_size,
         "versions": library_versions(),
         "commit": code_commit(),
-        "settings": changed_settings(args),
+        "settings": settings,
     }
     return {name: value for name, value in facts.items() if value is not None}
 
@@ -118,6 +122,8 @@ def changed_settings(*arguments: Any) -> dict[str, Any]:
 def licence_of(base_model: str) -> str | None:
     """The licence in the model card of a folder or of a repository that can be reached; `None` if there is none."""
     folder = Path(base_model)
+    if not base_model or ("/" not in base_model and not folder.is_dir()):
+        return None  # the name of a folder that lies elsewhere is not that of a repository
     try:
         card = ModelCard.load(folder / CARD_NAME if folder.is_dir() else base_model)
     except (OSError, ValueError, yaml.YAMLError) as error:
