@@ -30,7 +30,7 @@ from transformers.models.rf_detr.modeling_rf_detr import (
     RfDetrScaleProjector,
 )
 
-from .configuration_cropr_vit import CroprViTConfig
+from .configuration_cropr_vit import CroprViTConfig, check_finite, settle_labels, with_new_labels
 from .modeling_cropr_vit import CroprViTBackbone
 
 
@@ -42,7 +42,8 @@ class CroprRfDetrConfig(RfDetrConfig):
     after every quarter of its blocks. The number of classes of the backbone follows that of the detector.
 
     Raises:
-        `ValueError`: for a backbone of another type.
+        `ValueError`: for a backbone of another type, a number that is NaN or infinite, and names of classes that
+            contradict their number.
 
     Example:
 
@@ -67,6 +68,7 @@ class CroprRfDetrConfig(RfDetrConfig):
     ]
 
     def __post_init__(self, **kwargs: Any):
+        settle_labels(self, kwargs.get("num_labels"))
         if self.backbone_config is None:
             stages = ["stage3", "stage6", "stage9", "stage12"]
             self.backbone_config = CroprViTConfig.from_size(
@@ -78,6 +80,16 @@ class CroprRfDetrConfig(RfDetrConfig):
                 f"`backbone_config` is a {type(self.backbone_config).__name__}; give a `CroprViTConfig`, or use the "
                 "RF-DETR of Transformers."
             )
+        self.validate_numbers()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
+        """As `PreTrainedConfig.from_dict`; another number of classes leaves the stored names behind."""
+        return super().from_dict(with_new_labels(config_dict, kwargs), **kwargs)
+
+    def validate_numbers(self):
+        """Checks that every number is one."""
+        check_finite(self)
 
 
 class CroprRfDetrEncoder(RfDetrConvEncoder):

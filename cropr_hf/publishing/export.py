@@ -3,6 +3,7 @@
 The number of images is free; the image size, and with it the number of patches that each module keeps, is fixed.
 """
 
+import math
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -62,8 +63,8 @@ def export_model(
 
     Raises:
         `ValueError`: another suffix, a file that cannot be written, an image size that is not a multiple of the patch
-            size, a batch size below 1, a tolerance below 0, a model with auxiliary heads, or one that draws random
-            numbers.
+            size, a batch size below 1, a tolerance below 0 or infinite, a model with auxiliary heads, or one that
+            draws random numbers.
         `ImportError`: when a library for ONNX is missing.
         `RuntimeError`: when the file does not compute what the model does.
     """
@@ -76,7 +77,7 @@ def export_model(
         _check_onnx(dtype)
     if tolerance is None:
         tolerance = 0.05 if dtype in (torch.bfloat16, torch.float16) else 1e-3
-    if not tolerance >= 0:  # not a number fails as well
+    if not 0 <= tolerance < math.inf:  # NaN fails as well
         raise ValueError(f"`tolerance` is {tolerance}; give 0 or more, such as 1e-3, or None.")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"`batch_size` is {batch_size}; give 1 or more, or None for any number.")
