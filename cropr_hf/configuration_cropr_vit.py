@@ -579,7 +579,7 @@ def check_finite(settings: Any) -> None:
 def settle_labels(config: PreTrainedConfig, num_labels: int | None) -> None:
     """Completes the names of classes: either of `id2label` and `label2id` follows from the other.
 
-    Default names in `label2id`, as a new `id2label` leaves them behind, are none that somebody gave.
+    Default names, which another number or a new `id2label` leaves behind, are none that somebody gave.
 
     Args:
         num_labels: as it was given, besides the names.
@@ -598,6 +598,9 @@ def settle_labels(config: PreTrainedConfig, num_labels: int | None) -> None:
     if num_labels is not None and (not isinstance(num_labels, int) or num_labels < 0):
         raise ValueError(f"`num_labels` is {num_labels!r}; it must be a whole number, 0 or more.")
     if num_labels is not None and names is not None and len(names) != num_labels:
+        if _are_defaults(names):
+            config.id2label = config.label2id = None
+            return
         raise ValueError(
             f"`num_labels` is {num_labels}, but there are names of {len(names)} classes, {_shortened(names)}; give as "
             "many, or leave `num_labels` out."
@@ -605,7 +608,7 @@ def settle_labels(config: PreTrainedConfig, num_labels: int | None) -> None:
     if names is None:
         return
     numbers = numbers or {}
-    given = any(name != f"LABEL_{number}" for name, number in numbers.items())
+    given = not _are_defaults({number: name for name, number in numbers.items()})
     agree = numbers.keys() == {*names.values()}  # two classes may share a name
     if given and not (agree and all(names.get(number) == name for name, number in numbers.items())):
         raise ValueError(
@@ -624,6 +627,10 @@ def _whole_keys(field: str, names: Any) -> dict[int, str] | None:
             f"{{0: 'cat', 1: 'dog'}} in `id2label`."
         )
     return {int(key): name for key, name in names.items()}
+
+
+def _are_defaults(names: dict[int, str]) -> bool:
+    return all(name == f"LABEL_{number}" for number, name in names.items())
 
 
 def _shortened(value: Any) -> str:

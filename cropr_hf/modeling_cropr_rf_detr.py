@@ -32,6 +32,7 @@ from transformers.models.rf_detr.modeling_rf_detr import (
 
 from .configuration_cropr_vit import CroprViTConfig, check_finite, settle_labels, with_new_labels
 from .modeling_cropr_vit import CroprViTBackbone
+from .saving import refuse_unexpected
 
 
 @strict
@@ -129,6 +130,21 @@ class CroprRfDetrPreTrainedModel(RfDetrPreTrainedModel):
         offsets of the decoder and the biases that focal losses need.
         """
         return False
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
+        """See `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            `ValueError`: when the checkpoint has other weights of the backbone than the configuration says.
+        """
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        model, info = loaded
+        unexpected = [name for name in info["unexpected_keys"] if ".cropr_vit." in name]
+        refuse_unexpected(
+            pretrained_model_name_or_path, [name for name in unexpected if ".token_reducers." not in name]
+        )
+        return loaded if output_loading_info else model
 
     def set_pruning(self, pruning: int | Sequence[int] | None) -> None:
         """Changes how much the backbone prunes; see `CroprViTBackbone.set_pruning`."""

@@ -622,6 +622,19 @@ def test_rf_detr_with_other_classes_keeps_all_but_the_classifiers(tmp_path):
     assert train_routers(loaded).config.num_labels == 7
 
 
+def test_rf_detr_with_weights_that_have_no_place_is_refused(tmp_path):
+    model = build_rf_detr()
+    model.save_pretrained(tmp_path)
+    unpruned = copy.deepcopy(model.config)
+    unpruned.backbone_config.token_reducer = unpruned.backbone_config.pruning_rate = None
+    CroprRfDetrForObjectDetection.from_pretrained(tmp_path, config=unpruned)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    stored["backbone_config"]["query_bias"] = False
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match=r"no place for, such as .*q_proj\.bias"):
+        CroprRfDetrForObjectDetection.from_pretrained(tmp_path)
+
+
 def test_rf_detr_evaluates_with_one_group():
     model = build_rf_detr()
     with torch.no_grad():
