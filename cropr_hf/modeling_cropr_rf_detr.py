@@ -21,11 +21,13 @@ from typing import Any
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import RfDetrConfig, RfDetrForObjectDetection, RfDetrModel, RfDetrPreTrainedModel
 from transformers.loss.loss_lw_detr import LwDetrForObjectDetectionLoss
 from transformers.models.rf_detr.modeling_rf_detr import (
     RfDetrConvEncoder,
     RfDetrDecoder,
+    RfDetrDecoderLayer,
     RfDetrMLPPredictionHead,
     RfDetrScaleProjector,
 )
@@ -145,6 +147,19 @@ class CroprRfDetrPreTrainedModel(RfDetrPreTrainedModel):
             pretrained_model_name_or_path, [name for name in unexpected if ".token_reducers." not in name]
         )
         return loaded if output_loading_info else model
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, *args: Any, **kwargs: Any
+    ) -> None:
+        """As the parent; but reentrant checkpointing leaves the few layers of the decoder out.
+
+        It does not see the tensors that they take by keyword, and would go through the backbone twice.
+        """
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, *args, **kwargs)
+        if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+            for module in self.modules():
+                if isinstance(module, RfDetrDecoderLayer):
+                    module.gradient_checkpointing = False
 
     def set_pruning(self, pruning: int | Sequence[int] | None) -> None:
         """Changes how much the backbone prunes; see `CroprViTBackbone.set_pruning`."""

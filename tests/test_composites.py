@@ -673,7 +673,8 @@ def test_rf_detr_gives_the_backbone_its_classes_and_has_a_default():
     assert backbone.kept_patches()[-3] == 1024 - 10 * 64 - 1
 
 
-def test_rf_detr_has_the_same_gradients_with_activation_checkpointing():
+@pytest.mark.parametrize("arguments", [{}, {"use_reentrant": True}, {"use_reentrant": False}])
+def test_rf_detr_has_the_same_gradients_with_activation_checkpointing(arguments):
     model = build_rf_detr()
     train_routers(model)
     gradients = []
@@ -681,7 +682,7 @@ def test_rf_detr_has_the_same_gradients_with_activation_checkpointing():
         training_loss(model, boxes()).backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
         model.zero_grad()
-        enable_activation_checkpointing(model)
+        enable_activation_checkpointing(model, **arguments)
     for first, second in zip(*gradients):
         torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
 
