@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, HfArgumentParser, PreTrainedConfig
+from transformers import AutoImageProcessor, HfArgumentParser, PreTrainedConfig, SegformerImageProcessor
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, cached_file
 
 from .arguments import DTYPES, parse_config, parse_device
@@ -55,6 +55,10 @@ def convert(args: Namespace) -> str:
     task = TASKS[args.task]
     model = task.model_class.from_vit(args.source, **parse_config(args.config))
     processor = _image_processor(args.source, model.config.input_size, task.is_detector)
+    if args.task == "semantic_segmentation" and processor is not None:
+        # That of a classifier makes no label maps, neither of annotations nor of logits.
+        mean, std = processor.image_mean, processor.image_std
+        processor = SegformerImageProcessor(size=processor.size, image_mean=mean, image_std=std)
     save_for_hub(model, args.output_dir, processor, args.with_code)
     note = "" if processor is not None else " The source has no image processor; save one beside it."
     method = find_token_reducer(model.config)

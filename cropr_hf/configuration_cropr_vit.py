@@ -15,6 +15,8 @@
 
 # No `from __future__ import annotations` here: it would switch the type checks of `@strict` off.
 import difflib
+import math
+import textwrap
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import fields
@@ -32,7 +34,7 @@ POOLING_MODES = ("mean", "patch_mean", "cls", "cls_patch_mean")
 ROPE_COORDINATES = ("index", "centered")
 WINDOW_ROPE_MODES = ("origin", "slot", "global")
 NMS_METHODS = ("hard", "linear")
-PROBLEM_TYPES = (None, "single_label_classification", "multi_label_classification")
+PROBLEM_TYPES = (None, "single_label_classification", "multi_label_classification", "regression")
 DEFAULT_PRUNING_RATE = 8
 WEIGHTS_ID = "weights_id"  # in a saved configuration: of the weights beside it
 
@@ -192,8 +194,8 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
         mask_stride (`int`): pixels of the input per pixel of the instance masks in the output.
 
     Raises:
-        `ValueError` when a value is out of range or two fields contradict; the `StrictDataclassError` of
-        huggingface_hub when a value has the wrong type.
+        `ValueError` when a value is out of range, NaN or infinite, or two fields contradict; the
+        `StrictDataclassError` of huggingface_hub when a value has the wrong type.
 
     Example:
 
@@ -291,6 +293,7 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
     find_reducer = None
 
     def __post_init__(self, **kwargs: Any):
+        settle_labels(self, kwargs.get("num_labels"))
         if self.token_reducer is not None and self.pruning_rate is None and self.pruning_schedule is None:
             self.pruning_rate = DEFAULT_PRUNING_RATE
         method = None
@@ -306,6 +309,7 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
         self._check_unknown(kwargs)
         super().__post_init__(**kwargs)
         # `@strict` runs these as well, but wraps what they raise; here a wrong value is a plain `ValueError`.
+        self.validate_numbers()
         self.validate_backbone()
         self.validate_windows()
         self.validate_training()
@@ -332,7 +336,7 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
         """
         if size not in SIZES:
             raise ValueError(f"Unknown size {size!r}; choose one of {', '.join(SIZES)}, or give the fields.")
-        replaced = _replaced_fields(SIZES[size], kwargs)
+        replaced = _replaced_fields(SIZES[size], kwargs) | ({"num_labels"} if "id2label" in kwargs else set())
         stored = {name: value for name, value in SIZES[size].items() if name not in replaced}
         config = cls(**{**stored, **kwargs})
         if "pruning_schedule" in stored and config.num_patches != stored["pruning_schedule"][0]:
@@ -355,6 +359,7 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"This is the configuration of a model of type {model_type!r}, not {cls.model_type!r}; `from_vit` of "
                 "the models starts from another family."
             )
+        config_dict = with_new_labels(config_dict, kwargs)
         names = {field.name for field in fields(cls)} - {field.name for field in fields(PreTrainedConfig)}
         names |= {"problem_type", *cls.attribute_map}
         overrides = {cls.attribute_map.get(name, name): kwargs.pop(name) for name in names & kwargs.keys()}
@@ -421,6 +426,10 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
             return None
         return window_grid(self.window_size, num_patches, grid_size)
 
+    def validate_numbers(self):
+        """Checks that every number is one."""
+        check_finite(self)
+
     def validate_backbone(self):
         """Checks of the plain ViT, across fields."""
         positive = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size")
@@ -458,6 +467,11 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
             )
         if self.rope_theta is not None and self.rope_theta <= 0:
             raise ValueError(f"`rope_theta` is {self.rope_theta}; it must be positive, or `None` for no rotation.")
+        for name in ("initializer_range", "layer_norm_eps"):
+            if getattr(self, name) <= 0:
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)}; it must be positive, such as {getattr(type(self), name)}."
+                )
         if self.rope_coordinates not in ROPE_COORDINATES:
             raise ValueError(f"`rope_coordinates` is {self.rope_coordinates!r}; choose 'index' or 'centered'.")
 
@@ -513,11 +527,14 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
         problem_type = getattr(self, "problem_type", None)
         if problem_type not in PROBLEM_TYPES:
             raise ValueError(
-                f"`problem_type` is {problem_type!r}; image classification here is 'single_label_classification' "
-                "(also for soft targets) or 'multi_label_classification'."
+                f"`problem_type` is {problem_type!r}; choose 'single_label_classification' (also for soft targets), "
+                "'multi_label_classification' or 'regression'."
             )
-        if problem_type == "multi_label_classification" and self.label_smoothing > 0:
-            raise ValueError("`label_smoothing` is of single-label classification; set it to 0 for several labels.")
+        if problem_type in ("multi_label_classification", "regression") and self.label_smoothing > 0:
+            raise ValueError(
+                f"`label_smoothing` is {self.label_smoothing}, but it is of single-label classification; set it to 0 "
+                f"for {problem_type!r}."
+            )
 
     def validate_token_reduction(self):
         """Checks of the pruning fields and of the schedule at `image_size`."""
@@ -544,8 +561,97 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(
                 f"`hidden_size` {self.hidden_size} is not divisible by `scorer_num_heads` {self.scorer_num_heads}."
             )
-        if self.aggregator_mlp_ratio is not None and self.aggregator_mlp_ratio <= 0:
-            raise ValueError("`aggregator_mlp_ratio` must be positive; `None` is no MLP.")
+        ratio = self.aggregator_mlp_ratio
+        if ratio is not None and self.hidden_size * ratio < 1:
+            raise ValueError(
+                f"`aggregator_mlp_ratio` is {ratio}, which leaves the MLP no channel of {self.hidden_size}; give a "
+                "larger one, such as 4.0, or `None` for no MLP."
+            )
+
+
+def check_finite(settings: Any) -> None:
+    """Raises `ValueError` for a number among the fields of a dataclass, or in their lists, that is NaN or infinite.
+
+    Comparisons with NaN are false, so that no check of a range is sure to notice it.
+    """
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"`{field.name}` is {value}; it must be a finite number.")
+
+
+def settle_labels(config: PreTrainedConfig, num_labels: int | None) -> None:
+    """Completes the names of classes: either of `id2label` and `label2id` follows from the other.
+
+    Default names, which another number or a new `id2label` leaves behind, are none that somebody gave.
+
+    Args:
+        num_labels: as it was given, besides the names.
+
+    Raises:
+        `ValueError`: unless the names are those of the classes 0 to C - 1, where the two maps contradict each other,
+            and for another number of classes.
+    """
+    names, numbers = _whole_keys("id2label", config.id2label), config.label2id
+    if numbers is not None:
+        if not isinstance(numbers, dict) or not all(str(number).isdecimal() for number in numbers.values()):
+            raise ValueError(f"`label2id` is {_shortened(numbers)}; it must map the name of each class to its number.")
+        numbers = {name: int(number) for name, number in numbers.items()}
+        if names is None:
+            names = _whole_keys("label2id", {number: name for name, number in numbers.items()})
+    if num_labels is not None and (not isinstance(num_labels, int) or num_labels < 0):
+        raise ValueError(f"`num_labels` is {num_labels!r}; it must be a whole number, 0 or more.")
+    if num_labels is not None and names is not None and len(names) != num_labels:
+        if _are_defaults(names):
+            config.id2label = config.label2id = None
+            return
+        raise ValueError(
+            f"`num_labels` is {num_labels}, but there are names of {len(names)} classes, {_shortened(names)}; give as "
+            "many, or leave `num_labels` out."
+        )
+    if names is None:
+        return
+    numbers = numbers or {}
+    given = not _are_defaults({number: name for name, number in numbers.items()})
+    agree = numbers.keys() == {*names.values()}  # two classes may share a name
+    if given and not (agree and all(names.get(number) == name for name, number in numbers.items())):
+        raise ValueError(
+            f"`label2id` is {_shortened(numbers)}, but `id2label` is {_shortened(names)}; give one of them alone."
+        )
+    config.id2label, config.label2id = names, {name: number for number, name in names.items()}
+
+
+def _whole_keys(field: str, names: Any) -> dict[int, str] | None:
+    if names is None:
+        return None
+    keys = [str(key) for key in names] if isinstance(names, dict) else []
+    if not isinstance(names, dict) or {*keys} != {str(number) for number in range(len(names))}:
+        raise ValueError(
+            f"`{field}` is {_shortened(names)}; it must name the classes 0 to C - 1, each once, such as "
+            f"{{0: 'cat', 1: 'dog'}} in `id2label`."
+        )
+    return {int(key): name for key, name in names.items()}
+
+
+def _are_defaults(names: dict[int, str]) -> bool:
+    return all(name == f"LABEL_{number}" for number, name in names.items())
+
+
+def _shortened(value: Any) -> str:
+    return textwrap.shorten(repr(value), 100, placeholder=" ...")
+
+
+def with_new_labels(stored: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """A stored configuration with the names of classes in `overrides`, which loses them.
+
+    Names that were stored go where there are new ones, or another number of classes.
+    """
+    new: dict[str, Any] = {name: overrides.pop(name) for name in ("id2label", "label2id") if name in overrides}
+    number = overrides.get("num_labels")
+    if new or (number is not None and number != len(stored.get("id2label") or ())):
+        stored = {name: value for name, value in stored.items() if name not in ("num_labels", "id2label", "label2id")}
+    return {**stored, **new}
 
 
 def _replaced_fields(stored: dict[str, Any], overrides: dict[str, Any]) -> set[str]:

@@ -158,6 +158,14 @@ class CroprViTProposalNetwork(RegionProposalNetwork):
         self.train(targets is not None)
         return super().forward(images, features, targets)
 
+    def filter_proposals(
+        self, proposals: torch.Tensor, objectness: torch.Tensor, *args: Any
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """See the parent; raises `FloatingPointError` in evaluation for what it would drop as no proposals."""
+        if not self.training:
+            check_not_nan(proposals, objectness)
+        return super().filter_proposals(proposals, objectness, *args)
+
     def compute_loss(
         self,
         objectness: torch.Tensor,
@@ -306,6 +314,15 @@ class CroprViTMaskHead(nn.Module):
 # --------------------------------------------------------------------------------------------------------------------
 # From scores to detections
 # --------------------------------------------------------------------------------------------------------------------
+
+
+def check_not_nan(*tensors: torch.Tensor) -> None:
+    """Raises `FloatingPointError` for NaN, which every comparison with a threshold would take for "no object"."""
+    if any(tensor.isnan().any() for tensor in tensors):
+        raise FloatingPointError(
+            "The detector computes scores or boxes that are not a number, so that no object could be found; there is "
+            "NaN or infinity in its weights or in `pixel_values`, or half precision is too little for it."
+        )
 
 
 def soft_nms(

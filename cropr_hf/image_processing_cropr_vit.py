@@ -46,7 +46,13 @@ def _with_background(outputs: Any, threshold: float, mask_threshold: float) -> A
     """The outputs with one more object, which is certain, and whose mask wins where no other reaches the threshold.
 
     It stays below the threshold itself, so that it is no segment in the end.
+
+    Raises:
+        `ValueError`: for a threshold outside of [0, 1].
     """
+    for name, value in (("threshold", threshold), ("mask_threshold", mask_threshold)):
+        if not 0 <= value <= 1:  # NaN would find nothing
+            raise ValueError(f"`{name}` is {value}; it must be in [0, 1], such as 0.5.")
     logits, masks = outputs.logits, outputs.pred_masks
     certain = torch.full_like(logits[:, :1], -1e4)
     certain[..., 0] = 0.0

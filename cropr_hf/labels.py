@@ -21,30 +21,48 @@ import torch
 from .configuration_cropr_vit import CroprViTConfig
 
 
+IGNORED_LABEL = -100  # of an image, as everywhere in torch
+
+
 def check_image_labels(config: CroprViTConfig, labels: torch.Tensor, batch_size: int) -> None:
     """Raises `ValueError` for labels that `CroprViTForImageClassification` does not take."""
     if torch.compiler.is_compiling():
         return  # a data-dependent check would break the graph
     num_labels = config.num_labels or 0
     multi_label = config.problem_type == "multi_label_classification"
+    if config.problem_type == "regression":
+        check_targets(labels, batch_size, num_labels)
+        return
     if num_labels < 2 and not multi_label:
         raise ValueError(
             f"The loss over {num_labels} class is always 0; set `num_labels` to 2 or more, or `problem_type` "
-            "to 'multi_label_classification'."
+            "to 'multi_label_classification' or 'regression'."
         )
     if labels.is_floating_point() or multi_label:
         check_class_shares(labels, batch_size, num_labels)
     elif labels.shape != (batch_size,):
         raise ValueError(f"`labels` have the shape {tuple(labels.shape)}; it must be ({batch_size},).")
-    elif ((labels >= num_labels) | ((labels < 0) & (labels != -100))).any():
+    elif ((labels >= num_labels) | ((labels < 0) & (labels != IGNORED_LABEL))).any():
         raise ValueError(
             f"`labels` are between {labels.min().item()} and {labels.max().item()}; they must be in "
-            f"[0, {num_labels - 1}], or -100 to be ignored. Set `num_labels` to the number of classes."
+            f"[0, {num_labels - 1}], or {IGNORED_LABEL} to be ignored. Set `num_labels` to the number of classes."
         )
 
 
+def check_targets(labels: torch.Tensor, batch_size: int, num_labels: int) -> None:
+    """Raises `ValueError` unless targets of a regression are finite numbers (B, C), or (B,) of a single target."""
+    shapes = [(batch_size, num_labels), *([(batch_size,)] if num_labels == 1 else [])]
+    if not num_labels or labels.shape not in shapes:
+        raise ValueError(
+            f"`labels` have the shape {tuple(labels.shape)}; for a regression it must be (batch size, targets) = "
+            f"({batch_size}, {num_labels}). Set `num_labels` to the number of targets."
+        )
+    if not labels.isfinite().all():
+        raise ValueError("`labels` hold NaN or infinity; the targets of a regression must be finite numbers.")
+
+
 def check_class_shares(labels: torch.Tensor, batch_size: int, num_labels: int) -> None:
-    """Raises `ValueError` unless soft targets, or the presence of classes, are (B, C) in [0, 1]."""
+    """Raises `ValueError` unless soft targets, or the presence of classes, are (B, C) in [0, 1], up to rounding."""
     if torch.compiler.is_compiling():
         return  # a data-dependent check would break the graph
     if not num_labels or labels.shape != (batch_size, num_labels):
@@ -52,7 +70,8 @@ def check_class_shares(labels: torch.Tensor, batch_size: int, num_labels: int) -
             f"`labels` have the shape {tuple(labels.shape)}; it must be (batch size, classes) = ({batch_size}, "
             f"{num_labels}) with soft targets, or the presence of several classes. Set `num_labels` to their number."
         )
-    if labels.min() < 0 or labels.max() > 1:
+    slack = max(1e-6, 4 * torch.finfo(labels.dtype).eps) if labels.is_floating_point() else 0  # mixtures are rounded
+    if not ((labels >= -slack) & (labels <= 1 + slack)).all():  # nor NaN
         raise ValueError(
             f"`labels` are between {labels.min().item()} and {labels.max().item()}; soft targets, or the presence of "
             "several classes, must be in [0, 1]."
@@ -115,6 +134,8 @@ def check_object_labels(
             f"`labels[{image}]` has `masks` of the shape {tuple(label['masks'].shape)}; it must be (objects, "
             f"height, width) = {(count, *image_size)}."
         )
+    if has_masks and label["masks"].is_floating_point() and label["masks"].isnan().any():
+        raise ValueError(f"`labels[{image}]` has NaN in `masks`; they must be 0 or 1.")
     if not count:
         return
     num_labels = config.num_labels or 0

@@ -21,17 +21,20 @@ from typing import Any
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import RfDetrConfig, RfDetrForObjectDetection, RfDetrModel, RfDetrPreTrainedModel
 from transformers.loss.loss_lw_detr import LwDetrForObjectDetectionLoss
 from transformers.models.rf_detr.modeling_rf_detr import (
     RfDetrConvEncoder,
     RfDetrDecoder,
+    RfDetrDecoderLayer,
     RfDetrMLPPredictionHead,
     RfDetrScaleProjector,
 )
 
-from .configuration_cropr_vit import CroprViTConfig
+from .configuration_cropr_vit import CroprViTConfig, check_finite, settle_labels, with_new_labels
 from .modeling_cropr_vit import CroprViTBackbone
+from .saving import refuse_unexpected
 
 
 @strict
@@ -42,7 +45,8 @@ class CroprRfDetrConfig(RfDetrConfig):
     after every quarter of its blocks. The number of classes of the backbone follows that of the detector.
 
     Raises:
-        `ValueError`: for a backbone of another type.
+        `ValueError`: for a backbone of another type, a number that is NaN or infinite, and names of classes that
+            contradict their number.
 
     Example:
 
@@ -67,6 +71,7 @@ class CroprRfDetrConfig(RfDetrConfig):
     ]
 
     def __post_init__(self, **kwargs: Any):
+        settle_labels(self, kwargs.get("num_labels"))
         if self.backbone_config is None:
             stages = ["stage3", "stage6", "stage9", "stage12"]
             self.backbone_config = CroprViTConfig.from_size(
@@ -78,6 +83,16 @@ class CroprRfDetrConfig(RfDetrConfig):
                 f"`backbone_config` is a {type(self.backbone_config).__name__}; give a `CroprViTConfig`, or use the "
                 "RF-DETR of Transformers."
             )
+        self.validate_numbers()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
+        """As `PreTrainedConfig.from_dict`; another number of classes leaves the stored names behind."""
+        return super().from_dict(with_new_labels(config_dict, kwargs), **kwargs)
+
+    def validate_numbers(self):
+        """Checks that every number is one."""
+        check_finite(self)
 
 
 class CroprRfDetrEncoder(RfDetrConvEncoder):
@@ -117,6 +132,34 @@ class CroprRfDetrPreTrainedModel(RfDetrPreTrainedModel):
         offsets of the decoder and the biases that focal losses need.
         """
         return False
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
+        """See `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            `ValueError`: when the checkpoint has other weights of the backbone than the configuration says.
+        """
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        model, info = loaded
+        unexpected = [name for name in info["unexpected_keys"] if ".cropr_vit." in name]
+        refuse_unexpected(
+            pretrained_model_name_or_path, [name for name in unexpected if ".token_reducers." not in name]
+        )
+        return loaded if output_loading_info else model
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, *args: Any, **kwargs: Any
+    ) -> None:
+        """As the parent; but reentrant checkpointing leaves the few layers of the decoder out.
+
+        It does not see the tensors that they take by keyword, and would go through the backbone twice.
+        """
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, *args, **kwargs)
+        if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+            for module in self.modules():
+                if isinstance(module, RfDetrDecoderLayer):
+                    module.gradient_checkpointing = False
 
     def set_pruning(self, pruning: int | Sequence[int] | None) -> None:
         """Changes how much the backbone prunes; see `CroprViTBackbone.set_pruning`."""

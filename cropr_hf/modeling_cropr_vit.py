@@ -29,7 +29,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_cropr_vit import CroprViTConfig
-from .labels import check_class_shares, check_image_labels
+from .labels import IGNORED_LABEL, check_class_shares, check_image_labels
 from .reducers import CroprModule  # noqa: F401 (the file registers the methods that travel with a model)
 from .saving import StrippableModel
 from .token_reduction import (
@@ -428,7 +428,10 @@ class CroprViTModel(CroprViTPreTrainedModel):
 
 
 class CroprViTForImageClassification(CroprViTPreTrainedModel):
-    """Linear classifier on the pooled tokens; in training each Cropr module classifies the image as well."""
+    """Linear classifier on the pooled tokens; in training each Cropr module classifies the image as well.
+
+    With `config.problem_type` "regression" it predicts numbers, and so do the modules, by the mean squared error.
+    """
 
     def __init__(self, config: CroprViTConfig):
         super().__init__(config)
@@ -450,7 +453,8 @@ class CroprViTForImageClassification(CroprViTPreTrainedModel):
         Args:
             pixel_values: (B, channels, height, width), height and width multiples of the patch size.
             labels: class indices (B,) in [0, C), -100 is ignored; or soft targets (B, C) that sum to 1 (mixup); with
-                `config.problem_type` "multi_label_classification", presence (B, C) in [0, 1].
+                `config.problem_type` "multi_label_classification", presence (B, C) in [0, 1]; with "regression",
+                targets (B, C), or (B,) of a single one.
             output_pruning: also return `pruned_after_block`.
 
         Raises:
@@ -477,14 +481,24 @@ class CroprViTForImageClassification(CroprViTPreTrainedModel):
         )
 
     def classification_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Mean loss of logits (B, C), or (B, N, C) from N queries that all predict the labels of the image."""
+        """Mean loss of logits (B, C), or (B, N, C) from N queries that all predict the labels of the image.
+
+        It is 0 where all labels are ignored.
+        """
         if logits.dim() == 3:
             labels = labels.repeat_interleave(logits.shape[1], dim=0)
             logits = logits.flatten(0, 1)
         if self.config.problem_type == "multi_label_classification":
             return F.binary_cross_entropy_with_logits(logits.float(), labels.float())
-        labels = labels.float() if labels.is_floating_point() else labels.long()
-        return F.cross_entropy(logits.float(), labels, label_smoothing=self.config.label_smoothing)
+        if self.config.problem_type == "regression":
+            return F.mse_loss(logits.float(), labels.float().view_as(logits))
+        if labels.is_floating_point():
+            return F.cross_entropy(logits.float(), labels.float(), label_smoothing=self.config.label_smoothing)
+        # A mean over no label would be 0 / 0; so there is one, whose loss does not count.
+        all_ignored = (labels == IGNORED_LABEL).all()
+        labels = labels.long().masked_fill(all_ignored, 0)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.config.label_smoothing)
+        return loss.masked_fill(all_ignored, 0.0)
 
 
 @dataclass

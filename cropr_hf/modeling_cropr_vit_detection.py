@@ -44,6 +44,7 @@ from .detection_heads import (
     CroprViTFeaturePyramid,
     CroprViTMaskHead,
     CroprViTProposalNetwork,
+    check_not_nan,
     match_boxes,
     paste_masks,
     pool_regions,
@@ -154,6 +155,8 @@ class CroprViTDetector(CroprViTPreTrainedModel):
         Raises:
             `ValueError`: labels of the wrong form or out of range, fewer than 2 x 2 patches, and as
                 `CroprViTModel.forward`.
+            `FloatingPointError`: in evaluation, scores or boxes that are not a number, which stands in the weights or
+                in `pixel_values`.
         """
         self.cropr_vit.embeddings.check_pixels(pixel_values)
         height, width = pixel_values.shape[-2:]
@@ -287,6 +290,7 @@ class CroprViTDetector(CroprViTPreTrainedModel):
             logits, deltas = head(self._regions(features, boxes, BOX_POOLING))
             probabilities = probabilities + logits.softmax(dim=-1) / len(self.box_heads)
             boxes = head.refine(deltas, boxes, images.image_sizes)
+            check_not_nan(logits, deltas)
         scores = probabilities[:, :-1].split([len(box) for box in boxes])
         detections = [self._suppress(box, score) for box, score in zip(boxes, scores)]
         if self.mask_head is not None:
@@ -310,6 +314,7 @@ class CroprViTDetector(CroprViTPreTrainedModel):
         assert self.mask_head is not None
         regions = self._regions(features, [found["boxes"] for found in detections], MASK_POOLING)
         logits = self.mask_head(regions, torch.cat([found["labels"] for found in detections]))
+        check_not_nan(logits)
         masks = logits.sigmoid().split([len(found["labels"]) for found in detections])
         for found, mask in zip(detections, masks):
             found["masks"] = mask

@@ -82,7 +82,7 @@ class CroprViTForSemanticSegmentation(CroprViTPreTrainedModel):
                 f"`semantic_loss_ignore_index` {config.semantic_loss_ignore_index} is one of the {config.num_labels} "
                 "classes, which the loss would leave out; choose a number that no class has, such as -100."
             )
-        if getattr(config, "problem_type", None) == "multi_label_classification":
+        if config.problem_type not in (None, "single_label_classification"):
             raise ValueError("A pixel has one class; leave `problem_type` out for semantic segmentation.")
 
     @can_return_tuple

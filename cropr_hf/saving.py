@@ -22,7 +22,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -94,8 +94,8 @@ class StrippableModel(PreTrainedModel):
         `use_auxiliary_heads=True` makes a stripped checkpoint trainable again, `False` strips a complete one.
 
         Raises:
-            `ValueError`: when the checkpoint or `config` is of another model type, or the checkpoint is truncated or
-                lacks weights of the backbone.
+            `ValueError`: when the checkpoint or `config` is of another model type, or the checkpoint is truncated,
+                lacks weights of the backbone, or has others than the configuration says.
         """
         path = pretrained_model_name_or_path
         if path is None:
@@ -144,7 +144,7 @@ class StrippableModel(PreTrainedModel):
         return (model, info) if return_info else model
 
     def _check_loaded(self, path: str | os.PathLike, info: dict[str, Any], new_parts: Sequence[str]) -> None:
-        """Raises `ValueError` for weights that should have been in the checkpoint.
+        """Raises `ValueError` for weights that should have been in the checkpoint, or not.
 
         Args:
             path: of the checkpoint.
@@ -174,6 +174,9 @@ class StrippableModel(PreTrainedModel):
                 "it is incomplete, belongs to another configuration, or is not a Cropr ViT (`from_vit` starts from "
                 "other ViTs). New token reducers need `use_auxiliary_heads=True`, and training."
             )
+        parts = {name for name, _ in self.base_model.named_children()}  # of the backbone; heads may be of another task
+        names = {name: name.removeprefix(f"{self.base_model_prefix}.") for name in info["unexpected_keys"]}
+        refuse_unexpected(path, [name for name, own in names.items() if own.partition(".")[0] in parts])
 
     def save_pretrained(
         self,
@@ -285,6 +288,16 @@ class StrippableModel(PreTrainedModel):
                 commit_message=commit_message,
                 commit_description=commit_description,
             )
+
+
+def refuse_unexpected(path: str | os.PathLike, names: Iterable[str]) -> None:
+    """Raises `ValueError` for weights of the backbone in a checkpoint that its configuration has no place for."""
+    if names := sorted(names):
+        raise ValueError(
+            f"The checkpoint {path} has {len(names)} weights of the backbone that the configuration has no place for, "
+            f"such as {', '.join(names[:3])}: the configuration is of another model, or was changed. Restore its "
+            "fields, or load the model that belongs to it."
+        )
 
 
 def is_checkpoint_folder(path: str | os.PathLike) -> bool:

@@ -33,7 +33,7 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 from torch.nn import functional as F
 
-from .configuration_cropr_vit import CroprViTConfig
+from .configuration_cropr_vit import CroprViTConfig, check_finite
 from .token_schedule import check_pruning, kept_by_constant_rate, pruning_blocks
 
 
@@ -484,7 +484,9 @@ class TokenReducer(nn.Module):
                     f"`reducer_config` has {name!r}, which is not a field of the token reducer {cls.name!r}; "
                     + (f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known) or 'none'}.")
                 )
-        return cls.config_class(**given)
+        settings = cls.config_class(**given)
+        check_finite(settings)
+        return settings
 
     @classmethod
     def setting(cls, config: CroprViTConfig, name: str) -> Any:

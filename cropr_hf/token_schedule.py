@@ -240,8 +240,8 @@ def window_grid(window_size: int, num_patches: int, grid_size: tuple[int, int]) 
     rows, columns = grid_size
     if num_patches == rows * columns:
         return grid_size
-    windows, rest = divmod(num_patches, window_size**2)
-    if rest:
+    windows = num_patches // window_size**2
+    if windows * window_size**2 != num_patches:
         return None
     nearest, down = float("inf"), 1
     for count in range(1, windows + 1):

@@ -132,8 +132,11 @@ def plot_detections(
 
     Raises:
         `ImportError`: without matplotlib (`pip install cropr_hf[viz]`).
-        `ValueError`: when the numbers of images, detections, titles or patches do not fit.
+        `ValueError`: when the numbers of images, detections, titles or patches do not fit, or for a threshold that is
+            no score.
     """
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"`threshold` is {threshold}; it must be a score in [0, 1], such as 0.5.")
     kinds: dict[str, Sequence[Any]] = {} if references is None else {"objects": references}
     kinds["detections"] = detections
     maps = dict(kinds)

@@ -397,6 +397,7 @@ def test_an_unknown_task_is_an_error():
         ({"task": "encoder", "size": "tiny", "training": True}, "'encoder' has no loss; choose another task"),
         ({"dtype": "float8_e4m3fn"}, "'float8_e4m3fn'; choose one of float32, bfloat16, float16"),
         ({"tolerance": float("nan")}, "`tolerance` is nan; it must be 0 or more"),
+        ({"tolerance": float("inf")}, "`tolerance` is inf; it must be 0 or more"),
         ({"activation_checkpointing": True}, "pass `training` as well"),
         ({"device": "gpu"}, "`device` is 'gpu', which torch cannot use here"),
         ({"device": "cuda:99"}, "`device` is 'cuda:99', which torch cannot use here"),

@@ -11,13 +11,21 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from common import TASKS, assert_close_relative, make_images
 from PIL import Image
 from test_composites import build_rf_detr
 from test_training import tiny_model
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+from transformers import (
+    AutoImageProcessor,
+    SegformerImageProcessor,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+    pipeline,
+)
 
 from cropr_hf import CroprViTForImageClassification, CroprViTForObjectDetection, __version__, cli
 from cropr_hf.cli import build_parser, main
@@ -79,6 +87,20 @@ def test_convert_to_a_detector_with_code(vit, tmp_path):
     stored = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
     assert stored["image_processor_type"] == "CroprViTImageProcessor"
     assert (stored["pad_size"]["height"], stored["size"]["longest_edge"]) == (32, 32)
+
+
+def test_convert_to_a_segmenter_that_the_pipeline_runs(vit, tmp_path):
+    command = ["convert", vit, tmp_path / "out", "--task", "semantic_segmentation"]
+    assert run(*command, "--config", json.dumps({"pruning_rate": 4, "image_size": [48, 32], "num_labels": 3})) == 0
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
+    assert isinstance(processor, SegformerImageProcessor) and dict(processor.size) == {"height": 48, "width": 32}
+    source = ViTImageProcessor.from_pretrained(vit)
+    assert [*processor.image_mean] == [*source.image_mean] and [*processor.image_std] == [*source.image_std]
+    label_map = np.array([[0, 1], [2, 255]], np.uint8).repeat(20, 0).repeat(20, 1)
+    inputs = processor(Image.new("RGB", (40, 40)), segmentation_maps=label_map, return_tensors="pt")
+    assert inputs["labels"].shape == (1, 48, 32) and set(inputs["labels"].flatten().tolist()) == {0, 1, 2, 255}
+    segments = pipeline("image-segmentation", str(tmp_path / "out"))(Image.new("RGB", (60, 40)))
+    assert sum(np.asarray(segment["mask"]) > 0 for segment in segments).tolist() == [[1] * 60] * 40
 
 
 def test_strip_keeps_the_outputs_and_the_record(checkpoint, tmp_path):

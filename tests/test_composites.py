@@ -622,6 +622,19 @@ def test_rf_detr_with_other_classes_keeps_all_but_the_classifiers(tmp_path):
     assert train_routers(loaded).config.num_labels == 7
 
 
+def test_rf_detr_with_weights_that_have_no_place_is_refused(tmp_path):
+    model = build_rf_detr()
+    model.save_pretrained(tmp_path)
+    unpruned = copy.deepcopy(model.config)
+    unpruned.backbone_config.token_reducer = unpruned.backbone_config.pruning_rate = None
+    CroprRfDetrForObjectDetection.from_pretrained(tmp_path, config=unpruned)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    stored["backbone_config"]["query_bias"] = False
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match=r"no place for, such as .*q_proj\.bias"):
+        CroprRfDetrForObjectDetection.from_pretrained(tmp_path)
+
+
 def test_rf_detr_evaluates_with_one_group():
     model = build_rf_detr()
     with torch.no_grad():
@@ -660,7 +673,8 @@ def test_rf_detr_gives_the_backbone_its_classes_and_has_a_default():
     assert backbone.kept_patches()[-3] == 1024 - 10 * 64 - 1
 
 
-def test_rf_detr_has_the_same_gradients_with_activation_checkpointing():
+@pytest.mark.parametrize("arguments", [{}, {"use_reentrant": True}, {"use_reentrant": False}])
+def test_rf_detr_has_the_same_gradients_with_activation_checkpointing(arguments):
     model = build_rf_detr()
     train_routers(model)
     gradients = []
@@ -668,7 +682,7 @@ def test_rf_detr_has_the_same_gradients_with_activation_checkpointing():
         training_loss(model, boxes()).backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
         model.zero_grad()
-        enable_activation_checkpointing(model)
+        enable_activation_checkpointing(model, **arguments)
     for first, second in zip(*gradients):
         torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
 

@@ -1,12 +1,23 @@
+import inspect
 import json
+import math
 import re
+from dataclasses import dataclass
 
 import pytest
 import torch
+from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, ViTConfig
+from transformers import AutoConfig, RfDetrConfig, ViTConfig
 
-from cropr_hf import CroprViTConfig, CroprViTForImageClassification, CroprViTModel
+from cropr_hf import (
+    CroprRfDetrConfig,
+    CroprViTConfig,
+    CroprViTForImageClassification,
+    CroprViTModel,
+    ReducerConfig,
+    TokenReducer,
+)
 from tests.common import CONFIGS, make_images, make_model, tiny_config
 
 
@@ -195,7 +206,7 @@ def test_the_rate_that_an_error_suggests_works_and_the_next_does_not():
         ({"drop_path_rate": 1}, r"`drop_path_rate` is 1;"),
         ({"label_smoothing": 1.5}, r"`label_smoothing` is 1.5"),
         ({"auxiliary_loss_weight": -1}, r"`auxiliary_loss_weight` is -1; it must be 0 or more"),
-        ({"problem_type": "regression"}, r"`problem_type` is 'regression'.*'multi_label_classification'"),
+        ({"problem_type": "ranking"}, r"`problem_type` is 'ranking'.*'regression'"),
         ({"token_reducer": None}, r"`pruning_rate` is 2 but `token_reducer` is None"),
         (
             {"token_reducer": None, "pruning_rate": None, "pruning_schedule": [16] * 5},
@@ -208,7 +219,7 @@ def test_the_rate_that_an_error_suggests_works_and_the_next_does_not():
         ({"pruning_schedule": [8] * 5}, r"`pruning_rate` or `pruning_schedule`, not both"),
         ({"num_hidden_layers": 2}, r"2 blocks leave no block to prune after with last layer fusion; use more"),
         ({"num_hidden_layers": 1, "last_layer_fusion": False}, r"1 blocks leave no block to prune after; use more"),
-        ({"aggregator_mlp_ratio": 0.0}, r"`aggregator_mlp_ratio` must be positive; `None` is no MLP"),
+        ({"aggregator_mlp_ratio": 0.0}, r"`aggregator_mlp_ratio` is 0.0, which leaves the MLP no channel"),
         ({"pruning_rate": -2}, r"The pruning rate is -2"),
         ({"pruning_rate": 6}, r"leaves -3 of 16 patch tokens"),
     ],
@@ -216,6 +227,89 @@ def test_the_rate_that_an_error_suggests_works_and_the_next_does_not():
 def test_wrong_values_raise_value_error_with_value_and_remedy(overrides, message):
     with pytest.raises(ValueError, match=message):
         tiny_config(**overrides)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("config_class", [CroprViTConfig, CroprRfDetrConfig])
+def test_no_field_takes_what_is_not_a_finite_number(config_class, value, tmp_path):
+    own = inspect.get_annotations(config_class) or inspect.get_annotations(RfDetrConfig)
+    names = [name for name, kind in own.items() if "float" in str(kind)]
+    assert len(names) >= 12 and "layer_norm_eps" in names
+    for name in names:
+        with pytest.raises(ValueError, match=rf"`{name}` is {value}; it must be a finite number"):
+            config_class(**{name: value})
+    config = config_class()
+    config.layer_norm_eps = value
+    with pytest.raises(StrictDataclassError, match=rf"`layer_norm_eps` is {value}"):
+        config.save_pretrained(tmp_path)
+    assert not (tmp_path / "config.json").exists()
+
+
+@pytest.mark.parametrize("name", ["layer_norm_eps", "initializer_range"])
+@pytest.mark.parametrize("value", [0.0, -1e-6])
+def test_what_is_divided_by_is_positive(name, value):
+    with pytest.raises(ValueError, match=rf"`{name}` is {value}; it must be positive, such as "):
+        tiny_config(**{name: value})
+
+
+def test_settings_of_methods_are_finite_numbers():
+    @strict
+    @dataclass
+    class Settings(ReducerConfig):
+        strength: float = 1.0
+
+    class Method(TokenReducer):
+        name, config_class = "some_method", Settings
+
+    with pytest.raises(ValueError, match="`strength` is nan; it must be a finite number"):
+        Method.settings(tiny_config(reducer_config={"strength": math.nan}))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"id2label": {0: "cat", 1: "dog"}, "num_labels": 5}, r"`num_labels` is 5, but there are names of 2 classes"),
+        ({"id2label": {1: "cat", 2: "dog"}}, r"`id2label` is \{1: 'cat', .* it must name the classes 0 to C - 1"),
+        ({"id2label": ["cat", "dog"]}, r"`id2label` is \['cat', 'dog'\]; it must name"),
+        ({"id2label": {"cat": 0, "dog": 1}}, r"`id2label` is \{'cat': 0, .* it must name"),
+        ({"label2id": {0: "cat", 1: "dog"}}, r"`label2id` is \{0: 'cat', .* it must map the name of each class"),
+        ({"label2id": {"cat": 1, "dog": 2}}, r"`label2id` is .* it must name the classes 0 to C - 1"),
+        (
+            {"id2label": {0: "cat", 1: "dog"}, "label2id": {"cat": 1, "dog": 0}},
+            r"`label2id` is \{'cat': 1, 'dog': 0\}, but `id2label` is \{0: 'cat', 1: 'dog'\}; give one of them",
+        ),
+        ({"id2label": {0: "cat", 1: "dog"}, "label2id": {"cat": 0}}, r"give one of them alone"),
+        ({"num_labels": -3}, r"`num_labels` is -3; it must be a whole number, 0 or more"),
+        ({"num_labels": "5"}, r"`num_labels` is '5'; it must be a whole number"),
+    ],
+)
+@pytest.mark.parametrize("config_class", [CroprViTConfig, CroprRfDetrConfig])
+def test_names_that_contradict_their_classes_raise_value_error(config_class, fields, message):
+    with pytest.raises(ValueError, match=message):
+        config_class(**fields)
+
+
+@pytest.mark.parametrize("config_class", [CroprViTConfig, CroprRfDetrConfig])
+def test_names_of_classes_are_completed(config_class, tmp_path):
+    names, numbers = {0: "cat", 1: "dog"}, {"cat": 0, "dog": 1}
+    for fields in (
+        {"id2label": names},
+        {"label2id": numbers},
+        {"id2label": {"1": "dog", "0": "cat"}, "label2id": {"dog": "1", "cat": "0"}, "num_labels": 2},
+        {"id2label": names, "label2id": {"LABEL_0": 0, "LABEL_1": 1}},  # what a change of `id2label` leaves behind
+    ):
+        config = config_class(**fields)
+        assert (config.id2label, config.label2id, config.num_labels) == (names, numbers, 2)
+    assert config_class(id2label={0: "crane", 1: "crane"}).label2id == {"crane": 1}  # ImageNet has such classes
+    config.save_pretrained(tmp_path)
+    assert config_class.from_pretrained(tmp_path, num_labels=2).id2label == names
+    assert config_class.from_pretrained(tmp_path, num_labels=3).id2label[2] == "LABEL_2"
+    assert config_class.from_pretrained(tmp_path, id2label={0: "a"}).label2id == {"a": 0}
+    with pytest.raises(ValueError, match="names of 1 classes"):
+        config_class.from_pretrained(tmp_path, id2label={0: "a"}, num_labels=4)
+    with pytest.raises(ValueError, match="it must name the classes"):
+        CroprViTConfig.from_size("tiny", id2label={1: "a"})
+    assert CroprViTConfig.from_size("eva02_large_detection", id2label=names).num_labels == 2
 
 
 @pytest.mark.parametrize(
@@ -400,8 +494,8 @@ def test_from_pretrained_checks_overrides_with_the_stored_fields(tmp_path):
     assert (config.stage_names[-1], config.out_features) == ("stage4", ["stage4"])
     with pytest.raises(ValueError, match="leaves -75 of 16"):
         CroprViTConfig.from_pretrained(tmp_path, pruning_rate=30)
-    with pytest.raises(ValueError, match="'regression'"):
-        CroprViTConfig.from_pretrained(tmp_path, problem_type="regression")
+    with pytest.raises(ValueError, match="'ranking'"):
+        CroprViTConfig.from_pretrained(tmp_path, problem_type="ranking")
 
 
 def test_the_number_of_queries_can_be_overridden_by_none(tmp_path):

@@ -516,6 +516,36 @@ def test_a_folder_without_architecture_loads_the_backbone(tmp_path):
     assert_close(model(images()).last_hidden_state, interpolated(source, images()))
 
 
+@pytest.mark.parametrize("architecture", ["MyModel", None])
+@pytest.mark.parametrize("name", ["vit", "deit", "deit_distilled", "vit_mae", "dinov2_gated", "dinov3"])
+def test_a_folder_of_an_unknown_class_converts_as_that_of_the_family(name, architecture, tmp_path):
+    source = build(name)
+    source.save_pretrained(tmp_path)
+    expected = CroprViTForImageClassification.from_vit(tmp_path, token_reducer=None)
+    rename_class(tmp_path, architecture)
+    model = CroprViTForImageClassification.from_vit(tmp_path, token_reducer=None)
+    assert model.config.id2label == expected.config.id2label
+    has_classifier = hasattr(source, "classifier")
+    for (key, ours), theirs in zip(model.state_dict().items(), expected.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs) or not (has_classifier or key.startswith("cropr_vit.")), key
+
+
+@pytest.mark.parametrize("architecture", ["MyModel", "ViTModel", "ViTForImageClassification"])
+def test_a_folder_with_further_weights_is_refused(architecture, tmp_path):
+    build("vit").save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({**weights, "decode_head.weight": torch.zeros(2)}, tmp_path / "model.safetensors", {"format": "pt"})
+    rename_class(tmp_path, architecture)
+    with pytest.raises(ValueError, match=f"of the class {architecture}, has . weights that .*decode_head.weight"):
+        CroprViTForImageClassification.from_vit(tmp_path)
+
+
+def rename_class(folder, architecture):
+    config = json.loads((folder / "config.json").read_text())
+    config["architectures"] = architecture and [architecture]
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 def test_an_incomplete_folder_is_refused(tmp_path):
     build("vit").save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
@@ -566,6 +596,23 @@ def test_label_names_of_timm_come_along():
     source.pretrained_cfg = {"label_names": list("abcde")}
     model = CroprViTForImageClassification.from_vit(source, token_reducer=None)
     assert model.config.id2label == dict(enumerate("abcde")) and model.config.label2id["c"] == 2
+
+
+def test_a_classifier_that_was_replaced_brings_its_number_of_labels():
+    source = build("vit")
+    source.classifier = torch.nn.Linear(32, 7)
+    model = CroprViTForImageClassification.from_vit(source, token_reducer=None)
+    assert torch.equal(model.classifier.weight, source.classifier.weight) and model.config.id2label[6] == "LABEL_6"
+    source.config.id2label = {0: "cat", 1: "dog"}
+    with pytest.raises(ValueError, match="`num_labels` is 7, but there are names of 2 classes"):
+        CroprViTForImageClassification.from_vit(source, token_reducer=None)
+
+
+def test_a_regression_comes_along():
+    source = ViTForImageClassification(ViTConfig(**{**WITH_MLP, "num_labels": 1}, problem_type="regression"))
+    model = CroprViTForImageClassification.from_vit(source, token_reducer=None)
+    targets = torch.randn(len(images()), 1)
+    assert_close(model(images(), labels=targets).loss, source(images(), labels=targets).loss)
 
 
 def test_the_source_stays_as_it_is():

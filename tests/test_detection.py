@@ -997,6 +997,14 @@ def test_label_images_are_the_masks(subtask, score):
         assert torch.equal(result["segmentation"] == segment["id"], disk)
 
 
+@pytest.mark.parametrize("name", ["threshold", "mask_threshold"])
+def test_thresholds_of_label_images_are_shares(name):
+    outputs = SimpleNamespace(logits=torch.zeros(1, 2, NUM_LABELS + 1), pred_masks=torch.zeros(1, 2, 4, 4))
+    for value in (math.nan, -0.1, 1.5):
+        with pytest.raises(ValueError, match=rf"`{name}` is {value}; it must be in \[0, 1\]"):
+            CroprViTImageProcessor().post_process_instance_segmentation(outputs, **{name: value})
+
+
 def test_class_labels_of_an_image_without_objects_may_have_any_dtype():
     label = {"class_labels": torch.tensor([]), "boxes": torch.zeros(0, 4), "masks": torch.zeros(0, 32, 32)}
     assert trainable()(make_images(1), labels=[label]).loss.isfinite()
@@ -1079,6 +1087,30 @@ def test_images_without_detections(nms_method):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    "part",
+    [
+        "pixel_values",
+        "cropr_vit.layers.0.mlp.fc1",
+        "proposal_network.head.cls_logits",
+        "proposal_network.head.bbox_pred",
+        "box_heads.1.class_predictor",
+        "box_heads.2.box_predictor",
+        "mask_head.predictor.mask_fcn_logits",
+    ],
+)
+@torch.no_grad()
+def test_what_is_not_a_number_is_an_error_and_not_no_objects(part):
+    model, images = detector(score_threshold=0.0), make_images()
+    if part == "pixel_values":
+        images[1, 0, 5, 5] = torch.nan
+    else:
+        model.get_submodule(part).weight.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match=r"not a number.* in its weights or in `pixel"):
+        model(images)
+    model.train()(images)  # half precision meets it on the way, and skips the step
+
+
 def test_an_image_without_proposals(monkeypatch):
     model = detector()
     monkeypatch.setattr(model, "_propose", lambda *_: ([torch.zeros(0, 4), some_boxes(3, 32)], {}))
@@ -1244,6 +1276,7 @@ def wrong_label(**fields):
             wrong_label(class_labels=torch.zeros(0, dtype=torch.long), masks=torch.zeros(0, 32, 32)),
             r"`boxes` of the shape \(2, 4\)",
         ),
+        (wrong_label(masks=torch.full((2, 32, 32), math.nan)), r"NaN in `masks`; they must be 0 or 1"),
         (wrong_label(masks=torch.ones(1, 32, 32)), r"`masks` of the shape \(1, 32, 32\); it must be .* \(2, 32, 32\)"),
         (wrong_label(masks=torch.ones(2, 16, 16)), r"`masks` of the shape \(2, 16, 16\); .*height, width\)"),
         (wrong_label(class_labels=torch.tensor([0, 5])), r"classes between 0 and 5; .*\[0, 4\]. Set `num_labels`"),

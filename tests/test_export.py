@@ -221,6 +221,7 @@ def with_heads() -> Any:
         (MODELS["classification"], "model.pt2", {"image_size": (32,)}, r"\(32,\); give a multiple of .*, or two"),
         (MODELS["classification"], "model.pt2", {"image_size": "32"}, "'32'; give a multiple"),
         (MODELS["classification"], "model.pt2", {"tolerance": float("nan")}, "`tolerance` is nan; give 0 or more"),
+        (MODELS["classification"], "model.pt2", {"tolerance": float("inf")}, "`tolerance` is inf; give 0 or more"),
         (MODELS["classification"], "model.pt2", {"tolerance": -1e-3}, "`tolerance` is -0.001"),
         (MODELS["classification"], "../", {}, "is not a file; give another name"),
         (with_heads, "model.pt2", {}, r"`remove_auxiliary_heads\(\)`"),

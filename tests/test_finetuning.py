@@ -349,6 +349,8 @@ class TestLora:
     def test_wrong_use_is_refused(self):
         with pytest.raises(ValueError, match="`rank` is 0"):
             lora_model(tiny_model(), rank=0)
+        with pytest.raises(ValueError, match="`alpha` is nan; it must be a positive number"):
+            lora_model(tiny_model(), alpha=float("nan"))
         with pytest.raises(ValueError, match="Linear is no"):
             lora_model(torch.nn.Linear(2, 2))
 

@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.loss.loss_utils import ForSequenceClassificationLoss
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from cropr_hf import CroprViTBackbone, CroprViTForImageClassification, CroprViTModel
@@ -582,6 +583,75 @@ def test_ignored_labels_do_not_count():
     ignored = model(images, labels=torch.tensor([2, -100, 1]))
     alone = model(images[[0, 2]], labels=torch.tensor([2, 1]))
     assert_close_relative(ignored.loss, alone.loss)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("num_queries", [1, 3])
+def test_without_any_label_the_loss_and_its_gradients_are_zero(num_queries, smoothing):
+    model = classifier(use_auxiliary_heads=True, num_queries=num_queries, label_smoothing=smoothing).train()
+    outputs = model(make_images(), labels=torch.full((2,), -100))
+    assert outputs.loss.item() == 0 and outputs.auxiliary_losses.tolist() == [0, 0, 0]
+    outputs.loss.backward()
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("problem_type", [None, "multi_label_classification"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_shares_of_classes_may_be_rounded_and_not_be_nan(problem_type, dtype):
+    model, labels = classifier(problem_type=problem_type), torch.eye(NUM_LABELS)[:2].to(dtype)
+    rounded = labels * (1 + 1e-7 if dtype != torch.bfloat16 else 1 + 2**-7) - 1e-9
+    assert_close_relative(model(make_images(), labels=rounded).loss, model(make_images(), labels=labels).loss, 0.02)
+    labels[1, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"`labels` are between nan and nan; soft targets.* must be in \[0, 1\]"):
+        model(make_images(), labels=labels)
+
+
+@pytest.mark.parametrize("num_labels", [1, 3])
+@pytest.mark.parametrize("num_queries", [1, 2])
+def test_a_regression_is_the_mean_squared_error_in_the_auxiliary_heads_too(num_labels, num_queries):
+    fields = {"problem_type": "regression", "num_labels": num_labels, "num_queries": num_queries}
+    model = classifier(use_auxiliary_heads=True, auxiliary_loss_weight=0.5, **fields).train()
+    images, targets = make_images(), torch.randn(2, num_labels)
+    outputs, encoded = model(images, labels=targets), model.cropr_vit(images)
+    assert_close_relative(outputs.main_loss, F.mse_loss(outputs.logits, targets))
+    expected = [F.mse_loss(logits, targets[:, None].repeat(1, num_queries, 1)) for logits in encoded.auxiliary_logits]
+    assert_close_relative(outputs.auxiliary_losses, torch.stack(expected))
+    assert_close_relative(outputs.loss, outputs.main_loss + 0.5 * sum(expected))
+    outputs.loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    reference = ForSequenceClassificationLoss(targets, outputs.logits, model.config)  # what ViT of Transformers has
+    assert_close_relative(outputs.main_loss, reference)
+    if num_labels == 1:
+        for labels in (targets[:, 0], targets[:, 0].double()):
+            assert_close_relative(model(images, labels=labels).loss, outputs.loss)
+
+
+@pytest.mark.parametrize(
+    ("num_labels", "labels", "message"),
+    [
+        (3, torch.zeros(2), r"shape \(2,\); for a regression it must be \(batch size, targets\) = \(2, 3\)"),
+        (1, torch.zeros(3), r"shape \(3,\); for a regression it must be"),
+        (1, torch.tensor([0.0, torch.nan]), r"NaN or infinity; the targets of a regression must be finite"),
+        (2, torch.full((2, 2), torch.inf), r"NaN or infinity"),
+        (0, torch.zeros(2, 0), r"Set `num_labels` to the number of targets"),
+    ],
+)
+def test_wrong_targets_of_a_regression_raise_value_error(num_labels, labels, message):
+    with pytest.raises(ValueError, match=message):
+        classifier(problem_type="regression", num_labels=num_labels)(make_images(), labels=labels)
+
+
+def test_a_regression_learns_two_numbers():
+    model = classifier(use_auxiliary_heads=True, problem_type="regression", num_labels=2).train()
+    images, targets = make_images(), torch.tensor([[0.5, -1.0], [-0.5, 2.0]])
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(60):
+        outputs = model(images, labels=targets)
+        optimizer.zero_grad()
+        outputs.loss.backward()
+        optimizer.step()
+    assert outputs.main_loss < 0.05 and outputs.auxiliary_losses.max() < 0.5
+    assert_close_relative(model.eval()(images).logits, targets, tolerance=0.2)
 
 
 def test_training_without_heads_warns_once_and_names_the_switch(log_records):

@@ -588,6 +588,25 @@ def test_truncated_weights_raise_value_error(tmp_path):
         CroprViTForImageClassification.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [{"num_hidden_layers": 4}, {"use_cls_token": False}, {"use_final_norm": False}, {"query_bias": False}],
+)
+@pytest.mark.parametrize("loaded_class", [TASKS[task].model_class for task in ("model", "backbone", "classification")])
+@pytest.mark.parametrize("task", ["model", "classification"])
+def test_weights_without_a_place_raise_value_error(task, loaded_class, fields, tmp_path):
+    TASKS[task].build().save_pretrained(tmp_path)
+    message = "weights of the backbone that the configuration has no place for, such as .*: the configuration is of"
+    with pytest.raises(ValueError, match=message):
+        loaded_class.from_pretrained(tmp_path, **fields)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    for name in ("stage_names", "out_features", "out_indices"):
+        del stored[name]
+    (tmp_path / "config.json").write_text(json.dumps(stored | fields))
+    with pytest.raises(ValueError, match=message):
+        loaded_class.from_pretrained(tmp_path)
+
+
 def test_another_model_type_is_refused_with_the_way_to_go(tmp_path):
     config = ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=32)
     ViTForImageClassification(config).save_pretrained(tmp_path)

@@ -1,6 +1,7 @@
 """Training helpers, and training by the stock Trainer: losses in the logs, exact resumption, stripped results."""
 
 import json
+import math
 import random
 import re
 
@@ -109,6 +110,10 @@ class TestLayerDecay:
             layer_decay_groups(model, 1.0, 0.0, 0.9)
         with pytest.raises(ValueError, match=r"1\.5"):
             layer_decay_groups(tiny_model(), 1.0, 0.0, 1.5)
+        rates = {"learning_rate": 1.0, "weight_decay": 0.0, "layer_decay": 1.0}
+        for name, value in (("learning_rate", math.nan), ("weight_decay", math.inf)):
+            with pytest.raises(ValueError, match=f"`{name}` is {value}; it must be a finite number"):
+                layer_decay_groups(tiny_model(), **{**rates, name: value})
         assert layer_of("layers.2.mlp.fc1.weight", tiny_model().cropr_vit) == 3
 
     def test_the_stock_trainer_uses_the_groups(self, tmp_path):

@@ -174,6 +174,8 @@ def test_detections_that_do_not_fit_are_an_error():
         plot_detections([image], [nothing] * 2)
     with pytest.raises(ValueError, match="needs `num_blocks`"):
         plot_detections([image], [nothing], torch.ones(1, 4))
+    with pytest.raises(ValueError, match="`threshold` is nan; it must be a score"):
+        plot_detections([image], [nothing], threshold=float("nan"))
 
 
 def test_label_maps_that_do_not_fit_are_an_error():

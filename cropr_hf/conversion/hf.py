@@ -24,7 +24,13 @@ from typing import Any
 
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from .table import Rule, SourceDescription
 
@@ -144,7 +150,7 @@ def describe_transformers(source: PreTrainedModel) -> SourceDescription:
     classifier = getattr(source, "classifier", None)
     labels: dict[str, Any] = {}
     if isinstance(classifier, nn.Linear):
-        labels = {name: copy(getattr(config, name)) for name in ("id2label", "label2id", "problem_type")}
+        labels = {name: copy(getattr(config, name)) for name in ("id2label", "problem_type")}
         labels["num_labels"] = classifier.out_features
         fields["pooling"] = family.classifier_pooling or fields["pooling"]
     return SourceDescription(
@@ -200,11 +206,14 @@ def _pair(size: Any) -> tuple[int, int]:
 def load_transformers(source: str | os.PathLike, **loading: Any) -> PreTrainedModel:
     """Loads a Hub repository or a folder as the class that saved it, so that its classifier comes along.
 
+    What an unknown class saved is loaded as the first class of the family that has a place for all of its weights.
+
     Args:
         loading: keyword arguments of `PreTrainedModel.from_pretrained` that say where and how to load.
 
     Raises:
-        `ValueError`: when the family is not supported, or the checkpoint lacks weights that the conversion needs.
+        `ValueError`: when the family is not supported, the checkpoint lacks weights that the conversion needs, or it
+            has others than the class.
         `OSError`: when there is no such folder or repository, or it is out of reach.
     """
     try:
@@ -214,17 +223,29 @@ def load_transformers(source: str | os.PathLike, **loading: Any) -> PreTrainedMo
             f"{source} is neither a folder of a model nor a repository that can be reached: {error}"
         ) from error
     family = find_family(config)
-    names = config.architectures or [""]
-    model_class = getattr(transformers, names[0], AutoModel)
-    loaded: Any = model_class.from_pretrained(
-        source, config=config, output_loading_info=True, trust_remote_code=False, **loading
-    )
-    model, info = loaded
+    architecture = (config.architectures or [""])[0]
+    classes: Any = getattr(transformers, architecture, None)
+    if classes is None:
+        classifiers: Any = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.get(type(config), ())
+        classes = (*(classifiers if isinstance(classifiers, tuple) else (classifiers,)), AutoModel)
     description = SourceDescription({}, (), dropped=family.dropped, prefix=family.prefix)
-    missing = sorted(name for name in info["missing_keys"] if not description.drops(name))
+    for model_class in classes if isinstance(classes, tuple) else (classes,):
+        model, info = model_class.from_pretrained(
+            source, config=config, output_loading_info=True, trust_remote_code=False, **loading
+        )
+        missing, unexpected = (
+            sorted(name for name in info[kind] if not description.drops(name))
+            for kind in ("missing_keys", "unexpected_keys")
+        )
+        if not missing and not unexpected:
+            return model
     if missing:
         raise ValueError(
             f"The checkpoint {source} lacks {len(missing)} weights of {type(model).__name__}, such as "
             f"{', '.join(missing[:3])}; it is incomplete, or its config belongs to another model."
         )
-    return model
+    raise ValueError(
+        f"The checkpoint {source}, of the class {architecture or 'unknown'}, has {len(unexpected)} weights that "
+        f"{type(model).__name__} has no place for, such as {', '.join(unexpected[:3])}; they would be lost. Load the "
+        "part to convert yourself, and pass it to `from_vit`."
+    )

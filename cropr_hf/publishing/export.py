@@ -4,6 +4,7 @@ The number of images is free; the image size, and with it the number of patches 
 """
 
 import glob
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -67,8 +68,8 @@ def export_model(
 
     Raises:
         `ValueError`: another suffix, a file that cannot be written, an image size that is not a multiple of the patch
-            size, a batch size below 1, a tolerance below 0, a model with auxiliary heads, or one that draws random
-            numbers.
+            size, a batch size below 1, a tolerance below 0 or infinite, a model with auxiliary heads, or one that
+            draws random numbers.
         `ImportError`: when a library for ONNX is missing.
         `RuntimeError`: when the file does not compute what the model does.
     """
@@ -81,7 +82,7 @@ def export_model(
         _check_onnx(dtype)
     if tolerance is None:
         tolerance = 0.05 if dtype in (torch.bfloat16, torch.float16) else 1e-3
-    if not tolerance >= 0:  # not a number fails as well
+    if not 0 <= tolerance < math.inf:  # NaN fails as well
         raise ValueError(f"`tolerance` is {tolerance}; give 0 or more, such as 1e-3, or None.")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"`batch_size` is {batch_size}; give 1 or more, or None for any number.")

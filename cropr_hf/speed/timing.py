@@ -1,5 +1,6 @@
 """Calls timed side by side in one process, round after round, as ratios."""
 
+import math
 import random
 import statistics
 import time
@@ -75,7 +76,8 @@ def compare(
         device: where the calls run; see `time_call`.
 
     Raises:
-        `ValueError`: when the reference is not a candidate, there are fewer than 3 rounds, or for a tolerance below 0.
+        `ValueError`: when the reference is not a candidate, there are fewer than 3 rounds, or for a tolerance below 0
+            or infinite.
     """
     if reference not in candidates:
         raise ValueError(f"The reference {reference!r} is not among the candidates {', '.join(candidates)}.")
@@ -97,7 +99,7 @@ def check_rounds(min_rounds: int, max_rounds: int, tolerance: float) -> None:
     """Raises `ValueError` for what `compare` cannot heed, so that its callers can do so before they work."""
     if not 3 <= min_rounds <= max_rounds:
         raise ValueError(f"`min_rounds` {min_rounds} and `max_rounds` {max_rounds} must be 3 or more, in this order.")
-    if not tolerance >= 0:
+    if not 0 <= tolerance < math.inf:
         raise ValueError(f"`tolerance` is {tolerance}; it must be 0 or more, such as 0.01 for a hundredth.")
 
 

@@ -1,5 +1,6 @@
 """Training a part of a model: Cropr modules and head alone, or with low-rank adapters (LoRA) in the blocks."""
 
+import math
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +67,7 @@ def lora_model(
 
     Raises:
         `ImportError`: when `peft` is not installed.
-        `ValueError`: for another model, or for a rank below 1.
+        `ValueError`: for another model, a rank below 1, or a scale that is not positive and finite.
     """
     try:
         from peft import LoraConfig, get_peft_model
@@ -78,6 +79,8 @@ def lora_model(
         )
     if rank < 1:
         raise ValueError(f"`rank` is {rank}; it must be 1 or more, such as 8.")
+    if alpha is not None and not 0 < alpha < math.inf:
+        raise ValueError(f"`alpha` is {alpha}; it must be a positive number, such as 16.")
     prefix, backbone = _find_backbone(model)
     # PEFT publishes both, and looks for the first on the Hub: of a local folder only its name goes into the card.
     source = str(model.config.name_or_path)

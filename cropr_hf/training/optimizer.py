@@ -1,5 +1,6 @@
 """Layer-wise learning-rate decay, as the paper trains: deeper blocks learn faster."""
 
+import math
 import re
 from typing import Any
 
@@ -54,10 +55,13 @@ def layer_decay_groups(
         Groups, the head's first (the Trainer logs the rate of the first). Frozen parameters are in none.
 
     Raises:
-        `ValueError`: for a factor out of range, or a parameter without a known place.
+        `ValueError`: for a number out of range, or a parameter without a known place.
     """
     if not 0 < layer_decay <= 1:
         raise ValueError(f"`layer_decay` is {layer_decay}; it must be in (0, 1], where 1 is no decay.")
+    for argument, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"`{argument}` is {value}; it must be a finite number, 0 or more.")
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     unwrap: Any = getattr(model, "get_base_model", lambda: model)  # of PEFT
     model = unwrap()
