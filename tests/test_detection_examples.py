@@ -247,7 +247,7 @@ class TestCocoFiles:
     def test_objects_of_a_row(self, example, tmp_path):
         coco = example("coco")
         write_coco(tmp_path)
-        images = coco.load_coco(str(tmp_path / "train"), str(tmp_path / "train.json"))
+        images = coco.load_coco(str(tmp_path / "train"), str(tmp_path / "train.json"), masks=True)
         assert coco.label_names(images) == ["dog", "cat"] and images["image_id"][:] == [1000, 1001, 1002]
         cat, dog, crowd = coco.annotations(images[0])
         assert (cat["category_id"], cat["bbox"], cat["area"], cat["iscrowd"]) == (1, [20, 10, 20, 20], 400, 0)
