@@ -273,7 +273,10 @@ def get_label_names(args: DataArguments, token: str | None) -> list[str]:
         raise ValueError(
             f"There is no file {path} with the names of the classes; write one, or name it by --id2label."
         )
-    names = json.loads(Path(path).read_text(encoding="utf-8"))
+    try:
+        names = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); write the names of the classes by their numbers.") from error
     if not isinstance(names, dict) or names.keys() != {str(index) for index in range(len(names))}:
         raise ValueError(f'{path} must name the classes 0, 1, ... without a gap, such as {{"0": "wall", "1": "sky"}}.')
     return [names[str(index)] for index in range(len(names))]
