@@ -246,6 +246,9 @@ def run_lengths(segmentation: Any, width: int, height: int) -> dict[str, Any]:
                 f"The mask has run lengths for {segmentation.get('size')}, but its image is [{height}, {width}] "
                 "(height, width)."
             )
+        counts = segmentation.get("counts")
+        if isinstance(counts, list) and not (all(map(is_whole, counts)) and sum(counts) == height * width):
+            raise ValueError(f"The mask is not one of COCO's: its run lengths do not add up to {height} x {width}.")
     elif not isinstance(segmentation, list) or not segmentation or not all(map(is_polygon, segmentation)):
         raise ValueError(
             "The mask must be polygons [[x, y, x, y, x, y, ...], ...] of three corners or more, or run lengths "
