@@ -89,7 +89,7 @@ def image_files(folder: str | PathLike, pattern: str = "*") -> list[Path]:
     # Of formats that can be read: Pillow writes PDF, for example, but does not open it.
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     files = (path for path in Path(folder).glob(pattern) if path.suffix.lower() in suffixes and path.is_file())
-    return sorted(path for path in files if not path.name.startswith("."))
+    return sorted(path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
 def image_name(source: Any) -> str:

@@ -169,7 +169,7 @@ def load_images(args: DataArguments, masks: bool, token: str | None, seed: int) 
     """
     if args.draws_digits:
         return draw_digits(args, seed, **DIGITS)
-    images = prepare_splits(load_source(args, token, masks=masks), args, args.train_val_split, seed)
+    images = prepare_splits(load_source(args, masks, token), args, args.train_val_split, seed)
     images = DatasetDict({split: prepare_split(images[split], args, masks) for split in images})
     names = {split: label_names(images[split]) for split in images}
     if names["train"] != names["validation"]:
@@ -178,7 +178,7 @@ def load_images(args: DataArguments, masks: bool, token: str | None, seed: int) 
 
 
 def load_source(
-    args: DataArguments, token: str | None = None, splits: Sequence[str] = FILES, masks: bool = True
+    args: DataArguments, masks: bool, token: str | None = None, splits: Sequence[str] = FILES
 ) -> DatasetDict:
     """All splits of the data set on the Hub, or `splits` from files, with `masks` or without."""
     if args.dataset_name is not None:
@@ -197,6 +197,18 @@ def prepare_split(images: Dataset, args: DataArguments, masks: bool) -> Dataset:
     images = images.rename_columns({args.image_column_name: "image", args.label_column_name: "objects"})
     check_objects(images, masks)
     return keep_encoded(images, "image")
+
+
+def picture_of(row: dict[str, Any]) -> tuple[Any, str]:
+    """The picture of a row, upright and in RGB, and what messages call it.
+
+    Raises:
+        `ValueError`: when it cannot be read, or is not as large as the row says.
+    """
+    stored, name = read_file(row["image"])
+    name = f"The image {row['image_id']} ({name})"
+    check_upright(stored, name, (row["width"], row["height"]), "its objects are")
+    return to_rgb(stored, name), name
 
 
 class Transform:
@@ -232,10 +244,7 @@ class Transform:
 
     def example(self, row: dict[str, Any]) -> dict[str, Any]:
         """`pixel_values` (channels, height, width), `pixel_mask` (height, width) and `labels` of an image."""
-        stored, name = read_file(row["image"])
-        name = f"The image {row['image_id']} ({name})"
-        check_upright(stored, name, (row["width"], row["height"]), "its objects are")
-        image = to_rgb(stored, name)
+        image, name = picture_of(row)
         try:
             return self.prepared(image, row)
         except (ValueError, RuntimeError) as error:

@@ -258,6 +258,12 @@ def load_whole_model(model_class: Any, args: ModelArguments, label_names: list[s
     stored = cropr_config(args.model_name_or_path, **args.hub())
     if stored is None:
         return model_class.from_vit(args.model_name_or_path, **overrides, **args.hub())
+    known = [*stored.id2label.values()]
+    if len(known) == len(label_names) and class_numbers(label_names, stored.id2label) != [*range(len(known))]:
+        logger.warning(
+            f"{args.model_name_or_path} has the classes {shortened(known)}, the data set {shortened(label_names)}: "
+            "the head starts from that of the model by number, and without training it answers for other classes."
+        )
     reducer = overrides.get("token_reducer", stored.token_reducer)
     overrides["use_auxiliary_heads"] = has_auxiliary_heads(reducer)
     return model_class.from_pretrained(

@@ -320,6 +320,15 @@ class TestClassesAreComparedByName:
         metrics = example("evaluate_image_classification").main(command)
         assert metrics["accuracy"] == pytest.approx(0.8)
 
+    def test_a_head_for_other_classes_is_told(self, example, tiny_vit, tmp_path, caplog):
+        shared, names = example("shared"), {0: "ape", 1: "bee"}
+        kwargs = {"id2label": names, "label2id": {"ape": 0, "bee": 1}, "pruning_rate": 10}
+        cropr_hf.CroprViTForImageClassification.from_vit(tiny_vit, **kwargs).save_pretrained(tmp_path)
+        for labels, count in ((["ape", "bee"], 0), (["bee", "ape"], 1), (["ape", "yak"], 2)):
+            args = shared.ModelArguments(str(tmp_path))
+            shared.load_model(cropr_hf.CroprViTForImageClassification, args, labels)
+            assert len([message for message in caplog.messages if "the head starts from that" in message]) == count
+
     def test_of_label_maps(self, example, tmp_path):
         script = example("evaluate_semantic_segmentation")
         (tmp_path / "id2label.json").write_text(json.dumps({"0": "cow", "1": "ape", "2": "yak"}))
