@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from transformers import AutoImageProcessor, HfArgumentParser, PreTrainedConfig, SegformerImageProcessor
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, cached_file
 
@@ -24,6 +23,7 @@ from .arguments import DTYPES, parse_config, parse_device
 from .configuration_cropr_vit import CroprViTConfig
 from .files import check_file, replacing, write_json
 from .image_processing_cropr_vit import CroprViTImageProcessor
+from .images import image_files, open_image
 from .modeling_cropr_rf_detr import CroprRfDetrForObjectDetection
 from .modeling_cropr_vit import CroprViTPreTrainedModel
 from .modeling_cropr_vit_detection import CroprViTDetector
@@ -59,6 +59,8 @@ def convert(args: Namespace) -> str:
         # That of a classifier makes no label maps, neither of annotations nor of logits.
         mean, std = processor.image_mean, processor.image_std
         processor = SegformerImageProcessor(size=processor.size, image_mean=mean, image_std=std)
+    if processor is not None and model.config.num_channels == 3:
+        processor.do_convert_rgb = True  # whatever image it is called with, as the pipelines do
     save_for_hub(model, args.output_dir, processor, args.with_code)
     note = "" if processor is not None else " The source has no image processor; save one beside it."
     method = find_token_reducer(model.config)
@@ -271,17 +273,16 @@ def _describe(found: FoundSchedule, model: CroprViTPreTrainedModel, args: Namesp
 
 def _image_batches(folder: str, processor: Any, batch_size: int) -> Iterator[torch.Tensor]:
     """The images in a folder and its subfolders, as the model takes them."""
-    # Of formats that can be read: Pillow writes PDF, for example, but does not open it.
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in suffixes)
+    paths = image_files(folder, "**/*")
+    if not paths:
+        raise ValueError(f"--calibration is {folder}, in which there is no image; name a folder with images.")
     for start in range(0, len(paths), batch_size):
         yield _pixels(paths[start : start + batch_size], processor)
 
 
 def _pixels(paths: Sequence[str | Path], processor: Any) -> torch.Tensor:
     """Images as the model takes them: (B, channels, height, width)."""
-    images = [Image.open(path).convert("RGB") for path in paths]
-    return processor(images, return_tensors="pt")["pixel_values"]
+    return processor([open_image(path) for path in paths], return_tensors="pt")["pixel_values"]
 
 
 def _take_over_record(model: CroprViTPreTrainedModel, source: str, without: Sequence[str] = ()) -> None:

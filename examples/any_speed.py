@@ -20,6 +20,7 @@ from typing import Any
 import evaluate
 import evaluate_image_classification as evaluation
 from demo import DemoArguments, fine_tune
+from shared import read_picture
 from train_image_classification import ACCURACY
 from transformers import AutoImageProcessor, HfArgumentParser
 from transformers import logging as transformers_logging
@@ -67,7 +68,7 @@ def test_metric(args: AnySpeedArguments, folder: str) -> tuple[Callable[[Any], d
         predictions = evaluation.predict(model, processor, pictures, settings)
         return accuracy.compute(predictions=predictions, references=labels)
 
-    batch = [picture.convert("RGB") for picture in pictures[: args.batch_size]]
+    batch = [read_picture(picture) for picture in pictures[: args.batch_size]]
     return metric, processor(batch, return_tensors="pt")["pixel_values"]
 
 

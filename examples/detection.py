@@ -13,19 +13,33 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from coco import BOX_FORMATS, CocoMetrics, annotations, check_objects, decode_masks, label_names, load_coco
-from datasets import Dataset, DatasetDict, Image, load_dataset
+from coco import (
+    BOX_FORMATS,
+    CocoMetrics,
+    annotations,
+    check_counts,
+    check_objects,
+    decode_masks,
+    label_names,
+    load_coco,
+)
+from datasets import Dataset, DatasetDict
 from shared import (
     CLUTTERED_DIGITS,
     Eva02Arguments,
     ModelArguments,
     RecipeArguments,
+    ScaleJitter,
+    check_upright,
     draw_digits,
     input_size,
+    keep_encoded,
+    load_hub_data,
     load_model,
     normalization,
     parse_arguments,
     prepare_splits,
+    read_file,
     run,
 )
 from torchvision import tv_tensors
@@ -36,6 +50,7 @@ from transformers import set_seed
 from transformers.hf_argparser import HfArg
 
 from cropr_hf import CroprViTConfig, CroprViTImageProcessor
+from cropr_hf.images import to_rgb
 from cropr_hf.training import CroprTrainer, layer_decay_optimizer
 
 
@@ -153,7 +168,7 @@ def load_images(args: DataArguments, masks: bool, token: str | None, seed: int) 
     """
     if args.draws_digits:
         return draw_digits(args, seed, **DIGITS)
-    images = prepare_splits(load_source(args, token), args, args.train_val_split, seed)
+    images = prepare_splits(load_source(args, masks, token), args, args.train_val_split, seed)
     images = DatasetDict({split: prepare_split(images[split], args, masks) for split in images})
     names = {split: label_names(images[split]) for split in images}
     if names["train"] != names["validation"]:
@@ -161,13 +176,15 @@ def load_images(args: DataArguments, masks: bool, token: str | None, seed: int) 
     return images
 
 
-def load_source(args: DataArguments, token: str | None = None, splits: Sequence[str] = FILES) -> DatasetDict:
-    """All splits of the data set on the Hub, or `splits` from files."""
+def load_source(
+    args: DataArguments, masks: bool, token: str | None = None, splits: Sequence[str] = FILES
+) -> DatasetDict:
+    """All splits of the data set on the Hub, or `splits` from files, with `masks` or without."""
     if args.dataset_name is not None:
-        return load_dataset(args.dataset_name, args.dataset_config_name, revision=args.dataset_revision, token=token)
+        return load_hub_data(args.dataset_name, args.dataset_config_name, revision=args.dataset_revision, token=token)
     return DatasetDict(
         {
-            split: load_coco(getattr(args, f"{split}_images_dir"), getattr(args, f"{split}_annotations"))
+            split: load_coco(getattr(args, f"{split}_images_dir"), getattr(args, f"{split}_annotations"), masks)
             for split in FILES
             if split in splits
         }
@@ -175,18 +192,34 @@ def load_source(args: DataArguments, token: str | None = None, splits: Sequence[
 
 
 def prepare_split(images: Dataset, args: DataArguments, masks: bool) -> Dataset:
-    """A split as `coco.py` takes it, with images in RGB; see `check_objects` for what it raises."""
+    """A split as `coco.py` takes it, whose images are not decoded; see `check_objects` for what it raises."""
     images = images.rename_columns({args.image_column_name: "image", args.label_column_name: "objects"})
     check_objects(images, masks)
-    return images.cast_column("image", Image(mode="RGB"))
+    return keep_encoded(images, "image")
+
+
+def picture_of(row: dict[str, Any]) -> tuple[Any, str]:
+    """The picture of a row, upright and in RGB, and what messages call it.
+
+    Raises:
+        `ValueError`: when it cannot be read, or is not as large as the row says.
+    """
+    stored, name = read_file(row["image"])
+    name = f"The image {row['image_id']} ({name})"
+    check_upright(stored, name, (row["width"], row["height"]), "its objects are")
+    return to_rgb(stored, name), name
 
 
 class Transform:
     """Rows of a data set of objects -> what the model takes, image by image.
 
     Training images are mirrored, resized at random (large-scale jitter), and cropped to the input at random; boxes
-    then are those of what is left of the masks, where there are masks. Evaluation images are resized as the image
+    then are those of what is left of the masks, if `masks` are wanted. Evaluation images are resized as the image
     processor does it. What is smaller than the input is filled up with zeros below and on the right.
+
+    Raises:
+        `ValueError`: when an image cannot be read, when its objects are made for another size, or when it is too thin
+            for the input; with its number and file.
     """
 
     def __init__(self, args: DataArguments, processor: Any, masks: bool, training: bool):
@@ -210,12 +243,21 @@ class Transform:
 
     def example(self, row: dict[str, Any]) -> dict[str, Any]:
         """`pixel_values` (channels, height, width), `pixel_mask` (height, width) and `labels` of an image."""
-        sample = self.augment(self.sample(row)) if self.training else self.sample(row)
+        image, name = picture_of(row)
+        try:
+            return self.prepared(image, row)
+        except (ValueError, RuntimeError) as error:
+            size = f"{image.height} x {image.width} pixels"
+            raise ValueError(f"{name} of {size} does not fit: {error} Correct it, or leave it out.") from error
+
+    def prepared(self, image: Any, row: dict[str, Any]) -> dict[str, Any]:
+        """See `example`, of a picture in RGB."""
+        sample = self.augment(self.sample(image, row)) if self.training else self.sample(image, row)
         pixels = self.processor(
             sample.pop("image"), do_resize=not self.training, do_pad=False, return_tensors="pt"
         ).pixel_values[0]
         sample["boxes"] = v2.functional.resize(sample["boxes"], pixels.shape[-2:])
-        if "masks" in sample:
+        if self.masks:
             sample["masks"] = resize_masks(sample["masks"], pixels.shape[-2:])
             sample["boxes"] = boxes_around(sample["masks"])
         sample = v2.SanitizeBoundingBoxes()(v2.ClampBoundingBoxes()(sample))
@@ -233,23 +275,18 @@ class Transform:
             "labels": labels,
         }
 
-    def sample(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The image and its objects, without crowds, for the transforms of torchvision."""
-        image = tv_tensors.Image(row["image"])
+    def sample(self, image: Any, row: dict[str, Any]) -> dict[str, Any]:
+        """The picture and its objects, without crowds, for the transforms of torchvision."""
+        image = tv_tensors.Image(image)
         size = tuple(image.shape[-2:])
-        if size != (row["height"], row["width"]):
-            raise ValueError(
-                f"The image {row['image_id']} has {size[0]} x {size[1]} pixels, but its objects are those of "
-                f"{row['height']} x {row['width']}; correct its width and height."
-            )
-        objects = [entry for entry in annotations(row, self.args.box_format) if not entry["iscrowd"]]
+        objects = [entry for entry in annotations(row, self.args.box_format, self.masks) if not entry["iscrowd"]]
         boxes = torch.tensor([entry["bbox"] for entry in objects]).view(-1, 4)
         sample = {
             "image": image,
             "boxes": tv_tensors.BoundingBoxes(box_convert(boxes, "xywh", "xyxy"), format="XYXY", canvas_size=size),
             "labels": torch.tensor([entry["category_id"] for entry in objects], dtype=torch.int64),
         }
-        if all("segmentation" in entry for entry in objects):
+        if self.masks:
             sample["masks"] = tv_tensors.Mask(decode_masks([entry["segmentation"] for entry in objects], *size))
         return sample
 
@@ -263,7 +300,7 @@ class Transform:
         return F.pad(image, (0, self.size - width, 0, self.size - height))
 
 
-class LargeScaleJitter(v2.ScaleJitter):
+class LargeScaleJitter(ScaleJitter):
     """`ScaleJitter` whose masks stay where the image is."""
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
@@ -356,7 +393,7 @@ def image_processor(config: CroprViTConfig, args: ModelArguments) -> CroprViTIma
     if size["height"] != size["width"]:
         raise ValueError(f"`image_size` is {config.image_size}; detectors take squares here: give one number.")
     edge = {"shortest_edge": size["height"], "longest_edge": size["height"]}
-    return CroprViTImageProcessor(size=edge, pad_size=size, **normalization(args))
+    return CroprViTImageProcessor(size=edge, pad_size=size, do_convert_rgb=True, **normalization(args))
 
 
 def train(model_class: Any, recipe: type[CocoArguments], task: str, arguments: list[str] | None) -> dict[str, float]:
@@ -367,6 +404,7 @@ def train(model_class: Any, recipe: type[CocoArguments], task: str, arguments: l
 
     masks = task == "image-segmentation"
     images = load_images(data_args, masks, model_args.token, training_args.seed)
+    check_counts(images["train"], data_args.box_format)
     coco_metrics = CocoMetrics(images["validation"], masks, data_args.box_format)
     model = load_model(model_class, model_args, label_names(images["train"]))
     processor = image_processor(model.config, model_args)

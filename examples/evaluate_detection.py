@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from coco import CocoMetrics, annotations, label_names
 from datasets import Dataset
-from detection import DIGITS, FILES, DataArguments, detections, load_source, prepare_split
+from detection import DIGITS, FILES, DataArguments, detections, load_source, picture_of, prepare_split
 from shared import record_evaluation
 from torchvision.ops import box_convert
 from transformers import (
@@ -90,7 +90,7 @@ class Detector:
 
     def picture(self, rows: list[dict[str, Any]], box_format: str) -> Any:
         """A figure of the model's inputs, of the objects in them, of detections, and of pruned patches."""
-        images, config = [row["image"] for row in rows], self.model.config
+        images, config = [picture_of(row)[0] for row in rows], self.model.config
         pixels = self.processor(images, do_rescale=False, do_normalize=False, return_tensors="pt").pixel_values
         outputs, sizes = self.forward(images)
         return plot_detections(
@@ -130,7 +130,7 @@ class KeptPatches:
 
 def objects_of(row: dict[str, Any], box_format: str, size: tuple[int, int]) -> dict[str, torch.Tensor]:
     """The true objects of an image, as `plot_detections` takes them, when the image is resized to `size`."""
-    objects = annotations(row, box_format)
+    objects = annotations(row, box_format, masks=False)
     scale = torch.tensor([size[1] / row["width"], size[0] / row["height"]] * 2)
     boxes = box_convert(torch.tensor([entry["bbox"] for entry in objects]).view(-1, 4), "xywh", "xyxy")
     return {"boxes": boxes * scale, "labels": torch.tensor([entry["category_id"] for entry in objects])}
@@ -146,7 +146,7 @@ def load_split(args: EvaluationArguments, data_args: DataArguments, masks: bool)
         from cluttered_digits import cluttered_digits
 
         return cluttered_digits(args.split, data_args.max_eval_samples or 2000, seed=args.seed, **DIGITS)
-    images = load_source(data_args, splits=[args.split])
+    images = load_source(data_args, masks, splits=[args.split])
     if args.split not in images:
         raise ValueError(f"There is no split {args.split!r}, only {', '.join(images or FILES)}; choose another.")
     split = prepare_split(images[args.split], data_args, masks)
@@ -165,7 +165,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     patches = KeptPatches(detector.model.config, data_args.box_format)
     for start in logging.tqdm(range(0, len(images), args.batch_size), desc="Evaluation"):
         rows = list(images.select(range(start, min(start + args.batch_size, len(images)))))
-        outputs, sizes = detector.forward([row["image"] for row in rows])
+        outputs, sizes = detector.forward([picture_of(row)[0] for row in rows])
         patches.add(rows, outputs, sizes)
         found = detections(outputs, detector.processor, [(row["height"], row["width"]) for row in rows])
         for row, objects in zip(rows, found):

@@ -9,7 +9,8 @@
     python examples/evaluate_image_classification.py --model_name_or_path outputs/digits \\
         --dataset_name cluttered_digits --split test --picture outputs/digits/pruning.png
 
-It prints one line of JSON with the accuracy.
+It prints one line of JSON with the accuracy. Classes are compared by their names, so that a folder with some of the
+model's classes will do.
 """
 
 import json
@@ -18,8 +19,16 @@ from typing import Any
 
 import evaluate
 import torch
-from datasets import Dataset, load_dataset
-from shared import CLUTTERED_DIGITS, record_evaluation
+from datasets import ClassLabel, Dataset
+from shared import (
+    CLUTTERED_DIGITS,
+    class_numbers,
+    keep_encoded,
+    load_hub_data,
+    read_picture,
+    record_evaluation,
+    shortened,
+)
 from train_image_classification import ACCURACY
 from transformers import AutoImageProcessor, AutoModelForImageClassification, HfArgumentParser
 from transformers.hf_argparser import HfArg
@@ -57,10 +66,33 @@ def load_images(args: Arguments) -> Dataset:
         from cluttered_digits import cluttered_digits
 
         return cluttered_digits(args.split, args.max_eval_samples, seed=args.seed)
-    images = load_dataset(args.dataset_name, args.dataset_config_name, split=args.split)
+    images = load_hub_data(args.dataset_name, args.dataset_config_name, split=args.split)
+    images = keep_encoded(images, args.image_column_name)
     if len(images) > args.max_eval_samples:  # files are sorted by class
         images = images.shuffle(seed=args.seed).select(range(args.max_eval_samples))
     return images
+
+
+def references(images: Dataset, column: str, known: dict[int, str]) -> list[int]:
+    """The right classes of the images, by name, in the numbers of a model whose `id2label` is `known`.
+
+    Raises:
+        `ValueError`: when images are of a class that the model does not know.
+    """
+    labels, feature = list(images[column]), images.features[column]
+    if isinstance(feature, ClassLabel):
+        numbers = dict(enumerate(class_numbers(feature.names, known)))
+    else:  # names themselves, or numbers without names
+        numbers = {name if feature.dtype == "string" else number: number for number, name in known.items()}
+    lost = sorted({label for label in labels if numbers.get(label) is None})
+    if lost:
+        if isinstance(feature, ClassLabel):
+            lost = [feature.names[label] if label >= 0 else "no class" for label in lost]
+        raise ValueError(
+            f"There are images of {shortened(lost)}, which the model does not know; its classes are "
+            f"{shortened([*known.values()])}. Name the classes of the data set as it does, or leave these images out."
+        )
+    return [numbers[label] for label in labels]
 
 
 @torch.inference_mode()
@@ -68,7 +100,7 @@ def predict(model: Any, processor: Any, images: list, args: Arguments) -> torch.
     """Predicted classes (images,)."""
     predictions = []
     for start in logging.tqdm(range(0, len(images), args.batch_size), desc="Evaluation"):
-        batch = [image.convert("RGB") for image in images[start : start + args.batch_size]]
+        batch = [read_picture(image) for image in images[start : start + args.batch_size]]
         pixel_values = processor(batch, return_tensors="pt")["pixel_values"].to(args.device)
         predictions.append(model(pixel_values).logits.argmax(dim=-1).cpu())
     return torch.cat(predictions)
@@ -77,7 +109,7 @@ def predict(model: Any, processor: Any, images: list, args: Arguments) -> torch.
 @torch.inference_mode()
 def save_picture(model: Any, processor: Any, images: list, labels: list[int], args: Arguments) -> None:
     """Draws the first images and their pruned patches."""
-    images = [image.convert("RGB") for image in images[: args.picture_images]]
+    images = [read_picture(image) for image in images[: args.picture_images]]
     pixel_values = processor(images, return_tensors="pt")["pixel_values"].to(args.device)
     outputs = model(pixel_values, output_pruning=True)
     names = model.config.id2label
@@ -94,9 +126,10 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     """Evaluates and returns the metrics; `arguments` are those of the command line."""
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(arguments)
     images = load_images(args)
-    pictures, labels = list(images[args.image_column_name]), list(images[args.label_column_name])
     model = AutoModelForImageClassification.from_pretrained(args.model_name_or_path, trust_remote_code=False)
     model.to(args.device)
+    labels = references(images, args.label_column_name, model.config.id2label)
+    pictures = list(images[args.image_column_name])
     processor = AutoImageProcessor.from_pretrained(args.model_name_or_path, trust_remote_code=False)
     predictions = predict(model, processor, pictures, args)
     if args.picture is not None:

@@ -14,10 +14,12 @@ As in the paper, each image is resized to fit into the input, whose rest is fill
     python examples/evaluate_semantic_segmentation.py --model_name_or_path outputs/digit_maps \\
         --dataset_name cluttered_digits --split test --picture outputs/digit_maps/segmentation.png
 
-It prints one line of JSON with the mean intersection over union.
+It prints one line of JSON with the mean intersection over union. Classes are compared by their names, where the data
+set has them: `--id2label`, or `id2label.json` in `--data_dir`.
 """
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,10 +28,18 @@ import evaluate
 import numpy as np
 import torch
 from datasets import Dataset
-from shared import record_evaluation
+from shared import class_numbers, record_evaluation, shortened
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
-from train_semantic_segmentation import MEAN_IOU, DataArguments, fill_up, fill_values, load_source
+from train_semantic_segmentation import (
+    MEAN_IOU,
+    DataArguments,
+    fill_up,
+    fill_values,
+    get_label_names,
+    load_source,
+    warn_of_absent_classes,
+)
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, HfArgumentParser
 from transformers.hf_argparser import HfArg
 from transformers.utils import logging
@@ -74,7 +84,7 @@ class Segmenter:
         """An image or label map (..., height, width) as large as fits into the input, or as small as covers it."""
         ratios = [target / length for target, length in zip(self.size, image.shape[-2:])]
         ratio = max(ratios) if covers else min(ratios)
-        return F.resize(image, [round(ratio * length) for length in image.shape[-2:]])
+        return F.resize(image, [max(1, round(ratio * length)) for length in image.shape[-2:]])
 
     def fit(self, image: torch.Tensor) -> torch.Tensor:
         """An image or label map as the input shows it: resized, and filled up."""
@@ -134,24 +144,55 @@ def load_split(args: EvaluationArguments, data_args: DataArguments) -> Dataset:
     return split.select(range(min(data_args.max_eval_samples or len(split), len(split))))
 
 
+class References:
+    """Label maps of a data set, in the numbers of a model: classes are compared by their names.
+
+    Where the data set does not name its classes, its numbers are those of the model.
+    """
+
+    def __init__(self, data_args: DataArguments, known: dict[int, str]):
+        self.args, self.names = data_args, [*known.values()]
+        numbers: list[int | None] = [*known]
+        if data_args.draws_digits or data_args.id2label or os.path.exists(f"{data_args.data_dir}/id2label.json"):
+            self.names = get_label_names(data_args, None)
+            numbers = class_numbers(self.names, known)
+        self.numbers = np.array([-1 if number is None else number for number in numbers])
+
+    def pair(self, row: dict[str, Any]) -> tuple[Any, np.ndarray]:
+        """The picture of a row, and its class numbers (height, width).
+
+        Raises:
+            `ValueError`: as `DataArguments.pair`, and for pixels of a class that the model does not know.
+        """
+        columns = (self.args.image_column_name, self.args.label_column_name)
+        image, labels = self.args.pair(*(row[column] for column in columns), len(self.names))
+        counted = labels != self.args.ignore_index
+        lost = [self.names[label] for label in np.unique(labels[counted]) if self.numbers[label] < 0]
+        if lost:
+            raise ValueError(
+                f"The label maps show {shortened(lost)}, which the model does not know; name the classes as it does "
+                f"(--id2label), or give these pixels the label {self.args.ignore_index}."
+            )
+        labels[counted] = self.numbers[labels[counted]]
+        return image, labels
+
+
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     """Evaluates and returns the metrics; `arguments` are those of the command line."""
     args, data_args = HfArgumentParser((EvaluationArguments, DataArguments)).parse_args_into_dataclasses(arguments)
     split = load_split(args, data_args)
     segmenter = Segmenter(args)
-    mean_iou = evaluate.load(MEAN_IOU)
+    known = segmenter.model.config.id2label
+    mean_iou, references = evaluate.load(MEAN_IOU), References(data_args, known)
 
-    def pair(index: int) -> tuple[Any, Any]:
-        row = split[index]
-        return row[data_args.image_column_name].convert("RGB"), data_args.classes(row[data_args.label_column_name])
-
-    for index in logging.tqdm(range(len(split)), desc="Evaluation"):
-        image, labels = pair(index)
+    for row in logging.tqdm(split, desc="Evaluation"):
+        image, labels = references.pair(row)
         mean_iou.add_batch(predictions=[segmenter.label_map(image)], references=[labels])
     if args.picture is not None:
-        images, references = zip(*(pair(index) for index in range(min(args.picture_images, len(split)))))
-        segmenter.picture(images, references).savefig(args.picture, dpi=110)
-    scores = mean_iou.compute(num_labels=segmenter.model.config.num_labels, ignore_index=data_args.ignore_index)
+        pairs = [references.pair(row) for row in split.take(min(args.picture_images, len(split)))]
+        segmenter.picture(*zip(*pairs)).savefig(args.picture, dpi=110)
+    scores = mean_iou.compute(num_labels=len(known), ignore_index=data_args.ignore_index)
+    warn_of_absent_classes(scores, [*known.values()])
     metrics = {name: score for name, score in scores.items() if not name.startswith("per_category")}
     if args.update_record:
         settings = {} if args.stride is None else {"stride": args.stride}

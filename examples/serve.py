@@ -20,7 +20,7 @@ import logging
 import os
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from io import BytesIO
 from itertools import islice
@@ -34,12 +34,13 @@ import transformers
 import uvicorn
 from fastapi import FastAPI, HTTPException, Query, Request, Response
 from fastapi.responses import JSONResponse
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from starlette.requests import ClientDisconnect
 from transformers import AutoConfig, AutoImageProcessor, BatchFeature, HfArgumentParser
 from transformers.hf_argparser import HfArg
 
 import cropr_hf  # noqa: F401 (with it come the Auto classes of its models)
+from cropr_hf.images import to_rgb
 
 
 logger = logging.getLogger("uvicorn.error")
@@ -132,11 +133,7 @@ def decode_image(body: bytes | bytearray, max_megapixels: float) -> Image.Image:
         if image.format in ("JPEG", "MPO") and body.count(b"\xff\xda") > MAX_SCANS:
             raise ValueError(f"it has more than {MAX_SCANS} scans")
         image.load()
-        with suppress(Exception):  # an image whose metadata is broken stays as it lies
-            image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bits, of which a plain conversion would clip all but the darkest
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-        return image.convert("RGB")
+        return to_rgb(image)
     except UnidentifiedImageError:
         formats = ", ".join(IMAGE_FORMATS)
         raise HTTPException(415, f"The body is not an image with integer pixels; send one as {formats}.") from None

@@ -7,24 +7,30 @@
 """What the training scripts share: arguments, loading a model to train, splits of a data set, the run itself."""
 
 import difflib
+import glob
 import json
 import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
+from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
 import yaml
-from datasets import Dataset, DatasetDict, Image, IterableDataset, IterableDatasetDict
+from datasets import Dataset, DatasetDict, Image, IterableDataset, IterableDatasetDict, Value, load_dataset
+from datasets.utils.file_utils import xopen
+from PIL.Image import Image as Picture
+from torchvision.transforms import v2
 from transformers import AutoConfig, AutoImageProcessor, HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
 from cropr_hf import CroprViTConfig, has_auxiliary_heads
 from cropr_hf.files import source_name
+from cropr_hf.images import decode_image, orientation, to_rgb
 from cropr_hf.publishing.model_card import add_to_record, published_throughput
 from cropr_hf.speed import benchmark
 from cropr_hf.speed.benchmark import BenchmarkArguments
@@ -253,6 +259,12 @@ def load_whole_model(model_class: Any, args: ModelArguments, label_names: list[s
     stored = cropr_config(args.model_name_or_path, **args.hub())
     if stored is None:
         return model_class.from_vit(args.model_name_or_path, **overrides, **args.hub())
+    known = [*stored.id2label.values()]
+    if len(known) == len(label_names) and class_numbers(label_names, stored.id2label) != [*range(len(known))]:
+        logger.warning(
+            f"{args.model_name_or_path} has the classes {shortened(known)}, the data set {shortened(label_names)}: "
+            "the head starts from that of the model by number, and without training it answers for other classes."
+        )
     reducer = overrides.get("token_reducer", stored.token_reducer)
     overrides["use_auxiliary_heads"] = has_auxiliary_heads(reducer)
     return model_class.from_pretrained(
@@ -321,8 +333,102 @@ def as_streams(images: DatasetDict, seed: int) -> IterableDatasetDict:
     )
 
 
+def load_hub_data(name: str, *args: Any, **kwargs: Any) -> Any:
+    """A data set on the Hub or in a folder; see `datasets.load_dataset`.
+
+    Raises:
+        `ValueError`: for a folder whose name has brackets, which `datasets` takes for a pattern and does not find.
+    """
+    if Path(name).is_dir() and glob.has_magic(name):
+        raise ValueError(f"The folder {name} has one of *?[ in its name, which is a pattern of names; rename it.")
+    return load_dataset(name, *args, **kwargs)
+
+
+def keep_encoded(images: Any, *columns: str) -> Any:
+    """A data set, a stream, or their splits, of which image columns give files, not pictures.
+
+    `read_picture` decodes them, alike in all scripts, and names a file that is broken.
+    """
+    features = (next(iter(images.values())) if isinstance(images, dict) else images).features or {}
+    for column in columns:
+        if isinstance(features.get(column), Image | Value):
+            images = images.cast_column(column, Image(decode=False))
+    return images
+
+
+def read_file(value: Any) -> tuple[Picture, str]:
+    """An image as it is stored, and its name, from an image column of a data set, decoded or not.
+
+    Raises:
+        `ValueError`: when it is missing or broken, with its name.
+    """
+    if not isinstance(value, dict):
+        return decode_image(value), "An image"
+    name = value["path"] or "An image without a name"
+    if value["bytes"] is not None:
+        return decode_image(BytesIO(value["bytes"]), name), name
+    if "://" not in name:
+        return decode_image(name), name
+    with xopen(name, "rb") as file:  # streamed, perhaps from an archive
+        return decode_image(BytesIO(file.read()), name), name
+
+
+def read_picture(value: Any) -> Picture:
+    """An image, upright and in RGB; see `read_file` and `cropr_hf.images.to_rgb`."""
+    return to_rgb(*read_file(value))
+
+
+def check_upright(image: Picture, name: str, size: tuple[int, int], labels: str, labels_turned: bool = False) -> None:
+    """Whether labels were made for an image as it stands upright.
+
+    Args:
+        image: as it is stored.
+        size: width and height that the labels are for.
+        labels: what to call them.
+        labels_turned: whether they say themselves how they are turned.
+
+    Raises:
+        `ValueError`: when the size of the image is another one.
+    """
+    turned = orientation(image)
+    width, height = image.size[::-1] if turned >= 5 else image.size
+    if size != (width, height):
+        reason = f" (as its EXIF orientation, {turned}, turns it)" if turned > 1 else ""
+        raise ValueError(
+            f"{name} has {height} x {width} pixels{reason}, but {labels} those of {size[1]} x {size[0]}; turn or "
+            "correct one of them."
+        )
+    if turned > 1 and not labels_turned and (turned < 5 or width == height):
+        logger.warning_once(
+            f"{name} is turned by its EXIF orientation, {turned}; from its size nobody can tell whether {labels} the "
+            "pixels as they are stored, or upright, as they are taken here. Store the image upright to be sure."
+        )
+
+
+def shortened(names: Sequence[str], most: int = 10) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(repr(name) for name in names[:most]) + more
+
+
+def class_numbers(names: Sequence[str], known: dict[int, str]) -> list[int | None]:
+    """For each class of a data set, by its name, the number that a model has for it; `None` if it has none.
+
+    A model whose classes have no names (LABEL_0, ...) has the numbers of the data set, if they are as many.
+
+    Args:
+        names: of the classes of the data set, in the order of their numbers.
+        known: the model's `id2label`.
+    """
+    if all(name == f"LABEL_{number}" for number, name in known.items()) and len(known) == len(names):
+        logger.warning_once(f"The {len(known)} classes of the model have no names; their numbers are compared.")
+        return list(range(len(names)))
+    numbers = {name: number for number, name in known.items()}
+    return [numbers.get(name) for name in names]
+
+
 def prepare_splits(images: Any, args: Any, share: float, seed: int) -> Any:
-    """The splits `train` and `validation` of a data set or of a stream, with images in RGB.
+    """The splits `train` and `validation` of a data set or of a stream, whose images are not decoded.
 
     Args:
         args: the data arguments of a script: names of the columns, and how many images to use at most.
@@ -330,7 +436,7 @@ def prepare_splits(images: Any, args: Any, share: float, seed: int) -> Any:
             knows, gives its first `max_eval_samples` images.
 
     Raises:
-        `ValueError`: when the data set has no split `train`, or lacks a column.
+        `ValueError`: when the data set has no split `train`, no image in one, or lacks a column.
     """
     if "train" not in images:
         raise ValueError(f"The data set has no split 'train', only {', '.join(images)}; choose another.")
@@ -343,8 +449,12 @@ def prepare_splits(images: Any, args: Any, share: float, seed: int) -> Any:
     for name in ("max_train_samples", "max_eval_samples"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} is {getattr(args, name)}; give 1 or more images, or leave it out.")
+    images = keep_encoded(images, args.image_column_name)
     if isinstance(images, IterableDatasetDict):
         return split_streams(images, args)
+    empty = [split for split in ("train", "validation") if split in images and not len(images[split])]
+    if empty:
+        raise ValueError(f"The split {empty[0]!r} of the data set has no image; give one or more.")
     if "validation" not in images:
         split = images["train"].train_test_split(share, seed=seed)
         images = DatasetDict(train=split["train"], validation=split["test"])
@@ -353,7 +463,6 @@ def prepare_splits(images: Any, args: Any, share: float, seed: int) -> Any:
         if limit is not None:
             images[split] = images[split].shuffle(seed=seed).select(range(min(limit, len(images[split]))))
     images = DatasetDict({split: images[split] for split in limits})
-    images = images.cast_column(args.image_column_name, Image(mode="RGB"))
     return as_streams(images, seed) if getattr(args, "streaming", False) else images
 
 
@@ -363,7 +472,6 @@ def split_streams(images: IterableDatasetDict, args: Any) -> dict[str, Any]:
     Raises:
         `ValueError`: when it is not known how many images to validate on.
     """
-    images = images.cast_column(args.image_column_name, Image(mode="RGB"))
     train, validation = images["train"], images.get("validation")
     if validation is None:
         if args.max_eval_samples is None:
@@ -387,6 +495,14 @@ def hold_out(images: IterableDataset, count: int) -> tuple[IterableDataset, Data
     encoded = images.decode(False)
     rest = IterableDataset.from_generator(partial(iter, encoded.skip(count)), features=images.features)
     return rest, Dataset.from_list(list(encoded.take(count)), features=images.features)
+
+
+class ScaleJitter(v2.ScaleJitter):
+    """That of torchvision, but that a side of a strip never shrinks to nothing."""
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """See `v2.Transform.make_params`."""
+        return {"size": tuple(max(1, length) for length in super().make_params(flat_inputs)["size"])}
 
 
 def set_transforms(images: Any, train: Callable, evaluation: Callable, args: Any, training_args: Any) -> None:

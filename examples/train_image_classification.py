@@ -22,6 +22,7 @@ This and the settings of other models are files in `examples/recipes`, which a s
         --dataset_name cluttered_digits --pruning_rate 20 --output_dir outputs/digits
 """
 
+import glob
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ from typing import Any
 import evaluate
 import numpy as np
 import torch
-from datasets import ClassLabel, load_dataset
+from datasets import ClassLabel, Dataset, load_dataset
 from shared import (
     CLUTTERED_DIGITS,
     ModelArguments,
@@ -39,12 +40,15 @@ from shared import (
     StreamingArguments,
     draw_digits,
     input_size,
+    load_hub_data,
     load_model,
     normalization,
     parse_arguments,
     prepare_splits,
+    read_picture,
     run,
     set_transforms,
+    shortened,
 )
 from torchvision.transforms import v2
 from transformers import ViTImageProcessor, set_seed
@@ -55,6 +59,8 @@ from transformers.utils import is_timm_available
 from cropr_hf import CroprViTConfig, CroprViTForImageClassification
 from cropr_hf.training import CroprTrainer, layer_decay_optimizer
 
+
+logger = transformers_logging.get_logger(__name__)
 
 ACCURACY = str(Path(__file__).parent / "metrics" / "accuracy" / "accuracy.py")
 BICUBIC = 3  # of Pillow, and of the transforms below
@@ -140,14 +146,55 @@ def load_images(args: DataArguments, token: str | None, seed: int) -> Any:
     if args.dataset_name == CLUTTERED_DIGITS:
         return draw_digits(args, seed)
     if args.dataset_name is not None:
-        images = load_dataset(args.dataset_name, args.dataset_config_name, token=token, streaming=args.streaming)
+        images = load_hub_data(args.dataset_name, args.dataset_config_name, token=token, streaming=args.streaming)
     elif args.train_dir is not None:
         folders = {"train": args.train_dir, "validation": args.validation_dir}
-        files = {split: os.path.join(folder, "**") for split, folder in folders.items() if folder is not None}
-        images = load_dataset("imagefolder", data_files=files)
+        patterns = {split: folder_pattern(folder) for split, folder in folders.items() if folder is not None}
+        images = load_dataset("imagefolder", data_files=patterns)
     else:
         raise ValueError("Name the images: --dataset_name, or --train_dir.")
     return prepare_splits(images, args, args.train_val_split, seed)
+
+
+def folder_pattern(folder: str) -> str:
+    """All files in a folder, whatever its name, and in its subfolders.
+
+    Raises:
+        `ValueError`: when there is no such folder.
+    """
+    if not os.path.isdir(folder):
+        raise ValueError(f"There is no folder {folder}; name one with one folder of images per class.")
+    return os.path.join(glob.escape(folder), "**")
+
+
+def check_class_counts(images: Any, column: str, label_names: list[str]) -> None:
+    """Warns of classes without a training image; of a stream nobody knows.
+
+    Raises:
+        `ValueError`: when fewer than two classes have one, so that there is nothing to learn, or when a label is not
+            that of a class.
+    """
+    if not isinstance(images, Dataset):
+        return
+    labels = np.asarray(images.select_columns(column).with_format("numpy")[:][column], dtype=np.float64)
+    wrong = labels[~((labels >= 0) & (labels < len(label_names)))]  # NaN where there is none
+    if wrong.size:
+        raise ValueError(
+            f"{wrong.size} of {labels.size} training images have no class, but {column} {wrong[0]:g}; leave them out, "
+            "or choose a split with labels."
+        )
+    counts = np.bincount(labels.astype(np.int64), minlength=len(label_names))
+    absent = [name for name, count in zip(label_names, counts) if not count]
+    if len(label_names) - len(absent) < 2:
+        raise ValueError(
+            f"All {labels.size} training images are of the class {label_names[counts.argmax()]!r}, of "
+            f"{len(label_names)}; there is nothing to learn. Give images of two classes or more."
+        )
+    if absent:
+        logger.warning(
+            f"{len(absent)} of {len(label_names)} classes have none of the {labels.size} training images: "
+            f"{shortened(absent)}."
+        )
 
 
 def get_label_names(images: Any, column: str) -> list[str]:
@@ -172,7 +219,7 @@ def image_processor(config: CroprViTConfig, args: DataArguments, model_args: Mod
     if args.center_crop is not None:
         shorter = round(min(size.values()) / args.center_crop)
         resize = {"size": {"shortest_edge": shorter}, "do_center_crop": True, "crop_size": size}
-    return ViTImageProcessor(resample=BICUBIC, **resize, **normalization(model_args))
+    return ViTImageProcessor(resample=BICUBIC, do_convert_rgb=True, **resize, **normalization(model_args))
 
 
 def augmentation(config: CroprViTConfig, args: DataArguments, processor: Any) -> v2.Compose:
@@ -225,7 +272,7 @@ class Transform:
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
         """A batch of columns, as `Dataset.set_transform` gives it."""
         labels = batch[self.args.label_column_name]
-        pixels = [self.pixels(image) for image in batch[self.args.image_column_name]]
+        pixels = [self.pixels(read_picture(image)) for image in batch[self.args.image_column_name]]
         return {"pixel_values": pixels, "labels": labels, "training": [self.augment is not None] * len(labels)}
 
     def pixels(self, image: Any) -> torch.Tensor:
@@ -261,6 +308,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 
     images = load_images(data_args, model_args.token, training_args.seed)
     label_names = get_label_names(images, data_args.label_column_name)
+    check_class_counts(images["train"], data_args.label_column_name, label_names)
     model = load_model(CroprViTForImageClassification, model_args, label_names)
     processor = image_processor(model.config, data_args, model_args)
     train = Transform(data_args, processor, augmentation(model.config, data_args, processor))

@@ -34,6 +34,7 @@ at the size of the label maps, also in sliding windows.
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,21 +43,27 @@ import evaluate
 import numpy as np
 import torch
 import torch.nn.functional as F
-from datasets import Dataset, DatasetDict, Image, load_dataset
+from datasets import Dataset, DatasetDict
 from huggingface_hub import hf_hub_download
 from shared import (
     CLUTTERED_DIGITS,
     Eva02Arguments,
     RecipeArguments,
+    ScaleJitter,
     StreamingArguments,
+    check_upright,
     draw_digits,
     input_size,
+    keep_encoded,
+    load_hub_data,
     load_model,
     normalization,
     parse_arguments,
     prepare_splits,
+    read_file,
     run,
     set_transforms,
+    shortened,
 )
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -65,10 +72,14 @@ from transformers import logging as transformers_logging
 from transformers.hf_argparser import HfArg
 
 from cropr_hf import CroprViTForSemanticSegmentation
+from cropr_hf.images import image_files, orientation, to_rgb, upright
 from cropr_hf.training import CroprTrainer, layer_decay_optimizer
 
 
+logger = transformers_logging.get_logger(__name__)
+
 MEAN_IOU = str(Path(__file__).parent / "metrics" / "mean_iou" / "mean_iou.py")
+COUNTED_MAPS = 100  # label maps that are looked at before the training, at most
 ADE20K = "zhoubolei/scene_parse_150"
 ADE20K_ARGUMENTS = {
     "dataset_config_name": "scene_parsing",
@@ -116,21 +127,47 @@ class DataArguments:
         """Whether the images are cluttered digits."""
         return self.dataset_name == CLUTTERED_DIGITS and self.data_dir is None
 
-    def classes(self, annotation: Any) -> np.ndarray:
+    def classes(self, annotation: Any, name: str = "An annotation", num_labels: int | None = None) -> np.ndarray:
         """The class numbers (height, width) of an annotation; with `reduce_labels`, 1 becomes the first class.
 
+        Args:
+            name: what messages call it.
+            num_labels: how many classes there are, if that is to be checked.
+
         Raises:
-            `ValueError`: for an annotation of colours.
+            `ValueError`: for an annotation of colours or fractions, and for numbers that are not those of classes.
         """
-        labels = np.array(annotation).astype(np.int64)
-        if labels.ndim != 2:
+        labels = np.array(annotation)
+        if labels.ndim != 2 or labels.dtype.kind == "f":
             raise ValueError(
-                f"An annotation has the shape {labels.shape}; it must be class numbers (height, width): convert its "
-                "colours first."
+                f"{name} has {labels.dtype} of the shape {labels.shape}; it must be class numbers (height, width): "
+                "convert its colours first."
             )
+        labels = labels.astype(np.int64)
         if self.reduce_labels:
             labels = np.where((labels == 0) | (labels == self.ignore_index), self.ignore_index, labels - 1)
+        if num_labels is not None:
+            wrong = labels[(labels != self.ignore_index) & ((labels < 0) | (labels >= num_labels))]
+            if wrong.size:
+                raise ValueError(
+                    f"{name} has {wrong.size} pixels with labels such as {wrong[0]}; there are the classes 0 to "
+                    f"{num_labels - 1}, and {self.ignore_index} for pixels that do not count (--ignore_index). "
+                    "Correct the map or the file of class names, or see --reduce_labels."
+                )
         return labels
+
+    def pair(self, image: Any, annotation: Any, num_labels: int | None = None) -> tuple[Any, np.ndarray]:
+        """A picture in RGB and its class numbers (height, width), both upright, from values of the two columns.
+
+        Raises:
+            `ValueError`: when one cannot be read, when they have different sizes, or as `classes` does; with the file.
+        """
+        stored, name = read_file(image)
+        labels, labels_name = read_file(annotation)
+        turned = orientation(labels) > 1
+        labels = upright(labels)
+        check_upright(stored, name, labels.size, f"the label map {labels_name}", turned)
+        return to_rgb(stored, name), self.classes(labels, labels_name, num_labels)
 
 
 @dataclass
@@ -186,13 +223,14 @@ def load_source(args: DataArguments, token: str | None = None) -> DatasetDict:
     """All splits of the folder, or of the data set on the Hub."""
     if args.data_dir is not None:
         return load_folders(args.data_dir, args.image_column_name, args.label_column_name)
-    return load_dataset(
+    images = load_hub_data(
         args.dataset_name,
         args.dataset_config_name,
         revision=args.dataset_revision,
         token=token,
         streaming=getattr(args, "streaming", False),
     )
+    return keep_encoded(images, args.image_column_name, args.label_column_name)
 
 
 def load_folders(data_dir: str, image_column: str, label_column: str) -> DatasetDict:
@@ -203,7 +241,7 @@ def load_folders(data_dir: str, image_column: str, label_column: str) -> Dataset
     """
     splits = {}
     for split, folder in {"train": "training", "validation": "validation"}.items():
-        files = sorted(file for file in Path(data_dir, "images", folder).glob("*") if file.is_file())
+        files = image_files(Path(data_dir, "images", folder))
         maps = [Path(data_dir, "annotations", folder, f"{file.stem}.png") for file in files]
         missing = [str(file) for file in maps if not file.exists()]
         if missing:
@@ -212,9 +250,7 @@ def load_folders(data_dir: str, image_column: str, label_column: str) -> Dataset
             )
         if files:
             columns = {image_column: [str(file) for file in files], label_column: [str(file) for file in maps]}
-            splits[split] = (
-                Dataset.from_dict(columns).cast_column(image_column, Image()).cast_column(label_column, Image())
-            )
+            splits[split] = keep_encoded(Dataset.from_dict(columns), image_column, label_column)
     if "train" not in splits:
         raise ValueError(
             f"There is no image in {Path(data_dir, 'images', 'training')}; give the folder above `images`."
@@ -237,8 +273,61 @@ def get_label_names(args: DataArguments, token: str | None) -> list[str]:
         raise ValueError(
             f"There is no file {path} with the names of the classes; write one, or name it by --id2label."
         )
-    names = json.loads(Path(path).read_text(encoding="utf-8"))
+    try:
+        names = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); write the names of the classes by their numbers.") from error
+    if not isinstance(names, dict) or names.keys() != {str(index) for index in range(len(names))}:
+        raise ValueError(f'{path} must name the classes 0, 1, ... without a gap, such as {{"0": "wall", "1": "sky"}}.')
     return [names[str(index)] for index in range(len(names))]
+
+
+def check_label_maps(images: Any, args: DataArguments, label_names: list[str]) -> None:
+    """Counts the pixels of each class in training label maps, and warns of classes that have none.
+
+    It looks at `COUNTED_MAPS`, spread over a data set, or those with which a stream begins; of a class that is absent
+    there it warns only if these are all.
+
+    Raises:
+        `ValueError`: when only one class has pixels that count, so that there is nothing to learn. Where other maps
+            may have more, and all pixels of these count, it is a warning.
+    """
+    total = len(images) if isinstance(images, Dataset) else None
+    if isinstance(images, Dataset):
+        images = images.select(np.linspace(0, len(images) - 1, min(len(images), COUNTED_MAPS)).astype(int))
+    counts, ignored, number = np.zeros(len(label_names), dtype=np.int64), 0, 0
+    for row in images.select_columns(args.label_column_name).take(COUNTED_MAPS):
+        labels = args.classes(*read_file(row[args.label_column_name]), len(label_names))
+        counted = labels[labels != args.ignore_index]
+        counts += np.bincount(counted, minlength=len(counts))
+        ignored, number = ignored + labels.size - counted.size, number + 1
+    present = [name for name, count in zip(label_names, counts) if count]
+    absent = [name for name in label_names if name not in present]
+    if len(present) < 2:
+        message = (
+            f"In {number} training label maps {counts.sum()} pixels are {shortened(present) or 'of a class'}, "
+            f"{ignored} are {args.ignore_index}, which does not count (--ignore_index), and none are "
+            f"{shortened(absent)}: there is nothing to learn. If {args.ignore_index} is a class here, as in masks of "
+            "0 and 255, give it its number in the maps; see --reduce_labels if 0 means none."
+        )
+        if number == total or ignored:
+            raise ValueError(message)
+        logger.warning(message)
+    elif absent and number == total:
+        logger.warning(
+            f"{len(absent)} of {len(label_names)} classes have no pixel in the {number} training label maps: "
+            f"{shortened(absent)}."
+        )
+
+
+def warn_of_absent_classes(scores: dict[str, Any], label_names: Sequence[str]) -> None:
+    """Says which classes no pixel has in the label maps that a mean of `scores` is about."""
+    absent = [name for name, score in zip(label_names, scores["per_category_accuracy"]) if np.isnan(score)]
+    if absent:
+        logger.warning_once(
+            f"{len(absent)} of {len(label_names)} classes have no pixel in the label maps of the evaluation, and do "
+            f"not count in means of accuracy: {shortened(absent)}."
+        )
 
 
 class Transform:
@@ -249,14 +338,20 @@ class Transform:
     the right, with the mean colour and ignored labels.
     """
 
-    def __init__(self, args: DataArguments, processor: Any, augmentation: AugmentationArguments | None = None):
-        self.args = args
+    def __init__(
+        self,
+        args: DataArguments,
+        processor: Any,
+        augmentation: AugmentationArguments | None = None,
+        num_labels: int | None = None,
+    ):
+        self.args, self.num_labels = args, num_labels
         self.size = (processor.size["height"], processor.size["width"])
         self.fill = fill_values(processor, args.ignore_index)
-        steps: list[Any] = [v2.ScaleJitter(self.size, (1.0, 1.0)), self.pad]
+        steps: list[Any] = [ScaleJitter(self.size, (1.0, 1.0)), self.pad]
         if augmentation is not None:
             steps = [
-                v2.ScaleJitter(self.size, (augmentation.min_scale, augmentation.max_scale)),
+                ScaleJitter(self.size, (augmentation.min_scale, augmentation.max_scale)),
                 *photometric_distortion(augmentation.photometric_distortion),
                 v2.RandomHorizontalFlip(augmentation.horizontal_flip),
                 self.pad,  # after the flip: below and on the right, as in evaluation
@@ -269,10 +364,8 @@ class Transform:
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
         """A batch of columns, as `Dataset.set_transform` gives it."""
         columns = (batch[self.args.image_column_name], batch[self.args.label_column_name])
-        pairs = [
-            self.transform(tv_tensors.Image(image), tv_tensors.Mask(self.args.classes(labels)))
-            for image, labels in zip(*columns)
-        ]
+        pairs = [self.args.pair(*values, self.num_labels) for values in zip(*columns)]
+        pairs = [self.transform(tv_tensors.Image(image), tv_tensors.Mask(labels)) for image, labels in pairs]
         return {"pixel_values": [pixels for pixels, _ in pairs], "labels": [labels for _, labels in pairs]}
 
     def pad(self, image: tv_tensors.Image, labels: tv_tensors.Mask) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
@@ -318,6 +411,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 
     images = load_images(data_args, augmentation.train_val_split, model_args.token, training_args.seed)
     label_names = get_label_names(data_args, model_args.token)
+    check_label_maps(images["train"], data_args, label_names)
     model = load_model(
         CroprViTForSemanticSegmentation,
         model_args,
@@ -326,9 +420,12 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         semantic_loss_ignore_index=data_args.ignore_index,
     )
     processor = SegformerImageProcessor(
-        size=input_size(model.config), do_reduce_labels=bool(data_args.reduce_labels), **normalization(model_args)
+        size=input_size(model.config),
+        do_reduce_labels=bool(data_args.reduce_labels),
+        do_convert_rgb=True,
+        **normalization(model_args),
     )
-    transforms = (Transform(data_args, processor, augmentation), Transform(data_args, processor))
+    transforms = [Transform(data_args, processor, changes, len(label_names)) for changes in (augmentation, None)]
     set_transforms(images, *transforms, data_args, training_args)
 
     mean_iou = evaluate.load(MEAN_IOU)
@@ -338,6 +435,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         if not compute_result:
             return {}
         scores = mean_iou.compute(num_labels=len(label_names), ignore_index=data_args.ignore_index)
+        warn_of_absent_classes(scores, label_names)
         return {name: score for name, score in scores.items() if not name.startswith("per_category")}
 
     trainer = CroprTrainer(

@@ -74,7 +74,7 @@ def test_convert_makes_a_folder_that_trains_and_prunes(vit, tmp_path):
     model = CroprViTForImageClassification.from_pretrained(tmp_path / "out", use_auxiliary_heads=True)
     assert model.config.pruning_rate == 4 and model.config.num_patches == 36
     processor = ViTImageProcessor.from_pretrained(tmp_path / "out")
-    assert dict(processor.size) == {"height": 48, "width": 48}
+    assert dict(processor.size) == {"height": 48, "width": 48} and processor.do_convert_rgb
     assert read_record(tmp_path / "out")["model"]["base_model"] == vit.name
 
 
@@ -241,6 +241,34 @@ def test_calibration_has_the_size_that_is_timed(checkpoint, tmp_path, monkeypatc
     options = ["--image_size", 64, "--batch_size", 2, "--calibration", tmp_path / "photos"]
     assert run("schedule", checkpoint, "--target_speedup", 1.5, *options) == 1
     assert "times (2, 3, 64, 64), scores [(1, 3, 64, 64)]" in capsys.readouterr().err
+
+
+def test_images_are_opened_as_everywhere(checkpoint, tmp_path, monkeypatch, capsys):
+    """Turned, of 16 bits, in a folder with brackets and stray files; and broken ones are named."""
+    folder = tmp_path / "photos [1]"
+    folder.mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    grey = np.arange(64, dtype=np.uint8).reshape(8, 8) * 3
+    Image.fromarray(grey).save(folder / "a.png", exif=exif)
+    Image.fromarray(np.rot90(257 * grey.astype(np.uint16), 3).copy()).save(folder / "b.png")
+    for name in (".DS_Store", "Thumbs.db", "._a.png"):
+        (folder / name).write_bytes(b"\0")
+
+    def find_schedule(model, speedup, latency, shape, pixel_values, calibration, multiple):
+        (turned, deep), *others = calibration
+        raise ValueError(f"they are equal: {torch.equal(turned, deep) and not others}")
+
+    monkeypatch.setattr(cli, "find_schedule", find_schedule)
+    options = ["schedule", checkpoint, "--target_speedup", 1.5, "--batch_size", 2, "--calibration"]
+    assert run(*options, folder) == 1 and "they are equal: True" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    monkeypatch.undo()
+    assert run(*options, tmp_path / "empty") == 1 and "empty, in which there is no image" in capsys.readouterr().err
+    pytest.importorskip("matplotlib")
+    (folder / "c.png").write_bytes((folder / "a.png").read_bytes()[:60])
+    assert run("visualize", checkpoint, folder / "c.png", "--output", tmp_path / "pruning.png") == 1
+    assert "c.png cannot be read as an image" in capsys.readouterr().err
 
 
 def test_card_adds_metadata_and_makes_records_for_old_folders(checkpoint, tmp_path):

@@ -134,6 +134,12 @@ class TestTraining:
         assert type(processor) is cropr_hf.CroprViTImageProcessor
         assert dict(processor.pad_size) == {"height": 48, "width": 48} and processor.size["longest_edge"] == 48
 
+    def test_the_published_image_processor_takes_images_of_any_mode(self, trained):
+        processor = AutoImageProcessor.from_pretrained(trained)
+        grey = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60), np.uint8))
+        found, expected = (processor(image, return_tensors="pt") for image in (grey, grey.convert("RGB")))
+        assert torch.equal(found["pixel_values"], expected["pixel_values"])
+
     def test_loss_parts_and_drops_of_the_learning_rate_are_in_the_log_history(self, trained):
         logs = [entry for entry in history(trained) if "loss" in entry]
         for entry in logs:
@@ -247,7 +253,7 @@ class TestCocoFiles:
     def test_objects_of_a_row(self, example, tmp_path):
         coco = example("coco")
         write_coco(tmp_path)
-        images = coco.load_coco(str(tmp_path / "train"), str(tmp_path / "train.json"))
+        images = coco.load_coco(str(tmp_path / "train"), str(tmp_path / "train.json"), masks=True)
         assert coco.label_names(images) == ["dog", "cat"] and images["image_id"][:] == [1000, 1001, 1002]
         cat, dog, crowd = coco.annotations(images[0])
         assert (cat["category_id"], cat["bbox"], cat["area"], cat["iscrowd"]) == (1, [20, 10, 20, 20], 400, 0)
@@ -280,6 +286,146 @@ class TestCocoFiles:
             load(str(tmp_path / "train"), str(file))
         with pytest.raises(ValueError, match="3 of 3 images do not exist"):
             load(str(tmp_path), str(tmp_path / "validation.json"))
+
+    @pytest.mark.parametrize(
+        ("part", "changes", "reason"),
+        [
+            ("images", {"id": None}, "has no id; it must be a whole number"),
+            ("images", {"id": "7"}, "has id '7'; it must be a whole number"),
+            ("images", {"file_name": 3}, "has file_name 3; it must be the name of a file"),
+            ("images", {"width": None}, "has no width"),
+            ("images", {"height": 0}, "has height 0; it must be a number of pixels"),
+            ("categories", {"id": 1.5}, r"has id 1\.5"),
+            ("categories", {"name": None}, "has no name; it must be text"),
+            ("annotations", {"bbox": None}, r"has no bbox; it must be \[left, top, width, height\]"),
+            ("annotations", {"bbox": [1, 2, 3]}, r"has bbox \[1, 2, 3\]"),
+            ("annotations", {"bbox": [1, 2, -3, 4]}, r"has bbox \[1, 2, -3, 4\]"),
+            ("annotations", {"bbox": [1, 2, float("nan"), 4]}, r"has bbox \[1, 2, nan, 4\]"),
+            ("annotations", {"image_id": None}, "has no image_id"),
+            ("annotations", {"category_id": "cat"}, "has category_id 'cat'"),
+            ("annotations", {"image_id": 5}, "lacks the image or the category"),
+            ("annotations", {"area": "large"}, "has area 'large'"),
+            ("annotations", {"iscrowd": 2}, "has iscrowd 2; it must be 0 or 1"),
+        ],
+    )
+    def test_wrong_entries_are_named(self, example, tmp_path, part, changes, reason):
+        content = write_coco(tmp_path)
+        content[part][1] |= changes
+        for name in [name for name, value in changes.items() if value is None]:
+            del content[part][1][name]
+        (tmp_path / "train.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=rf"train\.json, {part}\[1\] {reason}") as error:
+            example("coco").load_coco(str(tmp_path / "train"), str(tmp_path / "train.json"))
+        assert "{" in str(error.value)  # the entry itself
+
+    @pytest.mark.parametrize(
+        ("changes", "reason"),
+        [
+            ({"images": {}}, "images is {}; it must be a list"),
+            ({"annotations": ["dog"]}, r"annotations\[0\] is 'dog'; it must have image_id"),
+            ({"categories": [{"id": 1, "name": "cat"}] * 2}, "has 2 categories of the id 1"),
+            (
+                {"categories": [{"id": number, "name": "cat"} for number in (7, 90)]},
+                "has 2 categories of the name 'cat'",
+            ),
+        ],
+    )
+    def test_wrong_parts_are_named(self, example, tmp_path, changes, reason):
+        file = tmp_path / "train.json"
+        file.write_text(json.dumps(write_coco(tmp_path) | changes))
+        with pytest.raises(ValueError, match=rf"train\.json.* {reason}"):
+            example("coco").load_coco(str(tmp_path / "train"), str(file))
+        for content in (b"{", b"\xff\xfe\x00"):
+            file.write_bytes(content)
+            with pytest.raises(ValueError, match=r"train\.json is not JSON"):
+                example("coco").load_coco(str(tmp_path / "train"), str(file))
+
+    @pytest.mark.parametrize(
+        ("segmentation", "reason"),
+        [
+            (None, "must be polygons"),
+            ([], "must be polygons"),
+            ([[]], "must be polygons"),
+            ([[20, 10, 40, 30]], "of three corners or more"),
+            ([[20, 10, 40, 30, 20, "x"]], "must be polygons"),
+            ("mask", "must be polygons"),
+            ({"size": [60, 80], "counts": [0, 4800]}, r"run lengths for \[60, 80\], but its image is \[50, 80\]"),
+            ({"size": [50, 80], "counts": [0, 100]}, "is not one of COCO's"),
+            ({"size": [50, 80]}, "is not one of COCO's"),
+            ({"counts": [0, 4000]}, "run lengths for None"),
+        ],
+    )
+    def test_masks_that_are_none(self, example, tmp_path, segmentation, reason):
+        """They are errors where masks are wanted; a detector of boxes learns from `bbox`."""
+        coco, script = example("coco"), example("detection")
+        content = write_coco(tmp_path)
+        content["annotations"][0]["segmentation"] = segmentation
+        (tmp_path / "train.json").write_text(json.dumps(content))
+        files = (str(tmp_path / "train"), str(tmp_path / "train.json"))
+        with pytest.raises(ValueError, match=rf"train\.json, annotations\[0\]: The mask .*{reason}"):
+            coco.load_coco(*files, masks=True)
+        row = script.prepare_split(coco.load_coco(*files), script.DataArguments("x"), masks=False)[0]
+        labels = TestTransform.transform(script, False, False).example(row)["labels"]
+        assert labels["class_labels"].tolist() == [1, 0]
+        assert (labels["boxes"][0] * 80).tolist() == pytest.approx([30, 20, 20, 20])
+
+    def test_boxes_are_those_of_bbox_without_masks(self, example):
+        """Also where a data set has masks, of whatever kind."""
+        script, row = example("detection"), rectangles(0, True)
+        expected = TestTransform.transform(script, False, False).example(rectangles(0, False))["labels"]["boxes"]
+        row["instance_map"] = Image.new("L", row["image"].size)  # empty masks
+        for changes in ({}, {"segmentation": [[[]]] * 3}):
+            row["objects"] |= changes
+            labels = TestTransform.transform(script, False, False).example(row)["labels"]
+            assert torch.equal(labels["boxes"], expected)
+
+    def test_empty_masks_are_told(self, example, tmp_path, caplog):
+        content = write_coco(tmp_path)
+        content["annotations"][3]["segmentation"] = [[5, 5, 5, 5, 5, 5]]
+        (tmp_path / "train.json").write_text(json.dumps(content))
+        example("coco").load_coco(str(tmp_path / "train"), str(tmp_path / "train.json"), masks=True)
+        assert [message for message in caplog.messages if "1 objects have empty masks" in message]
+        assert "annotations[3]" in caplog.text
+
+    def test_objects_to_learn_from_are_counted(self, example, caplog):
+        coco = example("coco")
+        features = Features(
+            {
+                "image_id": Value("int64"),
+                "objects": {
+                    "bbox": List(List(Value("float32"), length=4)),
+                    "category": List(ClassLabel(names=["cat", "dog"])),
+                    "iscrowd": List(Value("int64")),
+                },
+            }
+        )
+
+        def check(crowds, boxes, box_format="xywh"):
+            objects = [
+                {"bbox": boxes, "category": [0, 1], "iscrowd": crowds},
+                {"bbox": [], "category": [], "iscrowd": []},
+            ]
+            columns = {"image_id": [1, 2], "objects": objects}
+            coco.check_counts(Dataset.from_dict(columns, features=features).select([1, 0]), box_format)
+
+        good, empty = [5, 5, 9, 9], [5, 5, 0, 9]
+        check([0, 0], [good, good])
+        assert not caplog.messages
+        check([0, 1], [good, good])
+        assert "1 of 2 categories have no object to learn from: 'dog'. There are 2 objects on the 2 " in caplog.text
+        with pytest.raises(ValueError, match=r"no object to learn from: 2 objects .* 1 of them crowds .*, 1 without"):
+            check([1, 0], [good, empty])
+        with pytest.raises(ValueError, match=r"0 of them crowds .*, 2 without width or height"):
+            check([0, 0], [[5, 5, 5, 9], [5, 5, 9, 5]], "xyxy")
+
+    def test_crowds_alone_are_refused_before_the_training(self, example, tiny_vit, tmp_path):
+        content = write_coco(tmp_path / "data")
+        for entry in content["annotations"]:
+            entry["iscrowd"] = 1
+        (tmp_path / "data" / "train.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match="6 objects on the 3 training images, 6 of them crowds"):
+            example("train_object_detection").main(files_command(tiny_vit, tmp_path / "out", tmp_path / "data"))
+        assert not (tmp_path / "out").exists()
 
     def test_wrong_data_says_what_to_do(self, example, tiny_vit, tmp_path):
         coco, script = example("coco"), example("detection")
@@ -397,8 +543,47 @@ class TestTransform:
 
     def test_a_wrong_size_is_an_error(self, example):
         row = rectangles(3, False)
-        with pytest.raises(ValueError, match="correct its width and height"):
+        size = rf"{row['height']} x {row['width']} pixels, but its objects are those of"
+        with pytest.raises(ValueError, match=rf"The image 3 \(An image\) has {size} .* correct one of them"):
             self.transform(example("detection"), False, False).example({**row, "width": row["width"] + 1})
+
+    def test_files_that_are_broken_or_turned_are_named(self, example, tmp_path, caplog):
+        transform = self.transform(example("detection"), False, False)
+
+        def prepare(width, height, orientation):
+            exif = Image.Exif()
+            exif[0x0112] = orientation
+            Image.new("RGB", (60, 40)).save(tmp_path / "photo.png", exif=exif)
+            file = {"bytes": None, "path": str(tmp_path / "photo.png")}
+            objects = {"bbox": [[5, 5, 20, 30]], "category": [0]}
+            row = {"image_id": 9, "image": file, "width": width, "height": height, "objects": objects}
+            return transform.example(row)
+
+        assert prepare(40, 60, 6)["labels"]["orig_size"].tolist() == [60, 40] and not caplog.messages
+        prepare(60, 40, 3)
+        assert "photo.png) is turned by its EXIF orientation, 3" in caplog.text
+        with pytest.raises(ValueError, match=r"The image 9 \(.*photo\.png\) has 60 x 40 .* 6, .*those of 40 x 60"):
+            prepare(60, 40, 6)
+        (tmp_path / "photo.png").write_bytes((tmp_path / "photo.png").read_bytes()[:70])
+        file = {"bytes": None, "path": str(tmp_path / "photo.png")}
+        with pytest.raises(ValueError, match=r"photo\.png cannot be read as an image"):
+            transform.example({**rectangles(0, False), "image": file})
+
+    @pytest.mark.parametrize("size", [(1000, 2), (10, 600)])
+    def test_strips_train_and_are_named_where_the_input_is_too_small(self, example, size):
+        objects = {"bbox": [[0, 0, *size]], "category": [0]}
+        row = {"image_id": 7, "image": Image.new("RGB", size), "width": size[0], "height": size[1], "objects": objects}
+        for _ in range(5):
+            result = self.transform(example("detection"), False, True).example(row)
+            assert result["pixel_values"].shape == (3, 64, 64)
+        evaluation = self.transform(example("detection"), False, False)
+        if min(size) == 10:
+            assert evaluation.example(row)["pixel_mask"].sum() == 64
+        else:
+            with pytest.raises(
+                ValueError, match=r"The image 7 \(An image\) of 2 x 1000 pixels does not fit: .*leave it out"
+            ):
+                evaluation.example(row)
 
 
 class TestCocoMetrics:

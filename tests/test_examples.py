@@ -8,12 +8,16 @@ import pickle
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from datasets import Image as ImageFeature
 from PIL import Image
 from transformers import (
     AutoImageProcessor,
@@ -252,6 +256,164 @@ def test_evaluation_in_a_fresh_process_with_picture(fresh_process, example, tiny
         assert picture.format == "PNG"
 
 
+def write_photo(path: Path, orientation: int = 1, size: tuple[int, int] = (60, 40)) -> None:
+    """A PNG of noise, `size` (width, height) as it is stored, that says how it is turned."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size[::-1], 3), np.uint8)).save(path, exif=exif)
+
+
+class TestImageData:
+    """Image files as the scripts find and read them."""
+
+    def test_a_broken_training_image_is_named(self, example, tiny_vit, tmp_path):
+        for label in ("cat", "dog"):
+            for index in range(4):
+                write_photo(tmp_path / "train" / label / f"{index}.png")
+        broken = tmp_path / "train" / "dog" / "2.png"
+        broken.write_bytes(broken.read_bytes()[:900])
+        folders = {"train_dir": tmp_path / "train", "validation_dir": tmp_path / "train"}
+        command = digits_command(tiny_vit, tmp_path / "out", **folders)
+        with pytest.raises(ValueError, match=r"dog.2\.png cannot be read as an image \(.*truncated.*\); repair it"):
+            example("train_image_classification").main(command)
+
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_folders_may_have_brackets_and_stray_files(self, example, tmp_path, streaming):
+        folder = tmp_path / "photos [1]"
+        for label in ("cat", "dog"):
+            for number in (1, 6, 8):
+                write_photo(folder / label / f"{number}.png", number)
+            for name in (".DS_Store", "Thumbs.db", "._1.png"):
+                (folder / label / name).write_bytes(b"\0")
+        script, shared = example("train_image_classification"), example("shared")
+        settings = {"train_dir": str(folder), "validation_dir": str(folder), "streaming": streaming}
+        images = script.load_images(script.DataArguments(**settings), None, 0)
+        assert script.get_label_names(images, "label") == ["cat", "dog"]
+        sizes = [shared.read_picture(row["image"]).size for row in images["train"]]
+        assert sorted(sizes) == [(40, 60)] * 4 + [(60, 40)] * 2
+        with pytest.raises(ValueError, match=r"photos \[1\] has one of .* rename it"):
+            shared.load_hub_data(str(folder))
+        with pytest.raises(ValueError, match=r"There is no folder .*nowhere"):
+            script.load_images(script.DataArguments(train_dir=str(tmp_path / "nowhere")), None, 0)
+
+    def test_files_in_archives_and_bytes_are_read_by_name(self, example, tmp_path):
+        shared = example("shared")
+        write_photo(tmp_path / "a.png", 6)
+        with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+            archive.write(tmp_path / "a.png", "in/a.png")
+        content = (tmp_path / "a.png").read_bytes()
+        values = [{"bytes": content, "path": "a.png"}, {"bytes": None, "path": str(tmp_path / "a.png")}]
+        values.append({"bytes": None, "path": f"zip://in/a.png::{tmp_path / 'a.zip'}"})
+        for value in values:
+            assert shared.read_picture(value).size == (40, 60) and shared.read_file(value)[1] == value["path"]
+        with pytest.raises(ValueError, match=r"a\.png cannot be read"):
+            shared.read_picture({"bytes": content[:200], "path": "a.png"})
+        with pytest.raises(ValueError, match="An image without a name cannot be read"):
+            shared.read_picture({"bytes": b"", "path": None})
+
+    def test_classes_without_images_are_told_and_one_class_alone_is_refused(self, example, caplog):
+        script, names = example("train_image_classification"), ["ape", "bee", "cow"]
+        features = Features({"label": ClassLabel(names=names)})
+
+        def check(labels):
+            script.check_class_counts(Dataset.from_dict({"label": labels}, features=features), "label", names)
+
+        check([0, 1, 2])
+        assert not caplog.messages
+        check([0, 2, 2])
+        assert caplog.messages == ["1 of 3 classes have none of the 3 training images: 'bee'."]
+        with pytest.raises(ValueError, match="All 3 training images are of the class 'bee', of 3"):
+            check([1, 1, 1])
+        with pytest.raises(ValueError, match="2 of 3 training images have no class, but label -1"):
+            check([-1, 1, -1])
+
+    def test_an_empty_split_is_refused(self, example):
+        script, empty = example("train_image_classification"), {"image": [], "label": []}
+        features = Features({"image": ImageFeature(), "label": ClassLabel(names=["a", "b"])})
+        images = DatasetDict(train=Dataset.from_dict(empty, features=features))
+        with pytest.raises(ValueError, match="split 'train' of the data set has no image"):
+            example("shared").prepare_splits(images, script.DataArguments("x"), 0.5, 0)
+
+    def test_published_image_processors_take_images_of_any_mode(self, example, trained, trained_segmenter):
+        grey = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60), np.uint8))
+        for folder in (trained, trained_segmenter):
+            processor = AutoImageProcessor.from_pretrained(folder)
+            found, expected = (processor(image, return_tensors="pt") for image in (grey, grey.convert("RGB")))
+            assert torch.equal(found["pixel_values"], expected["pixel_values"])
+
+
+class TestClassesAreComparedByName:
+    KNOWN: ClassVar = {0: "ape", 1: "bee", 2: "cow"}
+
+    def references(self, example, column, feature, known=None):
+        images = Dataset.from_dict({"label": column}, features=Features({"label": feature}))
+        return example("evaluate_image_classification").references(images, "label", known or self.KNOWN)
+
+    def test_of_images(self, example):
+        assert self.references(example, [0, 1, 0], ClassLabel(names=["bee", "cow"])) == [1, 2, 1]
+        assert self.references(example, [1, 1], ClassLabel(names=["yak", "cow"])) == [2, 2]  # no yak is shown
+        assert self.references(example, ["cow", "ape"], Value("string")) == [2, 0]
+        assert self.references(example, [2, 0], Value("int64")) == [2, 0]
+        unnamed = {0: "LABEL_0", 1: "LABEL_1"}
+        assert self.references(example, [1, 0], ClassLabel(names=["yak", "cow"]), unnamed) == [1, 0]
+
+    @pytest.mark.parametrize(
+        ("column", "feature", "lost"),
+        [
+            ([0, 1], ClassLabel(names=["yak", "cow"]), "'yak'"),
+            ([-1, 1], ClassLabel(names=["ape", "cow"]), "'no class'"),
+            (["yak"], Value("string"), "'yak'"),
+            ([3], Value("int64"), "3"),
+        ],
+    )
+    def test_images_of_other_classes_are_refused(self, example, column, feature, lost):
+        with pytest.raises(ValueError, match=f"There are images of {lost}, which the model does not know; .* 'ape'"):
+            self.references(example, column, feature)
+
+    def test_models_without_names_and_with_fewer_classes_are_refused(self, example):
+        with pytest.raises(ValueError, match="does not know"):
+            self.references(example, [0], ClassLabel(names=["ape", "bee", "cow"]), {0: "LABEL_0", 1: "LABEL_1"})
+
+    def test_accuracy_on_a_folder_with_some_of_the_classes(self, example, tiny_vit, tmp_path):
+        names = {"id2label": self.KNOWN, "label2id": {name: number for number, name in self.KNOWN.items()}}
+        model = cropr_hf.CroprViTForImageClassification.from_vit(tiny_vit, pruning_rate=10, **names)
+        model.classifier.weight.data.zero_()
+        model.classifier.bias.data.copy_(torch.tensor([0.0, 5.0, 0.0]))  # always "bee"
+        model.save_pretrained(tmp_path / "model")
+        ViTImageProcessor.from_pretrained(tiny_vit).save_pretrained(tmp_path / "model")
+        for index in range(5):
+            write_photo(tmp_path / "data" / "test" / ("bee" if index else "cow") / f"{index}.png")
+        command = ["--model_name_or_path", str(tmp_path / "model"), "--dataset_name", str(tmp_path / "data")]
+        metrics = example("evaluate_image_classification").main(command)
+        assert metrics["accuracy"] == pytest.approx(0.8)
+
+    def test_a_head_for_other_classes_is_told(self, example, tiny_vit, tmp_path, caplog):
+        shared, names = example("shared"), {0: "ape", 1: "bee"}
+        kwargs = {"id2label": names, "label2id": {"ape": 0, "bee": 1}, "pruning_rate": 10}
+        cropr_hf.CroprViTForImageClassification.from_vit(tiny_vit, **kwargs).save_pretrained(tmp_path)
+        for labels, count in ((["ape", "bee"], 0), (["bee", "ape"], 1), (["ape", "yak"], 2)):
+            args = shared.ModelArguments(str(tmp_path))
+            shared.load_model(cropr_hf.CroprViTForImageClassification, args, labels)
+            assert len([message for message in caplog.messages if "the head starts from that" in message]) == count
+
+    def test_of_label_maps(self, example, tmp_path):
+        script = example("evaluate_semantic_segmentation")
+        (tmp_path / "id2label.json").write_text(json.dumps({"0": "cow", "1": "ape", "2": "yak"}))
+        args = script.DataArguments(data_dir=str(tmp_path))
+
+        def classes(*labels):
+            labels = np.array([labels], np.uint8)
+            row = {"image": Image.new("RGB", labels.shape[::-1]), "annotation": Image.fromarray(labels)}
+            return script.References(args, self.KNOWN).pair(row)[1].tolist()
+
+        assert classes(1, 0, 255, 0) == [[0, 2, 255, 2]]
+        with pytest.raises(ValueError, match=r"show 'yak', which the model does not know; .*--id2label"):
+            classes(0, 2)
+        (tmp_path / "id2label.json").unlink()  # then numbers are all that there is
+        assert classes(1, 0, 255, 2) == [[1, 0, 255, 2]]
+
+
 def check_demo(demo, output: str, folder: Path, patches: int, schedule: list[int]) -> None:
     rows = re.findall(r"^\| (\S+) \|(?: [\d.]+ % \|)+ (\d+) of (\d+) \|", output, flags=re.MULTILINE)
     expected = {"unpruned": patches, "Cropr": schedule[-1], "random": schedule[-1]}
@@ -484,6 +646,108 @@ class TestTrainSemanticSegmentation:
         data = script.DataArguments()
         assert data.reduce_labels and data.dataset_config_name == "scene_parsing"
         assert script.DataArguments("other").reduce_labels is None
+
+    @staticmethod
+    def masks(example, folder: Path, *maps: list[int], names: str = "abc"):
+        """The training images of a folder whose label maps have these numbers in a row."""
+        for index, numbers in enumerate(maps):
+            write_photo(folder / "images" / "training" / f"{index}.png", size=(len(numbers), 1))
+            file = folder / "annotations" / "training" / f"{index}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.array([numbers], np.uint8)).save(file)
+        script = example("train_semantic_segmentation")
+        images = script.load_folders(str(folder), "image", "annotation")["train"]
+        return lambda args, images=images: script.check_label_maps(images, args, [*names])
+
+    def test_masks_of_0_and_255_are_refused(self, example, tmp_path):
+        args = example("train_semantic_segmentation").DataArguments("x")
+        check = self.masks(example, tmp_path, [0, 0, 255], [0, 255, 255], names="ab")
+        with pytest.raises(ValueError, match=r"In 2 .* 3 pixels are 'a', 3 are 255, .*none are 'b': .*masks of 0 and"):
+            check(args)
+        check = self.masks(example, tmp_path, [0, 0, 1], [0, 1, 1], names="ab")
+        check(args)
+        with pytest.raises(ValueError, match="In 2 training label maps 3 pixels are 'a', 3 are 255"):
+            check(example("train_semantic_segmentation").DataArguments("x", reduce_labels=True))
+
+    def test_classes_that_no_pixel_has_are_told(self, example, tmp_path, caplog):
+        script = example("train_semantic_segmentation")
+        check = self.masks(example, tmp_path, [0, 2, 255], [2, 2, 255])
+        check(script.DataArguments("x"))
+        (message,) = caplog.messages
+        assert message == "1 of 3 classes have no pixel in the 2 training label maps: 'b'."
+        caplog.clear()
+        script.warn_of_absent_classes({"per_category_accuracy": np.array([0.5, np.nan, 0.0])}, ["roof", "door", "sky"])
+        assert re.search("1 of 3 .* in the label maps of the evaluation.*: 'door'", caplog.messages[0])
+
+    def test_a_part_of_many_maps_is_counted(self, example, tmp_path, caplog, monkeypatch):
+        script = example("train_semantic_segmentation")
+        args = script.DataArguments("x")
+        monkeypatch.setattr(script, "COUNTED_MAPS", 2)
+        check = self.masks(example, tmp_path / "1", [0, 1], [0, 2], [2, 1])  # the first and the last
+        check(args)
+        assert not caplog.messages
+        images = script.load_folders(str(tmp_path / "1"), "image", "annotation")["train"]
+        check(args, images.to_iterable_dataset())  # which goes on
+        check = self.masks(example, tmp_path / "2", [0, 0], [0, 1], [0, 0])
+        check(args)
+        assert "In 2 training label maps 4 pixels are 'a'" in caplog.messages[0]
+
+    def test_labels_of_no_class_are_named(self, example, tmp_path):
+        check = self.masks(example, tmp_path, [0, 1, 2], [0, 7, 7])
+        args = example("train_semantic_segmentation").DataArguments("x")
+        with pytest.raises(ValueError, match=r"training.1\.png has 2 pixels with labels such as 7; .*0 to 2, and 255"):
+            check(args)
+        with pytest.raises(ValueError, match=r"mask\.tif has float32 .*class numbers"):
+            args.classes(np.zeros((4, 4), np.float32), "mask.tif")
+
+    def test_stray_files_and_brackets(self, example, tmp_path):
+        folder = tmp_path / "data [1]"
+        self.masks(example, folder, [0, 1])
+        for name in (".DS_Store", "Thumbs.db", "._0.png"):
+            (folder / "images" / "training" / name).write_bytes(b"\0")
+        images = example("train_semantic_segmentation").load_folders(str(folder), "image", "annotation")
+        assert len(images["train"]) == 1
+
+    def test_label_maps_of_photos_that_exif_turns(self, example, tmp_path, caplog):
+        args = example("train_semantic_segmentation").DataArguments("x")
+
+        def pair(orientation, size, map_size, map_orientation=1):
+            write_photo(tmp_path / "photo.png", orientation, size)
+            exif = Image.Exif()
+            exif[0x0112] = map_orientation
+            Image.new("L", map_size).save(tmp_path / "map.png", exif=exif)
+            files = [{"bytes": None, "path": str(tmp_path / name)} for name in ("photo.png", "map.png")]
+            image, labels = args.pair(*files)
+            assert image.size == labels.shape[::-1]
+            return image.size
+
+        assert pair(6, (60, 40), (40, 60)) == (40, 60)  # only upright it fits
+        assert pair(6, (60, 40), (60, 40), 6) == (40, 60) and pair(3, (60, 40), (60, 40), 3) == (60, 40)
+        assert not caplog.messages
+        for orientation, size in ((3, (60, 40)), (6, (50, 50))):
+            pair(orientation, size, size)
+            assert re.search(rf"photo\.png is turned .* {orientation}; .*map\.png", caplog.messages[-1])
+        assert len(caplog.messages) == 2
+        with pytest.raises(ValueError, match=r"photo\.png has 60 x 40 pixels \(.* 6, .*map\.png those of 40 x 60"):
+            pair(6, (60, 40), (60, 40))
+        with pytest.raises(ValueError, match=r"photo\.png has 40 x 60 pixels, but .*map\.png those of 20 x 30"):
+            pair(1, (60, 40), (30, 20))
+
+    @pytest.mark.parametrize("size", [(90, 1), (1, 90), (400, 2)])
+    def test_strips_pass(self, example, size):
+        script = example("train_semantic_segmentation")
+        processor = SegformerImageProcessor(size={"height": 48, "width": 48})
+        columns = {"image": [Image.new("RGB", size)], "annotation": [Image.new("L", size)]}
+        for augmentation in (script.AugmentationArguments(), None):
+            batch = script.Transform(script.DataArguments("x"), processor, augmentation)(columns)
+            assert batch["pixel_values"][0].shape == (3, 48, 48) and batch["labels"][0].shape == (48, 48)
+
+    def test_wrong_names_of_classes_are_errors(self, example, tmp_path):
+        script = example("train_semantic_segmentation")
+        for text, reason in (("{", "is not JSON"), ("[]", "without a gap"), ('{"1": "a"}', "without a gap")):
+            (tmp_path / "names.json").write_text(text)
+            with pytest.raises(ValueError, match=rf"names\.json .*{reason}"):
+                script.get_label_names(script.DataArguments("x", id2label=str(tmp_path / "names.json")), None)
 
     def test_wrong_data_says_what_to_do(self, example, tiny_vit, tmp_path):
         script = example("train_semantic_segmentation")

@@ -564,8 +564,14 @@ def image_files(tmp_path_factory):
     return root
 
 
-def brightness(images: Iterable[dict]) -> list[int]:
-    return sorted(int(np.array(row["image"])[0, 0, 0]) // 20 for row in images)
+@pytest.fixture(scope="module")
+def brightness(classification):
+    """The values of images, sorted, from rows as the script reads them."""
+
+    def values(images: Iterable[dict]) -> list[int]:
+        return sorted(int(np.array(classification.read_picture(row["image"]))[0, 0, 0]) // 20 for row in images)
+
+    return values
 
 
 class TestStreamingScripts:
@@ -578,7 +584,9 @@ class TestStreamingScripts:
         assert len(losses(tmp_path / "whole")) == 6
         assert losses(tmp_path / "again") == losses(tmp_path / "whole")
 
-    def test_parquet_files_with_labels_and_a_held_out_part(self, classification, tiny_vit, image_files, tmp_path):
+    def test_parquet_files_with_labels_and_a_held_out_part(
+        self, classification, brightness, tiny_vit, image_files, tmp_path
+    ):
         fields = {"dataset_name": str(image_files / "parquet"), "streaming": True, "max_eval_samples": 4}
         metrics = classification.main(command(tiny_vit, tmp_path, **fields, max_steps=2))
         assert 0 <= metrics["eval_accuracy"] <= 1
@@ -592,7 +600,7 @@ class TestStreamingScripts:
         loader = iter(DataLoader(stream, batch_size=None, num_workers=1, collate_fn=lambda batch: batch))
         assert brightness([next(loader)[0] for _ in range(8)]) == rest
 
-    def test_folders_as_a_stream(self, classification, image_files):
+    def test_folders_as_a_stream(self, classification, brightness, image_files):
         arguments = classification.DataArguments(train_dir=str(image_files / "folder"), streaming=True)
         images = classification.load_images(arguments, None, seed=0)
         assert sorted(brightness(images["validation"]) + brightness(images["train"])) == list(range(12))

@@ -50,7 +50,7 @@ TRAVELS = {
 METHOD = {"configuration_cropr_vit", "token_reduction", "token_schedule"}
 # The rooms, from left to right: a module imports from its own room or from those to the left.
 ROOMS = [
-    {"version", "files", "arguments"},
+    {"version", "files", "arguments", "images"},
     {*TRAVELS, "modeling_cropr_rf_detr", "sliding_window", "visualization"},
     {"methods", "tasks"},
     {"conversion"},
