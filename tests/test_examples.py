@@ -1,8 +1,6 @@
 """The examples, run as a user runs them, on tiny data and a tiny random ViT."""
 
-import functools
 import json
-import multiprocessing
 import os
 import pickle
 import re
@@ -225,16 +223,6 @@ def test_worker_processes_that_are_not_forked_get_everything_by_pickle(
     monkeypatch.setattr(example("detection" if task == "instance_segmentation" else script.__name__), "run", stop)
     with pytest.raises(Stopped):
         script.main(digits_command(tiny_vit, tmp_path, **fields))
-
-
-@pytest.mark.full
-def test_the_script_trains_with_workers_of_a_fork_server(example, tiny_vit, tmp_path, monkeypatch):
-    context = multiprocessing.get_context("forkserver")
-    loader = functools.partial(torch.utils.data.DataLoader, multiprocessing_context=context)
-    monkeypatch.setattr("transformers.trainer.DataLoader", loader)
-    fields = {"max_steps": 1, "dataloader_num_workers": 1, "benchmark_rounds": 0, "eval_strategy": "no"}
-    example("train_image_classification").main(digits_command(tiny_vit, tmp_path, **fields))
-    assert len(losses(tmp_path)) == 1
 
 
 @pytest.mark.parametrize("fresh_process", [False, pytest.param(True, marks=pytest.mark.full)])

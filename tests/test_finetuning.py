@@ -181,6 +181,19 @@ class TestFrozenBackbone:
         changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
         assert changed == {name for name in before if "token_reducers" in name or not name.startswith("cropr_vit.")}
 
+    @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # of the frozen blocks
+    def test_cropr_modules_and_head_get_the_same_gradients_under_reentrant_checkpoints(self):
+        gradients = []
+        for checkpointing in (False, True):
+            model = task_model(CroprViTForSemanticSegmentation).train()
+            freeze_backbone(model)
+            if checkpointing:
+                enable_activation_checkpointing(model, use_reentrant=True)
+            torch.manual_seed(0)
+            task_loss(model).backward()
+            gradients.append({name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad})
+        assert_close_relative(gradients[1], gradients[0])
+
     def test_other_models_are_refused(self):
         with pytest.raises(ValueError, match="contains 0 Cropr ViTs"):
             freeze_backbone(torch.nn.Linear(2, 2))
