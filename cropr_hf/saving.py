@@ -295,6 +295,13 @@ def named_damage(path: str | os.PathLike) -> Iterator[None]:
             f"{path} does not hold what a saved model holds ({type(error).__name__}: {error}): its `config.json` or "
             "its weights are damaged, or of something else; save the model again."
         ) from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ShapesDiffer(
+            f"The weights in {path} have other shapes than its `config.json` says, which the log lists; restore its "
+            "fields, or the weights that belong to it."
+        ) from error
 
 
 def is_checkpoint_folder(path: str | os.PathLike) -> bool:
