@@ -19,10 +19,10 @@ import inspect
 import itertools
 import json
 import os
-import pickle
 import re
 import shutil
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -282,25 +282,27 @@ def named_damage(path: str | os.PathLike) -> Iterator[None]:
     """Turns errors of readers that met a damaged or foreign file into a `ValueError` that names its folder."""
     try:
         yield
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"The weights in {path} are damaged or truncated ({error}); save them again.") from error
-    except (pickle.UnpicklingError, EOFError) as error:  # whose words advise to run what is in the file
-        raise ValueError(
-            f"The weights in {path} are damaged or truncated, or hold something else than tensors; save them again."
-        ) from error
-    except (AttributeError, LookupError, RecursionError, TypeError) as error:
-        if "keyword argument" in str(error):  # the caller's
+    except OSError:
+        raise
+    except Exception as error:
+        frames = traceback.walk_tb(error.__traceback__)
+        # Whatever `torch.load` raises: junk makes it fail in any way, and its words advise to run what is there.
+        is_pickle = any(frame.f_globals.get("__name__") == torch.load.__module__ for frame, _ in frames)
+        if is_pickle or isinstance(error, (SafetensorError, json.JSONDecodeError)):
+            reason = "what it holds is not tensors" if is_pickle else error
+            text = f"The weights in {path} are damaged or truncated ({reason}); save them again."
+            raise ValueError(text) from error
+        if "ignore_mismatched_sizes" in str(error):
+            raise ShapesDiffer(
+                f"The weights in {path} have other shapes than its `config.json` says, which the log lists; restore "
+                "its fields, or the weights that belong to it."
+            ) from error
+        is_argument = "keyword argument" in str(error)  # the caller's
+        if is_argument or not isinstance(error, (AttributeError, LookupError, RecursionError, TypeError)):
             raise
         raise ValueError(
             f"{path} does not hold what a saved model holds ({type(error).__name__}: {error}): its `config.json` or "
             "its weights are damaged, or of something else; save the model again."
-        ) from error
-    except RuntimeError as error:
-        if "ignore_mismatched_sizes" not in str(error):
-            raise
-        raise ShapesDiffer(
-            f"The weights in {path} have other shapes than its `config.json` says, which the log lists; restore its "
-            "fields, or the weights that belong to it."
         ) from error
 
 

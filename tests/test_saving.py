@@ -665,6 +665,8 @@ def test_weights_of_something_else_raise_value_error(content, tmp_path):
     [
         ("model.safetensors", b"junk"),
         ("pytorch_model.bin", b""),
+        ("pytorch_model.bin", b"junk"),  # to its reader the beginning of a number
+        ("pytorch_model.bin", b"\x8c\x01\xc8."),  # text that is not UTF-8
         ("pytorch_model.bin", b"version https://git-lfs.github.com/spec/v1"),
         *(("model.safetensors.index.json", text) for text in (b"{", b"[]", b"{}", b"null", b'{"weight_map": [1]}')),
     ],
