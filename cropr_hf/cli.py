@@ -38,7 +38,7 @@ from .publishing.model_card import (
     read_record,
     write_record,
 )
-from .saving import is_checkpoint_folder
+from .saving import is_checkpoint_folder, named_damage
 from .speed.benchmark import BenchmarkArguments, sweep
 from .speed.plots import plot_benchmark
 from .speed.schedule_search import SHAPES, FoundSchedule, find_schedule
@@ -306,12 +306,13 @@ def _load(name_or_path: str, **fields: Any) -> CroprViTPreTrainedModel:
 def _architecture(name_or_path: str) -> str:
     """The class that a model was saved with; empty if that is not known."""
     try:
-        fields, _ = PreTrainedConfig.get_config_dict(name_or_path)
+        with named_damage(name_or_path):
+            fields, _ = PreTrainedConfig.get_config_dict(name_or_path)
+            return (fields.get("architectures") or [""])[0]
     except OSError as error:
         raise ValueError(
             f"{name_or_path} is neither a folder of a model nor a repository that can be reached ({error})."
         ) from error
-    return (fields.get("architectures") or [""])[0]
 
 
 def _check_target(folder: str, source: str, overwrite: bool) -> None:

@@ -24,8 +24,15 @@ from .configuration_cropr_vit import CroprViTConfig
 IGNORED_LABEL = -100  # of an image, as everywhere in torch
 
 
+def check_is_tensor(labels: Any) -> None:
+    """Raises `ValueError` for labels that are something else."""
+    if not isinstance(labels, torch.Tensor):
+        raise ValueError(f"`labels` is a {type(labels).__name__}; give a tensor.")
+
+
 def check_image_labels(config: CroprViTConfig, labels: torch.Tensor, batch_size: int) -> None:
     """Raises `ValueError` for labels that `CroprViTForImageClassification` does not take."""
+    check_is_tensor(labels)
     if torch.compiler.is_compiling():
         return  # a data-dependent check would break the graph
     num_labels = config.num_labels or 0
@@ -80,6 +87,7 @@ def check_class_shares(labels: torch.Tensor, batch_size: int, num_labels: int) -
 
 def check_label_maps(config: CroprViTConfig, labels: torch.Tensor, batch_size: int) -> None:
     """Raises `ValueError` for labels that `CroprViTForSemanticSegmentation` does not take."""
+    check_is_tensor(labels)
     if torch.compiler.is_compiling():
         return  # a data-dependent check would break the graph
     num_labels = config.num_labels or 0
@@ -96,6 +104,15 @@ def check_label_maps(config: CroprViTConfig, labels: torch.Tensor, batch_size: i
             f"`labels` are between {labels.min().item()} and {labels.max().item()}; they must be in "
             f"[0, {num_labels - 1}], or {ignored} to be ignored. Set `num_labels` to the number of classes, "
             "or reduce the labels (`do_reduce_labels` of the image processor) if 0 means none."
+        )
+
+
+def check_labels_per_image(labels: Any, batch_size: int) -> None:
+    """Raises `ValueError` unless labels of a detector are a list with an entry for every image."""
+    if not isinstance(labels, (list, tuple)) or len(labels) != batch_size:
+        raise ValueError(
+            f"`labels` is a {type(labels).__name__}{f' of {len(labels)}' if hasattr(labels, '__len__') else ''}; "
+            f"it must be a list of {batch_size} dictionaries, one per image."
         )
 
 

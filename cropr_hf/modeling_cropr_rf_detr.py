@@ -33,8 +33,10 @@ from transformers.models.rf_detr.modeling_rf_detr import (
 )
 
 from .configuration_cropr_vit import CroprViTConfig, check_finite, settle_labels, with_new_labels
+from .labels import check_labels_per_image, check_object_labels
 from .modeling_cropr_vit import CroprViTBackbone
 from .saving import refuse_unexpected
+from .vit_layers import CroprViTEmbeddings
 
 
 @strict
@@ -215,6 +217,27 @@ class CroprRfDetrForObjectDetection(CroprRfDetrPreTrainedModel, RfDetrForObjectD
         self.class_embed = nn.Linear(config.d_model, config.num_labels or 0)
         self.bbox_embed = RfDetrMLPPredictionHead(config.d_model, config.d_model, 4, num_layers=3)
         self.post_init()
+
+    def forward(  # type: ignore[override]
+        self,
+        pixel_values: torch.Tensor,
+        pixel_mask: torch.Tensor | None = None,
+        labels: list[dict[str, torch.Tensor]] | None = None,
+        **kwargs: Any,
+    ):
+        """See `RfDetrForObjectDetection.forward`.
+
+        Raises:
+            `ValueError`: for pixels and labels that the other detectors do not take either.
+        """
+        CroprViTEmbeddings.check_pixels(pixel_values)
+        if labels is not None:
+            check_labels_per_image(labels, len(pixel_values))
+            height, width = pixel_values.shape[-2:]
+            for image, label in enumerate(labels):
+                check_object_labels(self.config, image, label, (height, width), has_masks=False)  # type: ignore[arg-type]
+            labels = [{**label, "class_labels": label["class_labels"].long()} for label in labels]
+        return super().forward(pixel_values, pixel_mask, labels, **kwargs)
 
     @property  # type: ignore[misc]
     def loss_function(self):

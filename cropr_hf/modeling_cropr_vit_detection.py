@@ -51,7 +51,7 @@ from .detection_heads import (
     pyramid_strides,
     soft_nms,
 )
-from .labels import check_object_labels, class_presence
+from .labels import check_labels_per_image, check_object_labels, class_presence
 from .modeling_cropr_vit import CroprViTModel, CroprViTPreTrainedModel, presence_loss
 from .vit_layers import pad_to_patches
 
@@ -359,11 +359,7 @@ class CroprViTDetector(CroprViTPreTrainedModel):
         self, labels: list[dict[str, torch.Tensor]], pixel_values: torch.Tensor, image_sizes: list[tuple[int, int]]
     ) -> list[dict[str, torch.Tensor]]:
         """Labels after their checks, with boxes as corners in pixels, on the device of the images."""
-        if not isinstance(labels, (list, tuple)) or len(labels) != len(pixel_values):
-            raise ValueError(
-                f"`labels` is a {type(labels).__name__}{f' of {len(labels)}' if hasattr(labels, '__len__') else ''}; "
-                f"it must be a list of {len(pixel_values)} dictionaries, one per image."
-            )
+        check_labels_per_image(labels, len(pixel_values))
         height, width = pixel_values.shape[-2:]
         targets = []
         for image, (label, image_size) in enumerate(zip(labels, image_sizes)):

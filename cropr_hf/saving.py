@@ -22,7 +22,9 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -116,40 +118,43 @@ class StrippableModel(PreTrainedModel):
             config = copy.deepcopy(config)
             config.use_auxiliary_heads = stored_heads
         return_info = kwargs.pop("output_loading_info", False)
+        replaces_head = kwargs.pop("ignore_mismatched_sizes", False)
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # they are checked below, by name
         # A repository gives all files of one commit, and variants share a configuration.
         folder = os.path.join(path, kwargs["subfolder"]) if kwargs.get("subfolder") else path
         is_checked = os.path.isdir(folder) and not kwargs.get("variant")
         weights_ids = {stored.get(WEIGHTS_ID)}
         if config is not None and config.name_or_path == str(path):
             weights_ids.add(getattr(config, WEIGHTS_ID, None))
-        try:
+        with named_damage(path):
             if is_checked:
                 _check_weights_id(folder, weights_ids)
-            loaded: Any = super().from_pretrained(path, *model_args, config=config, output_loading_info=True, **kwargs)
+            loaded: Any = super().from_pretrained(path, *model_args, config=config, **kwargs)
             if is_checked:  # again: they may have been replaced meanwhile
                 _check_weights_id(folder, weights_ids)
-        except SafetensorError as error:
-            raise ValueError(f"The weights in {path} are damaged or truncated ({error}); save them again.") from error
         model, info = loaded
         vars(model.config).pop(WEIGHTS_ID, None)  # from now on they may change
         # New reducers are usual if they will be trained, a new head if the folder holds a model of another class.
         new_parts = ["token_reducers."] if wanted_heads and not stored_heads else []
         if stored.get("architectures") != [cls.__name__]:
             new_parts.append("head")
-        model._check_loaded(path, info, new_parts)
+        model._check_loaded(path, info, new_parts, replaces_head)
         if wanted_heads and not stored_heads:
             model.add_auxiliary_heads()
         elif stored_heads and not wanted_heads:
             model.remove_auxiliary_heads()
         return (model, info) if return_info else model
 
-    def _check_loaded(self, path: str | os.PathLike, info: dict[str, Any], new_parts: Sequence[str]) -> None:
+    def _check_loaded(
+        self, path: str | os.PathLike, info: dict[str, Any], new_parts: Sequence[str], replaces_head: bool
+    ) -> None:
         """Raises `ValueError` for weights that should have been in the checkpoint, or not.
 
         Args:
             path: of the checkpoint.
             info: the loading report of Transformers.
             new_parts: what may be new: `"token_reducers."`, and `"head"` for all outside the base model.
+            replaces_head: whether weights outside the backbone may be new because theirs have other shapes.
         """
         prefix = "" if self.base_model is self else self.base_model_prefix + "."
         resized = [entry if isinstance(entry, str) else entry[0] for entry in info.get("mismatched_keys", ())]
@@ -165,6 +170,12 @@ class StrippableModel(PreTrainedModel):
             raise ValueError(
                 f"The checkpoint {path} has other shapes for {', '.join(resized[:3])}; only a task head can be "
                 "replaced. Leave the fields of the backbone as they are; the model interpolates positions by itself."
+            )
+        if info["mismatched_keys"] and not replaces_head:
+            name, stored, own = min(info["mismatched_keys"])
+            raise ShapesDiffer(
+                f"The checkpoint {path} has {name} of the shape {tuple(stored)}, the configuration says {tuple(own)}; "
+                "leave its fields as they are, or let `ignore_mismatched_sizes=True` put a new head in the place."
             )
         missing = [name for name in info["missing_keys"] if "head" not in new_parts or name.startswith(prefix)]
         missing = sorted(name for name in missing if not any(part in name for part in new_parts))
@@ -300,6 +311,39 @@ def refuse_unexpected(path: str | os.PathLike, names: Iterable[str]) -> None:
         )
 
 
+class ShapesDiffer(ValueError, RuntimeError):
+    """Weights of other shapes than the model's: a `ValueError` as everywhere here, and what Transformers raises."""
+
+
+@contextmanager
+def named_damage(path: str | os.PathLike) -> Iterator[None]:
+    """Turns errors of readers that met a damaged or foreign file into a `ValueError` that names its folder."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        frames = traceback.walk_tb(error.__traceback__)
+        # Whatever `torch.load` raises: junk makes it fail in any way, and its words advise to run what is there.
+        is_pickle = any(frame.f_globals.get("__name__") == torch.load.__module__ for frame, _ in frames)
+        if is_pickle or isinstance(error, (SafetensorError, json.JSONDecodeError)):
+            reason = "what it holds is not tensors" if is_pickle else error
+            text = f"The weights in {path} are damaged or truncated ({reason}); save them again."
+            raise ValueError(text) from error
+        if "ignore_mismatched_sizes" in str(error):
+            raise ShapesDiffer(
+                f"The weights in {path} have other shapes than its `config.json` says, which the log lists; restore "
+                "its fields, or the weights that belong to it."
+            ) from error
+        is_argument = "keyword argument" in str(error)  # the caller's
+        if is_argument or not isinstance(error, (AttributeError, LookupError, RecursionError, TypeError)):
+            raise
+        raise ValueError(
+            f"{path} does not hold what a saved model holds ({type(error).__name__}: {error}): its `config.json` or "
+            "its weights are damaged, or of something else; save the model again."
+        ) from error
+
+
 def is_checkpoint_folder(path: str | os.PathLike) -> bool:
     """Whether a folder, or what it is a link to, has the name of those that the Trainer resumes from."""
     names = (os.path.basename(place) for place in (os.path.abspath(path), os.path.realpath(path)))
@@ -309,8 +353,17 @@ def is_checkpoint_folder(path: str | os.PathLike) -> bool:
 def _stored_config(path: str | os.PathLike, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The configuration stored at `path`; raises `ValueError` if there is none, or one of another model type."""
     names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-    stored, _ = CroprViTConfig.get_config_dict(path, **{name: kwargs[name] for name in names if name in kwargs})
-    model_type = stored.get("model_type")
+    where = {name: kwargs[name] for name in names if name in kwargs}
+    try:
+        with named_damage(path):
+            stored, _ = CroprViTConfig.get_config_dict(path, **where)
+    except OSError as error:
+        if isinstance(error.__context__, (json.JSONDecodeError, UnicodeDecodeError)):
+            raise ValueError(
+                f"The `config.json` of {path} is not valid JSON ({error.__context__}); save the model again."
+            ) from error
+        raise
+    model_type = stored.get("model_type") if isinstance(stored, dict) else None
     if model_type is None:  # Transformers would go on with default values
         raise ValueError(
             f"{path} holds no `config.json` of a model: it is not a saved model, or saving it was interrupted; save "

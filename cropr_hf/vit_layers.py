@@ -74,6 +74,11 @@ class CroprViTEmbeddings(OwnWeights):
     @staticmethod
     def check_pixels(pixel_values: torch.Tensor) -> None:
         """Raises `ValueError` for raw pixels, and for what is not a batch of images."""
+        if not isinstance(pixel_values, torch.Tensor):
+            raise ValueError(
+                f"`pixel_values` is a {type(pixel_values).__name__}; give a tensor, which image processors return "
+                'with `return_tensors="pt"`.'
+            )
         if not pixel_values.is_floating_point():
             raise ValueError(
                 f"`pixel_values` are {pixel_values.dtype}; give normalised floating-point values, as image processors "

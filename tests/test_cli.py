@@ -373,6 +373,24 @@ def test_a_card_that_cannot_be_made_changes_nothing(checkpoint, tmp_path, monkey
         assert "record.json" in capsys.readouterr().err and (card.read_bytes(), record.read_bytes()) == before
 
 
+@pytest.mark.parametrize("config", ["", "[]", "null", '{"architectures": 5}', '{"model_type": []}'])
+def test_a_folder_with_a_foreign_configuration_is_named(config, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text(config)
+    for command in (
+        ["convert", source, tmp_path / "out"],
+        ["strip", source, tmp_path / "out"],
+        ["visualize", source, "photo.png", "--output", tmp_path / "pruning.png"],
+        ["export", source, tmp_path / "model.pt2"],
+        ["card", source],
+    ):
+        assert run(*command) == 1
+        assert str(source) in capsys.readouterr().err
+    assert [*tmp_path.iterdir()] == [source] and len([*source.iterdir()]) == 1
+
+
 @pytest.fixture
 def fail_with(monkeypatch):
     """Runs a command that raises an error."""

@@ -697,6 +697,50 @@ def test_rf_detr_serves_the_auto_classes_and_the_pipeline(tmp_path):
     assert found and {"score", "label", "box"} == found[0].keys()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"class_labels": torch.tensor([99])}, r"classes between 99 and 99; they must be in \[0, 4\]"),
+        ({"class_labels": torch.tensor([-1])}, r"classes between -1 and -1"),
+        ({"class_labels": torch.tensor([0.0])}, r"torch.float32 of the shape \(1,\)"),
+        ({"class_labels": [0]}, r"`class_labels` in `labels\[1\]` is a list; give a tensor"),
+        ({"boxes": torch.full((2, 4), 0.5)}, r"`boxes` of the shape \(2, 4\)"),
+        ({"boxes": torch.full((1, 4), 20.0)}, r"Divide pixels by width and height"),
+        ({"boxes": torch.full((1, 4), torch.nan)}, r"`boxes` between nan"),
+    ],
+)
+@pytest.mark.parametrize("training", [False, True])
+def test_rf_detr_refuses_labels_that_are_none(change, message, training):
+    model = build_rf_detr().train(training)
+    label = {"class_labels": torch.tensor([0]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]])}
+    with pytest.raises(ValueError, match=message):
+        model(IMAGES[:2], labels=[label, {**label, **change}])
+
+
+def test_rf_detr_refuses_lists_of_another_length_and_images_that_are_none():
+    model = build_rf_detr()
+    label = {"class_labels": torch.tensor([0]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]])}
+    for labels in ([label], [], label, torch.zeros(2)):
+        with pytest.raises(ValueError, match="it must be a list of 2 dictionaries, one per image"):
+            model(IMAGES[:2], labels=labels)
+    wrong = {"is a NoneType": None, "is a ndarray": IMAGES.numpy(), "it must be .batch": IMAGES[0]}
+    for message, images in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            model(images)
+
+
+def test_rf_detr_takes_classes_of_any_whole_type_and_of_no_object():
+    model = build_rf_detr().train()
+    label = {"class_labels": torch.tensor([0]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]])}
+    nothing = {"class_labels": torch.zeros(0), "boxes": torch.zeros(0, 4)}
+    losses = []
+    for whole in (torch.int64, torch.int32, torch.uint8):
+        torch.manual_seed(0)
+        labels = [{**label, "class_labels": label["class_labels"].to(whole)}, nothing]
+        losses.append(model(IMAGES[:2], labels=labels).loss.item())
+    assert losses[0] == losses[1] == losses[2]
+
+
 def test_rf_detr_refuses_other_backbones_and_small_images():
     with pytest.raises(ValueError, match="`backbone_config` is a ViTConfig; give a `CroprViTConfig`"):
         CroprRfDetrConfig(backbone_config=ViTConfig(**TINY_VIT))

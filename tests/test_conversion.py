@@ -14,6 +14,7 @@
 """Conversion: with pruning off a converted model computes what its source computes, and nothing is left over."""
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -544,6 +545,33 @@ def rename_class(folder, architecture):
     config = json.loads((folder / "config.json").read_text())
     config["architectures"] = architecture and [architecture]
     (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (None, "does not hold what a saved model holds"),
+        ({"architectures": 5}, "does not hold what a saved model holds"),
+        ({"dtype": "float33"}, "does not hold what a saved model holds"),
+        ({"intermediate_size": 56}, "have other shapes than its `config.json` says"),
+    ],
+    ids=str,
+)
+def test_a_folder_with_a_foreign_configuration_is_refused(fields, message, tmp_path):
+    build("vit").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(fields and {**config, **fields}))
+    with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path))} {message}"):
+        CroprViTModel.from_vit(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_folder_with_junk_for_weights_is_refused(name, tmp_path):
+    build("vit").save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / name).write_bytes(b"junk")
+    with pytest.raises(ValueError, match=f"The weights in {re.escape(str(tmp_path))} are damaged or truncated"):
+        CroprViTModel.from_vit(tmp_path)
 
 
 def test_an_incomplete_folder_is_refused(tmp_path):

@@ -108,6 +108,16 @@ def test_a_checkpoint_needs_all_of_its_weights(checkpoints, log_records):
     assert "it has no weights" in reasons[0] and "it has no model-00001-of-00002.safetensors" in reasons[1]
 
 
+@pytest.mark.parametrize("text", ["[]", "3", "{}", '{"weight_map": [1]}', "[" * 100_000])
+def test_files_of_another_kind_are_noticed(text, checkpoints, log_records):
+    (checkpoints / "checkpoint-16" / "model.safetensors.index.json").write_text(text)
+    (checkpoints / "checkpoint-12" / "trainer_state.json").write_text("[]")
+    assert last_whole_checkpoint(checkpoints) == str(checkpoints / "checkpoint-8")
+    reasons = [record.getMessage() for record in log_records if record.levelno == logging.WARNING]
+    assert "model.safetensors.index.json does not say what it should" in reasons[0]
+    assert "trainer_state.json is not an object of JSON" in reasons[1]
+
+
 def test_checkpoints_of_the_plain_trainer_count(tmp_path):
     trainer = make_trainer(tmp_path, Trainer, max_steps=4, save_only_model=True, load_best_model_at_end=False)
     trainer.train()

@@ -174,7 +174,7 @@ class TestRecords:
             file = tmp_path / "record.json"
             text = json.dumps(read_record(tmp_path) | changes)
             file.write_text(text)
-            with pytest.raises(ValueError, match="does not say what a card needs"):
+            with pytest.raises(ValueError, match="save the model again, or correct"):
                 write_record(tmp_path, read_record(tmp_path))
             assert file.read_text() == text and card_of(tmp_path) == before
             saved(tmp_path)

@@ -1,6 +1,7 @@
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -721,6 +722,20 @@ def test_dropout_acts_in_training_only():
 def test_wrong_images_raise_value_error(task, name, shape, message):
     with pytest.raises(ValueError, match=message):
         build(task, name)(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("images", [None, np.zeros((2, 3, 32, 32), np.float32), [[0.0]], "photo.jpg"], ids=type)
+def test_images_that_are_no_tensor_raise_value_error(task, images):
+    with pytest.raises(ValueError, match=f"`pixel_values` is a {type(images).__name__}; give a tensor"):
+        build(task, "plain")(images)
+
+
+@pytest.mark.parametrize("task", ["classification", "segmentation"])
+@pytest.mark.parametrize("labels", [[0, 1], np.zeros(2, np.int64), "cat", 1], ids=type)
+def test_labels_that_are_no_tensor_raise_value_error(task, labels):
+    with pytest.raises(ValueError, match=f"`labels` is a {type(labels).__name__}; give a tensor"):
+        build(task, "plain")(make_images(), labels=labels)
 
 
 @pytest.mark.parametrize("task", [task for task in TASKS if TASKS[task].whole_patches])

@@ -293,8 +293,10 @@ def test_new_number_of_labels(tmp_path):
         outputs = loaded.train()(make_images(), labels=torch.tensor([0, 2]))
         assert outputs.auxiliary_losses.shape == (3,) and outputs.loss.isfinite()
         assert torch.equal(predictions(loaded)[1], predictions(model)[1])
-    with pytest.raises(RuntimeError, match="mismatch"):
-        CroprViTForImageClassification.from_pretrained(tmp_path / "stripped", num_labels=3)
+    message = r"classifier.bias of the shape \(5,\), the configuration says \(3,\); .*`ignore_mismatched_sizes=True`"
+    for kind in (ValueError, RuntimeError):  # ours, and that of Transformers
+        with pytest.raises(kind, match=message):
+            CroprViTForImageClassification.from_pretrained(tmp_path / "stripped", num_labels=3)
 
 
 def test_loading_in_bfloat16(tmp_path):
@@ -578,6 +580,69 @@ def test_an_interruption_while_writing_leaves_the_old_model(max_shard_size, tmp_
     assert calls and sorted(file.name for file in tmp_path.iterdir()) == before
     assert_same_model(old, CroprViTForImageClassification.from_pretrained(tmp_path))
     assert new.config.use_auxiliary_heads is True
+
+
+@pytest.mark.parametrize("config", ["", "{", "[]", "null", "3", '"cropr_vit"', "{}", "\udcff", "[" * 100_000])
+def test_what_is_no_configuration_raises_value_error(config, tmp_path):
+    trainable().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_bytes(config.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path))}.*save .*again"):
+        CroprViTForImageClassification.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("fields", [{"dtype": "float33"}, {"quantization_config": 5}, {"num_labels": "many"}], ids=str)
+def test_fields_that_are_none_raise_value_error(fields, tmp_path):
+    trainable().save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**stored, **fields}))
+    with pytest.raises(ValueError, match=r"`config\.json` or its weights are damaged"):
+        CroprViTForImageClassification.from_pretrained(tmp_path)
+
+
+FOREIGN = {
+    "nothing": None,
+    "list": [1, 2],
+    "tensor": torch.zeros(3),
+    "other model": {"conv.weight": torch.zeros(3)},
+    "training state": {"model": {"conv.weight": torch.zeros(3)}, "epoch": 3},
+    "numbers as names": {1: torch.zeros(3)},
+    "code": torch.nn.Linear(2, 2),
+}
+
+
+@pytest.mark.parametrize("content", FOREIGN)
+def test_weights_of_something_else_raise_value_error(content, tmp_path):
+    trainable().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(FOREIGN[content], tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))) as error:
+        CroprViTForImageClassification.from_pretrained(tmp_path)
+    assert "weights_only" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("model.safetensors", b"junk"),
+        ("pytorch_model.bin", b""),
+        ("pytorch_model.bin", b"junk"),  # to its reader the beginning of a number
+        ("pytorch_model.bin", b"\x8c\x01\xc8."),  # text that is not UTF-8
+        ("pytorch_model.bin", b"version https://git-lfs.github.com/spec/v1"),
+        *(("model.safetensors.index.json", text) for text in (b"{", b"[]", b"{}", b"null", b'{"weight_map": [1]}')),
+    ],
+)
+def test_junk_instead_of_weights_raises_value_error(name, content, tmp_path):
+    trainable().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path))}.*save .*again"):
+        CroprViTForImageClassification.from_pretrained(tmp_path)
+
+
+def test_arguments_that_a_model_does_not_know_stay_the_callers_fault(tmp_path):
+    trainable().save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="keyword argument"):
+        CroprViTForImageClassification.from_pretrained(tmp_path, nonsense=1)
 
 
 def test_truncated_weights_raise_value_error(tmp_path):

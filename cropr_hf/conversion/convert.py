@@ -30,6 +30,7 @@ from ..modeling_cropr_vit import (
     CroprViTModel,
     CroprViTPreTrainedModel,
 )
+from ..saving import named_damage
 from ..token_reduction import has_auxiliary_heads
 from . import hf, timm
 from .table import SourceDescription, Weights, audit_weights, convert_weights
@@ -159,7 +160,8 @@ def _load(source: Any, loading: dict[str, Any]) -> nn.Module:
     is_of_timm = name.startswith(("timm/", "hf-hub:", "local-dir:")) or "/" not in name
     if is_of_timm and not os.path.isdir(name):
         return timm.load_timm(name, **loading)
-    return hf.load_transformers(name, **loading)
+    with named_damage(name):
+        return hf.load_transformers(name, **loading)
 
 
 def check_fixed_fields(description: SourceDescription, overrides: dict[str, Any]) -> None:

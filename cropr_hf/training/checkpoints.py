@@ -51,7 +51,8 @@ def _flaw(folder: str) -> str | None:
     name = TRAINER_STATE_NAME
     try:
         with open(os.path.join(folder, name), encoding="utf-8") as file:
-            json.load(file)
+            if not isinstance(json.load(file), dict):
+                return f"{name} is not an object of JSON"
         for name in sorted(os.listdir(folder)):
             path = os.path.join(folder, name)
             if name.endswith(".safetensors"):
@@ -68,6 +69,8 @@ def _flaw(folder: str) -> str | None:
         return f"it has no {name}"
     except (OSError, ValueError, SafetensorError) as error:
         return f"{name} is truncated ({error})"
+    except (AttributeError, LookupError, RecursionError, TypeError) as error:  # JSON of another kind
+        return f"{name} does not say what it should ({type(error).__name__}: {error})"
     if not any(entry.startswith(WEIGHTS) for entry in os.listdir(folder)):
         return "it has no weights"
     return None
