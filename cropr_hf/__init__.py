@@ -6,6 +6,7 @@ Importing the package registers its models with the Auto classes.
 import transformers
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageSegmentation
 from transformers.models.auto import modeling_auto
+from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING
 
 from . import methods  # noqa: F401 (registers them)
 from .configuration_cropr_vit import CroprViTConfig
@@ -48,6 +49,9 @@ AutoConfig.register(CroprViTConfig.model_type, CroprViTConfig, exist_ok=True)
 AutoImageProcessor.register(
     CroprViTConfig, image_processor_classes={"torchvision": CroprViTImageProcessor}, exist_ok=True
 )
+# From the name of an image processor with code, pipelines guess that of a video processor, and would ask on standard
+# input whether to run its code: there is none.
+VIDEO_PROCESSOR_MAPPING.register(CroprViTConfig, None, exist_ok=True)  # type: ignore[arg-type]
 AutoConfig.register(CroprRfDetrConfig.model_type, CroprRfDetrConfig, exist_ok=True)
 transformers.AutoModel.register(CroprRfDetrConfig, CroprRfDetrModel, exist_ok=True)
 for config_class, tasks in ((CroprViTConfig, TASKS.values()), (CroprRfDetrConfig, [RF_DETR])):

@@ -21,6 +21,7 @@ from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
 from .arguments import DTYPES, parse_config, parse_device
 from .configuration_cropr_vit import CroprViTConfig
+from .detection_heads import training_memory
 from .files import check_file, replacing, write_json
 from .image_processing_cropr_vit import CroprViTImageProcessor
 from .images import image_files, open_image
@@ -70,6 +71,12 @@ def convert(args: Namespace) -> str:
         what = "its scorers are new, so train it"
     else:
         what = f"{method.label} is training-free: it can be used at once, and fine-tuned for accuracy"
+    if task.is_detector:
+        gigabytes = training_memory(model.config) / 1e9
+        note += (
+            f" In training its box heads keep {gigabytes:.2g} GB per image; a smaller `rois_per_image` than "
+            f"{model.config.rois_per_image} makes that less in proportion."
+        )
     return f"{args.output_dir} holds the model; {what}.{note}"
 
 

@@ -108,6 +108,18 @@ SIZES["eva02_large_detection"] = {
 }
 
 
+def check_finite(settings: Any) -> None:
+    """Raises `ValueError` for a number among the fields of a dataclass, or in their lists, that is NaN or infinite.
+
+    Comparisons with NaN are false, so that no check of a range is sure to notice it.
+    """
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"`{field.name}` is {value}; it must be a finite number.")
+
+
 @strict
 class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
     r"""
@@ -182,7 +194,8 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
         anchor_sizes (`list[int]`): side in pixels of the anchors at strides 4, 8, 16, 32 and 64.
         box_head_size (`int`): width of the linear layer of each box head.
         num_proposals (`int`): proposals per image that the box heads refine.
-        rois_per_image (`int`): proposals per image that train the box heads, a quarter of them on objects at most.
+        rois_per_image (`int`): proposals per image that train the box heads, a quarter of them on objects at most;
+            what they keep for the backward pass, most of the memory of training, is in proportion to it.
         score_threshold (`float`): detections with a lower score are dropped before suppression; 0.0 in the system
             protocol of EVA-02, which the paper's figures of detectors follow.
         nms_method (`str`): `"hard"` suppression, or `"linear"` soft suppression (scores times 1 - IoU), which the
@@ -426,9 +439,7 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
             return None
         return window_grid(self.window_size, num_patches, grid_size)
 
-    def validate_numbers(self):
-        """Checks that every number is one."""
-        check_finite(self)
+    validate_numbers = check_finite
 
     def validate_backbone(self):
         """Checks of the plain ViT, across fields."""
@@ -469,9 +480,7 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"`rope_theta` is {self.rope_theta}; it must be positive, or `None` for no rotation.")
         for name in ("initializer_range", "layer_norm_eps"):
             if getattr(self, name) <= 0:
-                raise ValueError(
-                    f"`{name}` is {getattr(self, name)}; it must be positive, such as {getattr(type(self), name)}."
-                )
+                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be positive, such as 1e-6 or 0.02.")
         if self.rope_coordinates not in ROPE_COORDINATES:
             raise ValueError(f"`rope_coordinates` is {self.rope_coordinates!r}; choose 'index' or 'centered'.")
 
@@ -531,10 +540,7 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
                 "'multi_label_classification' or 'regression'."
             )
         if problem_type in ("multi_label_classification", "regression") and self.label_smoothing > 0:
-            raise ValueError(
-                f"`label_smoothing` is {self.label_smoothing}, but it is of single-label classification; set it to 0 "
-                f"for {problem_type!r}."
-            )
+            raise ValueError(f"`label_smoothing` is of single-label classification; set it to 0 for {problem_type!r}.")
 
     def validate_token_reduction(self):
         """Checks of the pruning fields and of the schedule at `image_size`."""
@@ -561,24 +567,11 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(
                 f"`hidden_size` {self.hidden_size} is not divisible by `scorer_num_heads` {self.scorer_num_heads}."
             )
-        ratio = self.aggregator_mlp_ratio
-        if ratio is not None and self.hidden_size * ratio < 1:
+        if self.aggregator_mlp_ratio is not None and self.hidden_size * self.aggregator_mlp_ratio < 1:
             raise ValueError(
-                f"`aggregator_mlp_ratio` is {ratio}, which leaves the MLP no channel of {self.hidden_size}; give a "
+                f"`aggregator_mlp_ratio` is {self.aggregator_mlp_ratio}, which leaves the MLP no channel; give a "
                 "larger one, such as 4.0, or `None` for no MLP."
             )
-
-
-def check_finite(settings: Any) -> None:
-    """Raises `ValueError` for a number among the fields of a dataclass, or in their lists, that is NaN or infinite.
-
-    Comparisons with NaN are false, so that no check of a range is sure to notice it.
-    """
-    for field in fields(settings):
-        value = getattr(settings, field.name)
-        for number in value if isinstance(value, (list, tuple)) else [value]:
-            if isinstance(number, float) and not math.isfinite(number):
-                raise ValueError(f"`{field.name}` is {value}; it must be a finite number.")
 
 
 def settle_labels(config: PreTrainedConfig, num_labels: int | None) -> None:

@@ -274,6 +274,16 @@ class CroprViTBoxHead(nn.Module):
         return class_loss / count, F.l1_loss(deltas[positive], wanted, reduction="sum") / count
 
 
+def training_memory(config: CroprViTConfig) -> int:
+    """Bytes per image that the box heads keep in float32 for the backward pass, which is most of what training takes.
+
+    Of each region every stage keeps the pooled map, for each of its four convolutions what the norm and the next layer
+    get, and the flattened map.
+    """
+    maps = 1 + 4 * 2 + 1
+    return 4 * len(CASCADE) * config.rois_per_image * maps * config.pyramid_channels * BOX_POOLING**2
+
+
 class CroprViTMaskHead(nn.Module):
     """Four convolutions, upsampling, and one mask per class."""
 

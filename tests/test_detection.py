@@ -33,6 +33,7 @@ from cropr_hf.detection_heads import (
     paste_masks,
     pool_regions,
     soft_nms,
+    training_memory,
 )
 from cropr_hf.modeling_cropr_vit_detection import _image_sizes
 from cropr_hf.training import layer_decay_groups
@@ -340,6 +341,21 @@ def test_a_region_stands_for_the_object_that_it_overlaps_most():
     target = {"boxes": torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 8]]), "class_labels": torch.tensor([0, 1])}
     boxes = torch.tensor([[0.0, 0, 10, 9.5], [0, 0, 10, 8.5]])
     assert [found.tolist() for found in match_boxes(boxes, target, 0.5, 5)] == [[0, 1], [0, 1]]
+
+
+def test_what_the_box_heads_keep_for_the_backward_pass():
+    model, regions = detector(rois_per_image=128, pyramid_channels=64, box_head_size=8), torch.randn(128, 64, 7, 7)
+    kept: dict[int, int] = {}
+
+    def pack(tensor):
+        if not isinstance(tensor, torch.nn.Parameter):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = [head(regions + stage) for stage, head in enumerate(model.box_heads)]
+    assert sum(kept.values()) == pytest.approx(training_memory(model.config), rel=0.05) and outputs
+    assert round(16 * training_memory(CroprViTConfig()) / 1e9) == 12
 
 
 def test_a_quarter_of_the_sampled_regions_shows_objects_at_most():

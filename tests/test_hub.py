@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForImageClassification, SegformerImageProcessor, ViTImageProcessor
+from transformers import AutoModelForImageClassification, SegformerImageProcessor, ViTImageProcessor, pipeline
 
 from cropr_hf import (
     CroprRfDetrConfig,
@@ -147,6 +147,15 @@ def test_it_runs_without_the_package(auto_class, model_class, fields, processor,
         assert_close_relative(results["base"], model.cropr_vit(pixels).last_hidden_state)
     again = model_class.from_pretrained(tmp_path / "again")
     assert not again.config.use_auxiliary_heads
+
+
+def test_with_the_package_a_pipeline_asks_nobody_whether_to_run_code(tmp_path, monkeypatch):
+    detector = build(CroprViTForObjectDetection, **DETECTOR)
+    save_for_hub(detector, tmp_path, CroprViTImageProcessor(size={"shortest_edge": 32, "longest_edge": 32}))
+    questions: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda question: questions.append(question) or "n")
+    detect = pipeline("object-detection", str(tmp_path))
+    assert type(detect.model) is CroprViTForObjectDetection and not questions
 
 
 def test_a_later_ordinary_save_loads(model, tmp_path):
