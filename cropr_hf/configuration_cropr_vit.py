@@ -120,6 +120,14 @@ def check_finite(settings: Any) -> None:
                 raise ValueError(f"`{field.name}` is {value}; it must be a finite number.")
 
 
+def check_unknown(config: Any, kwargs: dict[str, Any]) -> None:
+    """Transformers keeps unknown keywords as attributes; raises `ValueError` for one that looks like a field."""
+    own = [field.name for field in fields(config)]
+    for name in kwargs.keys() - config.attribute_map.keys():
+        if near := difflib.get_close_matches(name, own, n=1, cutoff=0.9):
+            raise ValueError(f"`{name}` is not a field of {type(config).__name__}; did you mean `{near[0]}`?")
+
+
 @strict
 class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
     r"""
@@ -319,7 +327,7 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
         self.set_output_features_output_indices(
             out_features=kwargs.pop("out_features", None), out_indices=kwargs.pop("out_indices", None)
         )
-        self._check_unknown(kwargs)
+        check_unknown(self, kwargs)
         super().__post_init__(**kwargs)
         # `@strict` runs these as well, but wraps what they raise; here a wrong value is a plain `ValueError`.
         self.validate_numbers()
@@ -330,13 +338,6 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
         self.validate_token_reduction()
         if method is not None:
             check_pruning(self, method)
-
-    def _check_unknown(self, kwargs: dict[str, Any]) -> None:
-        """Transformers keeps unknown keywords as attributes; one that looks like a field is a mistake."""
-        own = [field.name for field in fields(self)]
-        for name in kwargs.keys() - self.attribute_map.keys():
-            if near := difflib.get_close_matches(name, own, n=1, cutoff=0.9):
-                raise ValueError(f"`{name}` is not a field of {type(self).__name__}; did you mean `{near[0]}`?")
 
     @classmethod
     def from_size(cls, size: str, **kwargs: Any) -> "CroprViTConfig":
@@ -476,11 +477,9 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"Rotary positions need a head size divisible by 4, not "
                 f"{self.hidden_size // self.num_attention_heads}; change `num_attention_heads`."
             )
-        if self.rope_theta is not None and self.rope_theta <= 0:
-            raise ValueError(f"`rope_theta` is {self.rope_theta}; it must be positive, or `None` for no rotation.")
-        for name in ("initializer_range", "layer_norm_eps"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be positive, such as 1e-6 or 0.02.")
+        for name, usual in (("initializer_range", 0.02), ("layer_norm_eps", 1e-6), ("rope_theta", 100.0)):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be positive, such as {usual}.")
         if self.rope_coordinates not in ROPE_COORDINATES:
             raise ValueError(f"`rope_coordinates` is {self.rope_coordinates!r}; choose 'index' or 'centered'.")
 

@@ -12,7 +12,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForImageClassification, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from cropr_hf import CroprViTConfig, CroprViTForImageClassification
 from tests.common import (
@@ -118,7 +118,7 @@ def test_an_input_is_refused_or_gives_an_output_that_tells(models, task, pixels)
     try:
         with torch.no_grad():
             outputs = models[task](pixels)
-    except ValueError as error:
+    except (ValueError, FloatingPointError) as error:  # the second where a detector finds nothing but NaN
         assert said(error), repr(error)
         return
     main = TASKS[task].main_output(outputs)
@@ -251,7 +251,7 @@ def test_a_damaged_folder_is_refused_or_loads(published, data, tmp_path):
     else:
         (folder / "config.json").write_text(json.dumps(data.draw(json_values)))
     try:
-        model = AutoModelForImageClassification.from_pretrained(folder)
+        model = CroprViTForImageClassification.from_pretrained(folder)
         with torch.no_grad():
             logits = model(make_images()).logits
     except (*REFUSED, OSError) as error:  # an OSError is what Transformers raises for a folder without a model
