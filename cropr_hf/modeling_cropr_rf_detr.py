@@ -35,7 +35,7 @@ from transformers.models.rf_detr.modeling_rf_detr import (
 from .configuration_cropr_vit import CroprViTConfig, check_finite, settle_labels, with_new_labels
 from .labels import check_labels_per_image, check_object_labels
 from .modeling_cropr_vit import CroprViTBackbone
-from .saving import refuse_unexpected
+from .saving import named_damage, refuse_unexpected
 from .vit_layers import CroprViTEmbeddings
 
 
@@ -140,14 +140,15 @@ class CroprRfDetrPreTrainedModel(RfDetrPreTrainedModel):
         """See `PreTrainedModel.from_pretrained`.
 
         Raises:
-            `ValueError`: when the checkpoint has other weights of the backbone than the configuration says.
+            `ValueError`: when the checkpoint is damaged, or has other weights of the backbone than the configuration
+                says.
         """
-        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        path = pretrained_model_name_or_path
+        with named_damage(path):
+            loaded: Any = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
         model, info = loaded
         unexpected = [name for name in info["unexpected_keys"] if ".cropr_vit." in name]
-        refuse_unexpected(
-            pretrained_model_name_or_path, [name for name in unexpected if ".token_reducers." not in name]
-        )
+        refuse_unexpected(path, [name for name in unexpected if ".token_reducers." not in name])
         return loaded if output_loading_info else model
 
     def _set_gradient_checkpointing(

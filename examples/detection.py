@@ -50,9 +50,12 @@ from transformers import set_seed
 from transformers.hf_argparser import HfArg
 
 from cropr_hf import CroprViTConfig, CroprViTImageProcessor
+from cropr_hf.detection_heads import training_memory
 from cropr_hf.images import to_rgb
 from cropr_hf.training import CroprTrainer, layer_decay_optimizer
 
+
+logger = transformers_logging.get_logger(__name__)
 
 EVA02_DETECTOR = CroprViTConfig.from_size("eva02_large_detection")
 EVA02_FIELDS = ("image_size", "patch_size", "interpolate_antialias", "window_size", "window_block_indices")
@@ -407,6 +410,11 @@ def train(model_class: Any, recipe: type[CocoArguments], task: str, arguments: l
     check_counts(images["train"], data_args.box_format)
     coco_metrics = CocoMetrics(images["validation"], masks, data_args.box_format)
     model = load_model(model_class, model_args, label_names(images["train"]))
+    count = training_args.train_batch_size
+    logger.warning(
+        f"Of {count} images at a time the box heads keep {count * training_memory(model.config) / 1e9:.2g} GB in "
+        "training, in proportion to `rois_per_image` and `pyramid_channels` (--config)."
+    )
     processor = image_processor(model.config, model_args)
     images["train"].set_transform(Transform(data_args, processor, masks, training=True))
     images["validation"].set_transform(Transform(data_args, processor, masks, training=False))

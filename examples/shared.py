@@ -29,6 +29,7 @@ from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
 from cropr_hf import CroprViTConfig, has_auxiliary_heads
+from cropr_hf.configuration_cropr_vit import check_finite
 from cropr_hf.files import source_name
 from cropr_hf.images import decode_image, orientation, to_rgb
 from cropr_hf.publishing.model_card import add_to_record, published_throughput
@@ -183,7 +184,8 @@ def parse_arguments(classes: Sequence[Any], arguments: list[str] | None = None) 
         arguments: words of the command line; those of the running script by default.
 
     Raises:
-        `ValueError`: when the recipe has something that is not an argument, or a value of another type.
+        `ValueError`: when the recipe has something that is not an argument, or a value of another type, and for a
+            number that is NaN or infinite.
     """
     parser = HfArgumentParser(
         classes,
@@ -197,7 +199,10 @@ def parse_arguments(classes: Sequence[Any], arguments: list[str] | None = None) 
         raise ValueError(f"{misplaced[0]} is not the first word; a recipe comes before all other arguments.")
     if words and words[0].endswith(RECIPE_ENDINGS):
         words = [*read_recipe(words[0], parser), *words[1:]]
-    return parser.parse_args_into_dataclasses(words)
+    groups = parser.parse_args_into_dataclasses(words)
+    for group in groups:
+        check_finite(group)
+    return groups
 
 
 def read_recipe(path: str, parser: HfArgumentParser) -> list[str]:

@@ -635,6 +635,13 @@ def test_rf_detr_with_weights_that_have_no_place_is_refused(tmp_path):
         CroprRfDetrForObjectDetection.from_pretrained(tmp_path)
 
 
+def test_rf_detr_with_damaged_weights_is_refused(tmp_path):
+    build_rf_detr().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"junk")
+    with pytest.raises(ValueError, match=r"are damaged or truncated"):
+        CroprRfDetrForObjectDetection.from_pretrained(tmp_path)
+
+
 def test_rf_detr_evaluates_with_one_group():
     model = build_rf_detr()
     with torch.no_grad():

@@ -137,6 +137,13 @@ def test_gradients_have_no_limit_unless_one_is_given(parse, script):
     assert parse(script, "--max_grad_norm", 0.5)[2].max_grad_norm == 0.5
 
 
+@pytest.mark.parametrize("name", ["layer_decay", "ema_decay", "learning_rate", "drop_path_rate"])
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_numbers_are_finite(parse, name, value):
+    with pytest.raises(ValueError, match=f"`{name}` is {value}; it must be a finite number"):
+        parse("train_image_classification", f"--{name}={value}")
+
+
 def test_eva02_keeps_its_pooling(parse):
     timm = pytest.importorskip("timm")
     source = timm.create_model("eva02_tiny_patch14_224", num_classes=21, depth=3)
