@@ -111,6 +111,17 @@ def test_an_error_leaves_the_old_files(function, folder, with_and_without_links,
     assert content(folder) == NEW_FILES | OTHERS
 
 
+def test_what_killed_processes_left_goes(folder):
+    for name in (f"{STAGING_PREFIX}dead/new/config.json", ".export_a.onnx_dead/new/a.onnx", f"{STAGING_PREFIX}notes"):
+        fill(folder, {name: "left"})
+    exchange(folder)
+    assert not (folder / f"{STAGING_PREFIX}dead").exists() and (folder / f"{STAGING_PREFIX}notes").exists()
+    with staged(folder, "a.onnx", prefix=".export_a.onnx_") as staging:
+        fill(staging, {"a.onnx": "new"})
+    assert sorted(path.name for path in folder.glob(".*")) == []
+    assert (folder / "a.onnx").read_text() == "new"
+
+
 def test_what_a_link_leads_to_stays(folder, tmp_path):
     fill(tmp_path / "other", OLD_FILES)
     for name in ("config.json", "weights"):
