@@ -83,7 +83,7 @@ def convert(args: Namespace) -> str:
 def strip(args: Namespace) -> str:
     """Makes a publishable folder from a complete checkpoint."""
     _check_target(args.output_dir, args.source, args.overwrite)
-    model = _load(args.source)
+    model = _load(args.source, stripped=False)  # saving strips it, and notes how it was trained
     _take_over_record(model, args.source)
     save_for_hub(model, args.output_dir, _image_processor(args.source), args.with_code)
     return f"{args.output_dir} is ready to publish: hf upload OWNER/NAME {args.output_dir}"
@@ -301,13 +301,15 @@ def _take_over_record(model: CroprViTPreTrainedModel, source: str, without: Sequ
         model.record = {name: part for name, part in record.items() if name not in ("model", *without)}
 
 
-def _load(name_or_path: str, **fields: Any) -> CroprViTPreTrainedModel:
-    """A model of the class that it was saved with, stripped; `fields` replace those of its configuration."""
+def _load(name_or_path: str, stripped: bool = True, **fields: Any) -> CroprViTPreTrainedModel:
+    """A model of the class that it was saved with; `fields` replace those of its configuration."""
     architecture = _architecture(name_or_path)
     found = find_task(architecture)
     if found is None:
         raise ValueError(f"{name_or_path} holds a {architecture or 'model without a class'}, not a `CroprViT*` model.")
-    return found[1].model_class.from_pretrained(name_or_path, use_auxiliary_heads=False, **fields)
+    if stripped:
+        fields["use_auxiliary_heads"] = False
+    return found[1].model_class.from_pretrained(name_or_path, **fields)
 
 
 def _architecture(name_or_path: str) -> str:

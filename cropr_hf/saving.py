@@ -127,11 +127,10 @@ class StrippableModel(PreTrainedModel):
         if config is not None and config.name_or_path == str(path):
             weights_ids.add(getattr(config, WEIGHTS_ID, None))
         with named_damage(path):
-            if is_checked:
-                _check_weights_id(folder, weights_ids)
+            files = _check_weights_id(folder, weights_ids) if is_checked else []
             loaded: Any = super().from_pretrained(path, *model_args, config=config, **kwargs)
-            if is_checked:  # again: they may have been replaced meanwhile
-                _check_weights_id(folder, weights_ids)
+            if is_checked and _check_weights_id(folder, weights_ids) != files:  # replaced meanwhile
+                raise _mixture(folder)
         model, info = loaded
         vars(model.config).pop(WEIGHTS_ID, None)  # from now on they may change
         # New reducers are usual if they will be trained, a new head if the folder holds a model of another class.
@@ -481,21 +480,31 @@ def _identify_weights(folder: str) -> None:
         json.dump({**stored, WEIGHTS_ID: weights_id}, file, indent=2, sort_keys=True)
 
 
-def _check_weights_id(folder: str, weights_ids: set[str | None]) -> None:
-    """Raises `ValueError` if the weights in a folder are others than those that a configuration says it belongs to."""
+def _check_weights_id(folder: str, weights_ids: set[str | None]) -> list[tuple[int, int]]:
+    """Raises `ValueError` if the weights in a folder are others than those that a configuration says it belongs to.
+
+    Returns:
+        What tells these files of weights from any that replace them, even by the same weights.
+    """
     path = os.path.join(folder, "model.safetensors")
     files = [path]
     if not os.path.exists(path):
         try:
             with open(f"{path}.index.json", encoding="utf-8") as file:
-                files = [os.path.join(folder, name) for name in set(json.load(file)["weight_map"].values())]
+                files = [os.path.join(folder, name) for name in sorted({*json.load(file)["weight_map"].values()})]
         except FileNotFoundError:
-            return  # loading says what is missing
-    for path in filter(os.path.exists, files):
+            return []  # loading says what is missing
+    files = [path for path in files if os.path.exists(path)]
+    for path in files:
         with safe_open(path, "pt") as weights:
             weights_ids = weights_ids | {(weights.metadata() or {}).get(WEIGHTS_ID)}
     if len(weights_ids - {None}) > 1:
-        raise ValueError(
-            f"The configuration and the weights in {folder} were not saved together: files of two models were mixed, "
-            "or somebody is saving there at this moment. Load the model and its configuration again, or save it again."
-        )
+        raise _mixture(folder)
+    return [(status.st_ino, status.st_mtime_ns) for status in map(os.stat, files)]
+
+
+def _mixture(folder: str) -> ValueError:
+    return ValueError(
+        f"The configuration and the weights in {folder} were not saved together: files of two models were mixed, or "
+        "somebody is saving there at this moment. Load the model and its configuration again, or save it again."
+    )
