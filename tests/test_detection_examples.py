@@ -227,6 +227,7 @@ class TestEvaluation:
         # Columns 0 and 1 of row 0, of which one is kept; columns 1 and 2 of rows 2 and 3, of which two are
         assert patches.compute() == {"object_patches_kept": 3 / 6}
 
+    @pytest.mark.full
     def test_it_finds_what_the_pipeline_finds(self, example, tiny_vit, tmp_path):
         example("train_object_detection").main(command(tiny_vit, tmp_path))
         script = example("evaluate_detection")

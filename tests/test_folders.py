@@ -192,7 +192,7 @@ def killed_everywhere(action: Callable[[Path], Any], old: Path, folder: Path) ->
 
 
 @can_fork
-@pytest.mark.parametrize("has_links", [True, False])
+@pytest.mark.parametrize("has_links", [True, pytest.param(False, marks=pytest.mark.full)])
 def test_killed_while_files_move(has_links, folder, tmp_path, monkeypatch):
     def act(folder: Path) -> None:
         if not has_links:
@@ -254,7 +254,8 @@ SAVES: dict[str, Callable[[Any, Path, Path], Any]] = {
 
 
 @can_fork
-@pytest.mark.parametrize("name", ["save_pretrained", *(pytest.param(n, marks=pytest.mark.full) for n in [*SAVES][1:])])
+@pytest.mark.full
+@pytest.mark.parametrize("name", SAVES)
 def test_a_killed_save_leaves_the_old_model_or_the_new_one(name, models, expected, tmp_path):
     old, source, folder = tmp_path / "old", tmp_path / "run" / "checkpoint-1", tmp_path / "folder"
     save_for_hub(models[OLD], old, processor(OLD), with_code=name == "save_for_hub")
@@ -362,7 +363,7 @@ def test_a_reader_beside_a_writer_never_gets_a_mixture(models, expected, tmp_pat
     if writer == 0:
         try:
             torch.set_num_threads(1)
-            for turn in range(40):
+            for turn in range(16):
                 models[turn % 2].save_pretrained(tmp_path)
         finally:
             os._exit(0)

@@ -199,7 +199,7 @@ def wait_for_death(process: Any) -> None:
 
 @pytest.mark.parametrize(
     "file_name",
-    ["optimizer.pt", *full("model.safetensors", "training_args.bin", "rng_state.pth", "trainer_state.json")],
+    full("optimizer.pt", "model.safetensors", "training_args.bin", "rng_state.pth", "trainer_state.json"),
 )
 def test_a_training_killed_while_saving_resumes_exactly(file_name, start, uninterrupted, tmp_path, log_records):
     settings = {"save_total_limit": 1}

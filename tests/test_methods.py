@@ -384,6 +384,7 @@ def in_a_fresh_process(*args, **kwargs):
     return subprocess.run(command, capture_output=True, text=True, **kwargs)
 
 
+@pytest.mark.full
 def test_the_file_of_a_foreign_method_travels(tmp_path):
     model = classifier("tome", reducer_config={"rate_inflection": -0.5})
     save_for_hub(model, tmp_path / "folder")

@@ -257,6 +257,7 @@ class TestTrainer:
         trainer.model.save_pretrained(tmp_path / "copy")
         assert {**read_record(tmp_path / "copy"), "model": None} == {**record, "model": None}
 
+    @pytest.mark.full
     def test_the_batch_size_is_the_one_that_fitted(self, tmp_path):
         def forward(model, args, kwargs):
             if model.training and len(kwargs["pixel_values"]) > 4:

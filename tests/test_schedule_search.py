@@ -161,6 +161,7 @@ class TestFindSchedule:
         measured = found.measured_ms / 19_000 if absolute else found.measured_speedup / 1.4
         assert measured == pytest.approx(1, rel=0.02)
 
+    @pytest.mark.full
     def test_whole_rates_are_those_of_the_configuration(self, clock):
         for fields in ({}, {"align_first_module": False}, {"last_layer_fusion": False, "num_register_tokens": 2}):
             model = deep_model(**fields)

@@ -267,6 +267,7 @@ def test_exported_program_equals_the_model():
     assert_close_relative(program.module()(images).last_hidden_state, tokens_of(model, images))
 
 
+@pytest.mark.full
 @torch.no_grad()
 def test_a_program_can_leave_every_dimension_free():
     model = build(num_hidden_layers=2, pruning_schedule=[12, 12], last_layer_fusion=False, window_block_indices=[1])
