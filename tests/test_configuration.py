@@ -206,7 +206,6 @@ def test_the_rate_that_an_error_suggests_works_and_the_next_does_not():
         ({"drop_path_rate": 1}, r"`drop_path_rate` is 1;"),
         ({"label_smoothing": 1.5}, r"`label_smoothing` is 1.5"),
         ({"auxiliary_loss_weight": -1}, r"`auxiliary_loss_weight` is -1; it must be 0 or more"),
-        ({"problem_type": "ranking"}, r"`problem_type` is 'ranking'.*'regression'"),
         ({"token_reducer": None}, r"`pruning_rate` is 2 but `token_reducer` is None"),
         (
             {"token_reducer": None, "pruning_rate": None, "pruning_schedule": [16] * 5},
@@ -270,9 +269,6 @@ def test_settings_of_methods_are_finite_numbers():
     [
         ({"id2label": {0: "cat", 1: "dog"}, "num_labels": 5}, r"`num_labels` is 5, but there are names of 2 classes"),
         ({"id2label": {1: "cat", 2: "dog"}}, r"`id2label` is \{1: 'cat', .* it must name the classes 0 to C - 1"),
-        ({"id2label": ["cat", "dog"]}, r"`id2label` is \['cat', 'dog'\]; it must name"),
-        ({"id2label": {"cat": 0, "dog": 1}}, r"`id2label` is \{'cat': 0, .* it must name"),
-        ({"label2id": {0: "cat", 1: "dog"}}, r"`label2id` is \{0: 'cat', .* it must map the name of each class"),
         ({"label2id": {"cat": 1, "dog": 2}}, r"`label2id` is .* it must name the classes 0 to C - 1"),
         (
             {"id2label": {0: "cat", 1: "dog"}, "label2id": {"cat": 1, "dog": 0}},
@@ -287,6 +283,21 @@ def test_settings_of_methods_are_finite_numbers():
 def test_names_that_contradict_their_classes_raise_value_error(config_class, fields, message):
     with pytest.raises(ValueError, match=message):
         config_class(**fields)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("id2label", ["cat", "dog"]),
+        ("id2label", {"cat": 0, "dog": 1}),
+        ("label2id", {0: "cat", 1: "dog"}),
+        ("problem_type", "ranking"),
+    ],
+)
+def test_values_of_another_kind_are_refused_by_name(field, value):
+    """By Transformers itself in older releases, as values of the wrong type."""
+    with pytest.raises((ValueError, StrictDataclassError), match=field):
+        CroprViTConfig(**{field: value})
 
 
 @pytest.mark.parametrize("config_class", [CroprViTConfig, CroprRfDetrConfig])
@@ -494,7 +505,7 @@ def test_from_pretrained_checks_overrides_with_the_stored_fields(tmp_path):
     assert (config.stage_names[-1], config.out_features) == ("stage4", ["stage4"])
     with pytest.raises(ValueError, match="leaves -75 of 16"):
         CroprViTConfig.from_pretrained(tmp_path, pruning_rate=30)
-    with pytest.raises(ValueError, match="'ranking'"):
+    with pytest.raises((ValueError, StrictDataclassError), match="ranking"):
         CroprViTConfig.from_pretrained(tmp_path, problem_type="ranking")
 
 

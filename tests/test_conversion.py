@@ -551,7 +551,6 @@ def rename_class(folder, architecture):
     ("fields", "message"),
     [
         (None, "does not hold what a saved model holds"),
-        ({"architectures": 5}, "does not hold what a saved model holds"),
         ({"dtype": "float33"}, "does not hold what a saved model holds"),
         ({"intermediate_size": 56}, "have other shapes than its `config.json` says"),
     ],
