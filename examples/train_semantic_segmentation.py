@@ -36,6 +36,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -296,7 +297,7 @@ def check_label_maps(images: Any, args: DataArguments, label_names: list[str]) -
     if isinstance(images, Dataset):
         images = images.select(np.linspace(0, len(images) - 1, min(len(images), COUNTED_MAPS)).astype(int))
     counts, ignored, number = np.zeros(len(label_names), dtype=np.int64), 0, 0
-    for row in images.select_columns(args.label_column_name).take(COUNTED_MAPS):
+    for row in islice(images.select_columns(args.label_column_name), COUNTED_MAPS):
         labels = args.classes(*read_file(row[args.label_column_name]), len(label_names))
         counted = labels[labels != args.ignore_index]
         counts += np.bincount(counted, minlength=len(counts))

@@ -333,7 +333,7 @@ class TestLora:
         )
         lora_model(source, rank=2).save_pretrained(tmp_path / "adapters")
         stored = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
-        assert stored["base_model_name_or_path"] is None  # which PEFT would take for a repository
+        assert not stored["base_model_name_or_path"]  # which PEFT would take for a repository
         for file in ("adapter_config.json", "README.md"):
             assert str(tmp_path) not in (tmp_path / "adapters" / file).read_text()
 
