@@ -153,13 +153,13 @@ def test_export_writes_what_the_model_computes_and_its_image_processor(checkpoin
 @pytest.mark.full
 def test_export_leaves_the_image_processor_of_another_model_alone(checkpoint, tmp_path, capsys):
     run("strip", checkpoint, tmp_path / "out")
-    before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    before = {file.name: file.read_bytes() for file in (tmp_path / "out").glob("*.*")}
     file = tmp_path / "out" / "model.pt2"
     assert run("export", tmp_path / "out", file, "--image_size", 48) == 1
     assert "out has another preprocessor_config.json" in capsys.readouterr().err and not file.exists()
     assert run("export", tmp_path / "out", file, "--image_size", 32) == 0  # its own size
     file.unlink()
-    assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out").glob("*.*")} == before
 
 
 @pytest.mark.full
