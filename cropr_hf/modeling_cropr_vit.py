@@ -15,7 +15,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from operator import index
 from typing import Any
 
@@ -291,7 +291,7 @@ class CroprViTModel(CroprViTPreTrainedModel):
         if not {*output_stages} <= {*range(num_blocks + 1)}:
             raise ValueError(f"`output_stages` is {output_stages}; stages are 0 to {num_blocks}.")
         state, window_table = self.embed(pixel_values, pixel_mask)
-        state = replace(state, keeps_pruned_states=state.keeps_pruned_states or bool(output_stages))
+        state = state.updated(keeps_pruned_states=state.keeps_pruned_states or bool(output_stages))
         stage_states = [state.hidden_states] if 0 in output_stages else []
         kept = kept_patches(self.config, find_token_reducer(self.config), state.num_patches, self.pruning)
         for block, num_keep in enumerate(kept, start=1):
@@ -339,15 +339,15 @@ class CroprViTModel(CroprViTPreTrainedModel):
         hidden_states = layer.checkpoint_input(state.hidden_states)
         if reducer is None or not reducer.acts_inside:
             hidden_states = layer(hidden_states, positions, window_grid, key_bias=state.key_bias, **kwargs)
-            return replace(state, hidden_states=hidden_states)
+            return state.updated(hidden_states=hidden_states)
 
         def reduce(hidden_states: torch.Tensor, facts: AttentionFacts) -> TokenState:
-            return reducer.after_attention(replace(state, hidden_states=hidden_states), num_keep, facts)
+            return reducer.after_attention(state.updated(hidden_states=hidden_states), num_keep, facts)
 
         hidden_states, state_inside = layer(
             hidden_states, positions, window_grid, key_bias=state.key_bias, reduce=reduce, **kwargs
         )
-        return replace(state_inside, hidden_states=hidden_states)
+        return state_inside.updated(hidden_states=hidden_states)
 
     def embed(
         self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None = None

@@ -23,7 +23,6 @@ Symbols: B images, T tokens (prefix and patches), N queries, H heads, D hidden s
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -309,7 +308,7 @@ class CroprModule(TokenReducer):
             scorer: Any = self.router.scorer  # not folded while there are heads
             aggregated = self.aggregator(scorer.queries_for(state.grid_size), state.hidden_states.detach(), scorer)
             logits = {**state.auxiliary_logits, self.block: self.auxiliary_head(aggregated)}
-            state = replace(state, auxiliary_logits=logits)
+            state = state.updated(auxiliary_logits=logits)
         return self.keep_best(state, num_keep)
 
     def scores(self, state: TokenState) -> torch.Tensor:

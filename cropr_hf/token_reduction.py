@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 import torch
@@ -95,13 +95,14 @@ def select_tokens(
         Indices into the T tokens: kept (B, num_prefix_tokens + num_keep), ascending, and pruned (B, the others),
         from the highest score to the lowest.
     """
-    scores = scores.nan_to_num(nan=torch.finfo(scores.dtype).min)  # infinite ones become finite
+    # Sorted by their negatives, as in an ascending order what is not a number comes last.
+    ranks = -scores
     if padding is not None:
-        scores = scores.masked_fill(padding, -torch.inf)
+        ranks = ranks.nan_to_num(nan=torch.finfo(ranks.dtype).max).masked_fill(padding, torch.inf)
     # Prefix tokens win, and as a stable sort leaves them in front, they need no treatment of their own.
-    scores = F.pad(scores[:, num_prefix_tokens:], (num_prefix_tokens, 0), value=torch.inf)
+    ranks = F.pad(ranks[:, num_prefix_tokens:], (num_prefix_tokens, 0), value=-torch.inf)
     # A full sort is negligible next to a block, and unlike top-k it orders equal scores alike everywhere.
-    order = scores.argsort(dim=1, descending=True, stable=True)
+    order = ranks.argsort(dim=1, stable=True)
     num_keep += num_prefix_tokens
     return order[:, :num_keep].sort(dim=1).values, order[:, num_keep:]
 
@@ -158,6 +159,13 @@ class TokenState:
     def __post_init__(self) -> None:
         self.rotations = self.rotations or self.rotary_tables
 
+    def updated(self, **changes: Any) -> TokenState:
+        """A copy with other values: `dataclasses.replace`, whose time shows when every block makes a copy or two."""
+        state = object.__new__(TokenState)
+        state.__dict__.update(self.__dict__)
+        state.__dict__.update(changes)
+        return state
+
     @property
     def num_patches(self) -> int:
         """Patch tokens in the sequence now."""
@@ -187,15 +195,15 @@ class TokenState:
         if self.slots is not None:
             raise ValueError("Tokens were merged before; a method prunes or merges, not both.")
         places = self.token_indices.expand(kept.shape[0], -1)
-        indices, states, *columns = gather_tokens(kept, places, self.hidden_states, *self.columns.values())
-        set_aside = gather_tokens(pruned, *([places, self.hidden_states] if self.keeps_pruned_states else [places]))
-        return replace(
-            self,
+        indices = places.gather(1, kept)
+        states, *columns = gather_tokens(kept, self.hidden_states, *self.columns.values())
+        set_aside = gather_tokens(pruned, self.hidden_states) if self.keeps_pruned_states else (None,)
+        return self.updated(
             hidden_states=states,
             token_indices=indices,
             rotations=self._rotations_of(indices),
             columns=dict(zip(self.columns, columns)),
-            pruned=(*self.pruned, PrunedTokens(block, *set_aside)),
+            pruned=(*self.pruned, PrunedTokens(block, places.gather(1, pruned), *set_aside)),
         )
 
     def merge(
@@ -224,8 +232,7 @@ class TokenState:
             raise ValueError("Tokens were pruned before; a method prunes or merges, not both.")
         places = self.token_indices.expand(slots.shape[0], -1)
         indices = places.gather(1, survivors)
-        return replace(
-            self,
+        return self.updated(
             hidden_states=hidden_states,
             token_indices=indices,
             rotations=self._rotations_of(indices),
@@ -248,14 +255,13 @@ class TokenState:
             indices = torch.arange(self.slots.shape[1], device=self.slots.device)[None]
         else:
             states, indices = self._fused()
-        return replace(
-            self,
+        return self.updated(
             hidden_states=states,
             token_indices=indices,
             rotations=self.rotary_tables,
             columns={},
             slots=None,
-            pruned=tuple(replace(tokens, hidden_states=None) for tokens in self.pruned),
+            pruned=tuple(PrunedTokens(tokens.block, tokens.token_indices) for tokens in self.pruned),
             restored=True,
         )
 

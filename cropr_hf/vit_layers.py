@@ -29,6 +29,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_cropr_vit import CroprViTConfig
+from .joint_weights import SharedInput
 from .token_reduction import (
     AttentionFacts,
     OwnWeights,
@@ -209,7 +210,7 @@ def eager_attention_forward(
     return output.transpose(1, 2).contiguous(), weights
 
 
-class CroprViTAttention(nn.Module):
+class CroprViTAttention(SharedInput):
     """Self-attention through the attention interface of Transformers (sdpa, eager, flash, flex)."""
 
     def __init__(self, config: CroprViTConfig):
@@ -240,8 +241,8 @@ class CroprViTAttention(nn.Module):
         """
         # (B, T, D) -> (B, T, heads, d) -> (B, heads, T, d)
         query, key, value = (
-            projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            projected.view(*hidden_states.shape[:2], -1, self.head_dim).transpose(1, 2)
+            for projected in self.project(hidden_states, self.q_proj, self.k_proj, self.v_proj)
         )
         content_key = key
         if position_embeddings is not None:
@@ -284,7 +285,8 @@ class CroprViTMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, T, D) -> (B, T, D)"""
-        return self.fc2(self.norm(self.activation(self.fc1(hidden_states))))
+        hidden_states = self.activation(self.fc1(hidden_states))
+        return self.fc2(hidden_states if self.norm is None else self.norm(hidden_states))
 
 
 class CroprViTGatedMLP(nn.Module):
@@ -300,12 +302,12 @@ class CroprViTGatedMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, T, D) -> (B, T, D)"""
-        gated = self.activation(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
-        return self.down_proj(self.norm(gated))
+        hidden_states = self.activation(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
+        return self.down_proj(hidden_states if self.norm is None else self.norm(hidden_states))
 
 
-def _inner_norm(config: CroprViTConfig) -> nn.Module:
-    return nn.LayerNorm(config.intermediate_size, eps=config.layer_norm_eps) if config.use_mlp_norm else nn.Identity()
+def _inner_norm(config: CroprViTConfig) -> nn.Module | None:
+    return nn.LayerNorm(config.intermediate_size, eps=config.layer_norm_eps) if config.use_mlp_norm else None
 
 
 class CroprViTLayerScale(OwnWeights):
@@ -351,8 +353,8 @@ class CroprViTLayer(GradientCheckpointingLayer):
         self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = CroprViTGatedMLP(config) if config.use_gated_mlp else CroprViTMLP(config)
         has_scale = config.layerscale_value is not None
-        self.layer_scale1 = CroprViTLayerScale(config) if has_scale else nn.Identity()
-        self.layer_scale2 = CroprViTLayerScale(config) if has_scale else nn.Identity()
+        self.layer_scale1 = CroprViTLayerScale(config) if has_scale else None
+        self.layer_scale2 = CroprViTLayerScale(config) if has_scale else None
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.drop_path = CroprViTDropPath(drop_path_rate)
 
@@ -395,11 +397,22 @@ class CroprViTLayer(GradientCheckpointingLayer):
         )
         if window_grid is not None:
             hidden_states = merge_windows(hidden_states, window_grid, self.window_size)
-        residual = hidden_states = residual + self.drop_path(self.layer_scale1(self.dropout(hidden_states)))
+        residual = hidden_states = self.add(residual, hidden_states, self.layer_scale1)
         state = None
         if reduce is not None:
             state = reduce(hidden_states, *facts)
             residual = hidden_states = state.hidden_states
         hidden_states = self.mlp(self.layernorm_after(hidden_states))
-        hidden_states = residual + self.drop_path(self.layer_scale2(self.dropout(hidden_states)))
+        hidden_states = self.add(residual, hidden_states, self.layer_scale2)
         return hidden_states if state is None else (hidden_states, state)
+
+    def add(
+        self, residual: torch.Tensor, branch: torch.Tensor, layer_scale: CroprViTLayerScale | None
+    ) -> torch.Tensor:
+        """The sum (B, T, D) of the residual stream and a branch, scaled and in training dropped out."""
+        # What does nothing is not called: for one image such calls are a measurable share of the time.
+        if self.training:
+            branch = self.dropout(branch)
+        if layer_scale is not None:
+            branch = layer_scale(branch)
+        return residual + (self.drop_path(branch) if self.training else branch)

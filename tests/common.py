@@ -413,8 +413,9 @@ def naive_block(
         for (index, _), row in zip(window, output[0]):
             if index is not None:
                 attended[index] = row
-    tokens = tokens + layer.layer_scale1(attended)
-    return tokens + layer.layer_scale2(layer.mlp(layer.layernorm_after(tokens)))
+    scales = [1.0 if scale is None else scale.lambda1 for scale in (layer.layer_scale1, layer.layer_scale2)]
+    tokens = tokens + scales[0] * attended
+    return tokens + scales[1] * layer.mlp(layer.layernorm_after(tokens))
 
 
 def naive_rotation(

@@ -20,7 +20,8 @@ TRAVELS = {
     "reducer_random": ({"token_reduction"}, HUB),
     "reducers": ({"reducer_cropr", "reducer_random"}, set()),
     "labels": ({"configuration_cropr_vit"}, {"torch"}),
-    "vit_layers": ({"configuration_cropr_vit", "token_reduction"}, HUB),
+    "joint_weights": (set(), {"torch"}),
+    "vit_layers": ({"configuration_cropr_vit", "joint_weights", "token_reduction"}, HUB),
     "folders": (set(), set()),
     "saving": ({"configuration_cropr_vit", "folders", "token_reduction"}, {*HUB, "safetensors"}),
     "modeling_cropr_vit": (

@@ -68,7 +68,7 @@ def test_select_tokens_takes_no_number_for_the_lowest_and_keeps_the_prefix_befor
     scores = torch.tensor([[0.0, math.nan, 1.0, math.inf, -math.inf, 0.5], [math.nan] * 6])
     kept, pruned = select_tokens(scores, num_keep=2, num_prefix_tokens=1)
     assert kept.tolist() == [[0, 2, 3], [0, 1, 2]]
-    assert pruned.tolist() == [[5, 1, 4], [3, 4, 5]]
+    assert pruned.tolist() == [[5, 4, 1], [3, 4, 5]]
     padding = torch.tensor([[False, False, False, False, False, True]])
     assert select_tokens(scores, 4, 1, padding)[1][:, -1].tolist() == [5, 5]
 
