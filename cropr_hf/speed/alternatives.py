@@ -23,16 +23,16 @@ SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediat
 def smaller_image(config: CroprViTConfig) -> CroprViTConfig:
     """The unpruned model on the image on which it costs as many multiply-adds as the pruned one on its own.
 
-    Of images with the sides' proportions in whole patches it is the one that comes nearest.
+    Of smaller images with the sides' proportions, in whole patches, it is the one that comes nearest.
     """
     rows, columns = config.grid_size
     unpruned, target = unpruned_config(config), multiply_adds(config)
-    grids = [(count, max(1, round(count * columns / rows))) for count in range(1, rows + 1)]
+    grids = [(count, max(1, round(count * columns / rows))) for count in range(1, max(2, rows))]
 
     def cost(grid: tuple[int, int]) -> int:
         return multiply_adds(unpruned, grid)
 
-    above = min(bisect_left(grids, target, key=cost), rows - 1)
+    above = min(bisect_left(grids, target, key=cost), len(grids) - 1)
     grid = min(grids[max(0, above - 1) : above + 1], key=lambda grid: abs(cost(grid) - target))
     size = [count * config.patch_size for count in grid]
     return CroprViTConfig(**unpruned.to_dict() | {"image_size": size})
