@@ -256,8 +256,9 @@ def unfinished(job: dict[str, Any]) -> str:
     return f"{job['status']}: {last}".replace("|", "/")
 
 
-def gpu_attention(jobs: list[dict[str, Any]]) -> str:
+def gpu_attention(*parts: list[dict[str, Any]]) -> str:
     """Who computes attention."""
+    jobs = [job for part in parts for job in part]
     columns = ["", "inference", "ms of the call", "training", "ms of the call", "difference from sdpa, relative norm"]
     rows = []
     for job in jobs:
@@ -389,7 +390,7 @@ PAGES: dict[str, dict[str, tuple[Callable[..., str], list[str]]]] = {
     },
     "docs/gpu.md": {
         "summary": (gpu_summary, ["speed/gpu/summary", "speed/gpu/kernels"]),
-        "attention": (gpu_attention, ["speed/gpu/kernels"]),
+        "attention": (gpu_attention, ["speed/gpu/kernels", "speed/gpu/flex"]),
         "speed": (gpu_benchmark, ["speed/gpu/speed"]),
         "compiled": (gpu_benchmark, ["speed/gpu/compiled"]),
         "training": (gpu_benchmark, ["speed/gpu/training"]),

@@ -15,7 +15,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "docs" / "speed" / "gpu_check.py"
-PARTS = {"kernels", "tests", "speed", "training", "detector", "compiled"}
+PARTS = {"kernels", "tests", "speed", "training", "detector", "flex", "compiled"}
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,8 @@ def test_its_records_become_tables(records, render):
         text = table(*(records[name.rpartition("/")[2]] for name in names))
         rows = [line for line in text.splitlines() if line.startswith("|")]
         assert len(rows) > 2 and len({row.count("|") for row in rows}) == 1, text
-    assert len(tables) == len(PARTS)
+    names = {name.rpartition("/")[2] for _, records_of_it in tables for name in records_of_it}
+    assert names == {*PARTS, "summary"} - {"tests"}  # whose outcome is in the summary
 
 
 def fail():
@@ -110,6 +111,26 @@ def test_parts_that_fail_die_or_hang_do_not_stop_the_next(script, tmp_path, monk
     monkeypatch.setattr(script, "PARTS", (script.Part("fails", 50, lambda setup: [script.Job("job", 1, fail)]),))
     assert script.main([str(tmp_path), "--dry_run"]) == 1
     assert json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))["fails"]["status"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("code", "output", "expected"),
+    [
+        (0, "PASSED tests/a.py::test_one\nPASSED tests/a.py::test_two\n2 passed in 1.00s\n", ["one", "two"]),
+        (1, "FAILED tests/a.py::test_one\n1 failed in 1.00s\n", RuntimeError),
+        (2, "ModuleNotFoundError: No module named 'datasets'\n", "NotInstalledError"),
+    ],
+)
+def test_outcomes_of_tests(script, setup, code, output, expected, monkeypatch):
+    process = subprocess.CompletedProcess([], code, stdout=output, stderr="")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: process)
+    if isinstance(expected, list):
+        record = script.run_tests(setup, Path("tests/a.py"))
+        assert record["passed"] == [f"tests/a.py::test_{name}" for name in expected]
+        assert record["last_line"] == "2 passed in 1.00s"
+    else:
+        with pytest.raises(getattr(script, str(expected), RuntimeError), match=r"datasets|1 failed"):
+            script.run_tests(setup, Path("tests/a.py"))
 
 
 def test_batches_are_halved_until_they_fit(script, monkeypatch):

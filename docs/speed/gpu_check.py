@@ -119,7 +119,7 @@ class Part:
 
 
 def tests(setup: Setup) -> list[Job]:
-    """The tests that need a GPU, file by file; a dry run collects those of the first."""
+    """The tests that need a GPU, file by file; a dry run asks pytest for its version."""
     files = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in path.read_text("utf-8")]
     return [
         Job(path.name, 30, functools.partial(run_tests, setup, path))
@@ -143,7 +143,7 @@ def run_tests(setup: Setup, path: Path) -> dict[str, Any]:
         str(path),
     ]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "4"}
-    command += ["--collect-only"] if setup.dry_run else []
+    command += ["--version"] if setup.dry_run else []
     process = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=min(100, max(1, setup.left))
     )
@@ -158,7 +158,6 @@ def run_tests(setup: Setup, path: Path) -> dict[str, Any]:
 
 def kernels(setup: Setup) -> list[Job]:
     """Which kernels run attention, and whether they compute the same."""
-    names = ["sdpa", "eager", "flash_attention_2"] + ([] if setup.dry_run else ["flex_attention"])
     jobs = [Job("machine", 1, functools.partial(machine, setup))]
     jobs += [
         Job(f"aggregator, {heads} heads of {1024 // heads}, {queries} queries", 2, functools.partial(*call))
@@ -171,13 +170,21 @@ def kernels(setup: Setup) -> list[Job]:
     jobs += [
         Job(
             f"{size}, {name}",
-            40 if name == "flex_attention" else 5,
+            5,
             functools.partial(backbone_kernels, setup, size, name),
         )
-        for name in names
+        for name in ("sdpa", "eager", "flash_attention_2")
         for size in sizes
     ]
     return jobs
+
+
+def flex(setup: Setup) -> list[Job]:
+    """Flex attention, which is compiled for every number of tokens; a dry run compiles nothing."""
+    return [
+        Job(f"{size}, flex_attention", 30, functools.partial(backbone_kernels, setup, size, "flex_attention"))
+        for size in (() if setup.dry_run else ("large", "eva02_large"))
+    ]
 
 
 def machine(setup: Setup) -> dict[str, Any]:
@@ -367,7 +374,8 @@ def optimizer_step(setup: Setup) -> dict[str, Any]:
     """The step of fused AdamW: auxiliary heads and aggregators have parameters as well."""
     depth = {"num_hidden_layers": 3} if setup.dry_run else {}
     config = CroprViTConfig.from_size(smaller(setup, "large"), pruning_rate=8, num_labels=1000, **depth)
-    models, calls = pruning_candidates(config, training=True), {}
+    with torch.device(setup.device):
+        models, calls = pruning_candidates(config, training=True), {}
     for name, model in models.items():
         model.to(setup.device, torch.bfloat16)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -415,11 +423,12 @@ def compiled(setup: Setup) -> list[Job]:
 
 
 PARTS = (
-    Part("kernels", 90, kernels),
+    Part("kernels", 60, kernels),
     Part("tests", 150, tests),
     Part("speed", 200, speed),
     Part("training", 70, training),
     Part("detector", 70, detector),
+    Part("flex", 60, flex),
     Part("compiled", 400, compiled),
 )
 
@@ -533,7 +542,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     start_method, summary = find_start_method(setup.device), {}
     chosen = [part for part in PARTS if part.name in args.parts]
     for part in chosen:
-        (setup.folder / f"{part.name}.json").unlink(missing_ok=True)
+        write(setup.folder / f"{part.name}.json", [])  # nothing of another run
     for part in chosen:
         summary[part.name] = supervise(part, setup, start_method)
         write(setup.folder / "summary.json", summary)
