@@ -9,7 +9,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 PYTEST := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m pytest
 IN_PROCESSES := -n logical --maxprocesses 8 --dist worksteal
 
-.PHONY: help demo demo-segmentation demo-detection demo-any-speed test test-all test-common test-slow test-official bench speed pages cards style quality clean
+.PHONY: help demo demo-segmentation demo-detection demo-any-speed test test-all test-common test-slow test-official bench speed gpu-check pages cards style quality clean
 
 help:
 	@echo "make demo              fine-tune, publish, load and compare pruned models on cluttered digits"
@@ -23,6 +23,7 @@ help:
 	@echo "make test-official     the official example scripts, in TRANSFORMERS_EXAMPLES=.../transformers/examples/pytorch"
 	@echo "make bench             ViT-L/16: Cropr against the unpruned model, a random pruner, Transformers' and timm's ViT"
 	@echo "make speed             all measurements of docs/speed.md and schedules.md: more than an hour on a machine that does nothing else"
+	@echo "make gpu-check         everything that needs a GPU, in at most eight minutes, by the Python in PYTHON as it is"
 	@echo "make pages             tables and pictures of README and docs/ from their records"
 	@echo "make cards             model_cards/ from the records of the demos and from the recipes"
 	@echo "make style             format and fix"
@@ -75,6 +76,11 @@ bench: $(VENV)/.installed-dev
 speed: $(VENV)/.installed-dev
 	$(BIN)/python docs/speed/measure.py
 	$(MAKE) pages
+
+# In no environment of its own: a machine with a GPU has a torch that fits it, and may have no network.
+GPU_RECORDS ?= docs/speed/gpu
+gpu-check:
+	PYTHONPATH=. $(PYTHON) docs/speed/gpu_check.py $(GPU_RECORDS)
 
 pages: $(VENV)/.installed-dev
 	$(BIN)/python docs/render.py

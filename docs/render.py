@@ -10,9 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cropr_hf.speed.benchmark import UNPRUNED
+from cropr_hf.speed.alternatives import ALTERNATIVES
+from cropr_hf.speed.benchmark import RANDOM, UNPRUNED
 from cropr_hf.speed.plots import plot_benchmark, plot_cost
-from cropr_hf.speed.tables import format_sweep, markdown_table
+from cropr_hf.speed.tables import format_sweep, giga, markdown_table
 
 
 DOCS = Path(__file__).resolve().parent
@@ -191,6 +192,129 @@ def shapes_table(records: list[dict[str, Any]]) -> str:
     return markdown_table(["asked for", *columns], cells, num_names=0)
 
 
+def alternatives_table(records: list[dict[str, Any]]) -> str:
+    """Speed-ups over the unpruned model, with multiply-adds; and where pruning is not the fastest."""
+    columns = ["size, type, batch", UNPRUNED, "Cropr", *ALTERNATIVES]
+    rows = []
+    for record in records:
+        arguments, results = record["arguments"], record["results"]
+        cells = [f"{arguments['size']}, {arguments['dtype']}, {arguments['batch_size']}"]
+        cells += [f"{results[UNPRUNED]['p50_ms']:.0f} ms ({giga(record, UNPRUNED)} G)"]
+        for name in ("cropr", *ALTERNATIVES):
+            what = (
+                [record["alternatives"][name]]
+                if name in ("smaller image", "smaller model") and name in results
+                else []
+            )
+            details = ", ".join([*what, f"{giga(record, name)} G"])
+            cells.append(f"{ratio(results[name])} ({details})" if name in results else "–")
+        rows.append(cells)
+    lines = [f"- *{name}*: {comparison(records, name)}" for name in ALTERNATIVES]
+    first = records[0]
+    where = f"{first['machine']}, torch {first['versions']['torch'].split('+')[0]}"
+    return "\n".join([markdown_table(columns, rows), "", f"{where}. Against Cropr:", "", *lines])
+
+
+def comparison(records: list[dict[str, Any]], name: str) -> str:
+    """In how many settings an alternative is faster than Cropr, beyond the spreads of both, and in which."""
+    faster, even, slower = [], 0, 0
+    for record in records:
+        if name in record["results"]:
+            other, own = (record["results"][each] for each in (name, "cropr"))
+            difference, spread = other["speedup"] - own["speedup"], other["spread"] + own["spread"]
+            even += abs(difference) <= spread
+            slower += difference < -spread
+            arguments = record["arguments"]
+            setting = f"{arguments['size']} {arguments['dtype']} {arguments['batch_size']}"
+            faster += [f"{setting} ({other['speedup'] / own['speedup']:.2f})"] if difference > spread else []
+    if not (faster or even or slower):
+        return "not measured."
+    where = ": " + "; ".join(faster) if faster else ""
+    return f"slower in {slower} settings, as fast in {even}, faster in {len(faster)}{where}."
+
+
+def gpu_summary(summary: dict[str, Any], kernels: list[dict[str, Any]]) -> str:
+    """What ran on which GPU, and what did not."""
+    rows = []
+    for name, part in summary.items():
+        counts: dict[str, int] = {}
+        for status in part["jobs"].values():
+            counts[status] = counts.get(status, 0) + 1
+        jobs = ", ".join(f"{count} {status}" for status, count in counts.items())
+        rows.append([name, part["status"], jobs, f"{part['seconds']:.0f}"])
+    table = markdown_table(["part", "", "jobs", "seconds"], rows, num_names=3)
+    found = next((job["record"] for job in kernels if job["name"] == "machine" and job["status"] == "done"), None)
+    if found is None:
+        return table
+    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    return f"{found['machine']}; {versions}.\n\n{table}"
+
+
+def unfinished(job: dict[str, Any]) -> str:
+    """Why a job has no record."""
+    last = job.get("reason") or job.get("traceback", "").strip().splitlines()[-1][:200]
+    return f"{job['status']}: {last}".replace("|", "/")
+
+
+def gpu_attention(*parts: list[dict[str, Any]]) -> str:
+    """Who computes attention."""
+    jobs = [job for part in parts for job in part]
+    columns = ["", "inference", "ms of the call", "training", "ms of the call", "difference from sdpa, relative norm"]
+    rows = []
+    for job in jobs:
+        record = job.get("record", {})
+        if job["status"] != "done":
+            rows.append([job["name"], unfinished(job), *["–"] * 4])
+        elif "forward" in record:
+            cells = [job["name"]]
+            for part in (record["forward"], record["both"]):
+                cells += [" and ".join(part["taken"]) or "unknown", f"{part['ms']:.2f}"]
+            difference = record.get("difference_from_sdpa")
+            rows.append([*cells, "–" if difference is None else f"{difference:.1e}"])
+        elif "differences" in record:
+            rows.append([job["name"], *["–"] * 4, ", ".join(f"{n} {d:.1e}" for n, d in record["differences"].items())])
+    return markdown_table(columns, rows)
+
+
+def gpu_benchmark(jobs: list[dict[str, Any]]) -> str:
+    """Jobs that ran the benchmark; columns of what none of them has are left out."""
+    records = [job["record"] for job in jobs if "arguments" in job.get("record", {})]
+    others = {"transformers ViT": "unpruned against Transformers' ViT", "timm": "unpruned against timm"}
+    others |= {name: name for name in ALTERNATIVES}
+    others = {name: title for name, title in others.items() if any(name in each["results"] for each in records)}
+    columns = ["", "unpruned, images/s", "Cropr, speed-up", "random", "bound", "share of bound", "share of random"]
+    columns += ["peak memory, GiB", *others.values()]
+    rows = []
+    for job in jobs:
+        record = job.get("record")
+        if record is None:
+            rows.append([job["name"], unfinished(job), *["–"] * (len(columns) - 2)])
+            continue
+        results = record["results"]
+        if "arguments" not in record:  # turns of something else
+            times = ", ".join(f"{name} {row['p50_ms']:.2f} ms" for name, row in results.items())
+            rows.append([job["name"], times, *["–"] * (len(columns) - 2)])
+            continue
+        batch_size, asked = record["arguments"]["batch_size"], record["asked_batch_size"]
+        name = job["name"] + (f" (out of memory; {batch_size} images)" if batch_size != asked else "")
+        own, unpruned, share = results["cropr"], results[UNPRUNED], record["share_of_random"]
+        training = record["share_of_bound"] is None
+        cells = [name, f"{unpruned['images_per_second']:.1f}", ratio(own), f"{results[RANDOM]['speedup']:.2f}"]
+        cells += ["–" if training else f"{record['multiply_add_bound']:.2f}"]
+        cells += ["–" if training else f"{record['share_of_bound']:.2f}", f"{share[0]:.3f} ± {share[1]:.3f}"]
+        cells += [" → ".join(f"{row['peak_memory'] / 2**30:.2f}" for row in (unpruned, own))]
+        for other in others:
+            row = results.get(other)
+            if row is None:
+                cells.append("–")
+            elif other in ALTERNATIVES:
+                cells.append(f"{ratio(row)} ({record['alternatives'][other]}, {giga(record, other)} G)")
+            else:
+                cells.append(f"{1 / row['speedup']:.3f}")
+        rows.append(cells)
+    return markdown_table(columns, rows)
+
+
 def circumstances(record: dict[str, Any], run: dict[str, Any]) -> str:
     """How a demo ran, in a line: from its record, and from the part of it that names machine and versions."""
     arguments, versions = record["arguments"], run["versions"]
@@ -259,9 +383,18 @@ PAGES: dict[str, dict[str, tuple[Callable[..., str], list[str]]]] = {
             partial(turns_table, columns=["size, batch", "unpruned", "compiled", "Cropr", "compiled"]),
             ["speed/compiled"],
         ),
+        "alternatives": (alternatives_table, ["speed/alternatives"]),
         "attention": (ATTENTION, ["speed/attention"]),
         "attention_kept": (ATTENTION, ["speed/attention_kept"]),
         "tokens": (cost_table, ["speed/tokens"]),
+    },
+    "docs/gpu.md": {
+        "summary": (gpu_summary, ["speed/gpu/summary", "speed/gpu/kernels"]),
+        "attention": (gpu_attention, ["speed/gpu/kernels", "speed/gpu/flex"]),
+        "speed": (gpu_benchmark, ["speed/gpu/speed"]),
+        "compiled": (gpu_benchmark, ["speed/gpu/compiled"]),
+        "training": (gpu_benchmark, ["speed/gpu/training"]),
+        "detector": (gpu_benchmark, ["speed/gpu/detector"]),
     },
     "docs/methods.md": {
         "methods": (
@@ -278,6 +411,13 @@ def read(name: str) -> Any:
     return json.loads((DOCS / f"{name}.json").read_text(encoding="utf-8"))
 
 
+def content(table: Callable[..., str], records: list[str]) -> str:
+    """A table, or that its records are not there."""
+    if all((DOCS / f"{name}.json").exists() for name in records):
+        return table(*map(read, records))
+    return "*Not measured yet.*"
+
+
 def page(name: str) -> str:
     """A page with every table made anew, between the comments that name it."""
     text = (ROOT / name).read_text(encoding="utf-8")
@@ -286,7 +426,7 @@ def page(name: str) -> str:
         pattern = re.compile(re.escape(start) + ".*?" + re.escape(end), flags=re.DOTALL)
         if not pattern.search(text):
             raise ValueError(f"{name} has no place for the table {table_name!r}; write {start} and {end}.")
-        replacement = "\n".join([start, "", table(*map(read, records)), "", end])
+        replacement = "\n".join([start, "", content(table, records), "", end])
         text = pattern.sub(lambda match, replacement=replacement: replacement, text, count=1)
     return text
 

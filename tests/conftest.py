@@ -10,6 +10,7 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import importlib
+import importlib.util
 import logging
 import sys
 from pathlib import Path
@@ -37,6 +38,15 @@ def example():
     sys.path.insert(0, str(EXAMPLES))
     yield importlib.import_module
     sys.path.remove(str(EXAMPLES))
+
+
+@pytest.fixture(scope="module")
+def render():
+    """The script that writes the tables of pages."""
+    spec = importlib.util.spec_from_file_location("render_pages", EXAMPLES.parent / "docs" / "render.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")

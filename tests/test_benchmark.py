@@ -4,6 +4,7 @@ import itertools
 import json
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from cropr_hf import (
     CroprViTForSemanticSegmentation,
     CroprViTModel,
 )
+from cropr_hf.speed import alternatives as alternatives_module
+from cropr_hf.speed.alternatives import ALTERNATIVES, smaller_image, smaller_model
 from cropr_hf.speed.benchmark import (
     BenchmarkArguments,
     library_references,
@@ -218,6 +221,54 @@ def test_run_records_what_it_measured():
     assert "| cropr |" in table and "multiply-add bound" in table
 
 
+@pytest.mark.parametrize("image_size", [224, [160, 320]])
+def test_the_smaller_image_costs_nearly_as_much_as_the_pruned_model(image_size):
+    fields = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 48}
+    config = CroprViTConfig(**fields, image_size=image_size, patch_size=32, pruning_rate=20)
+    found, target = smaller_image(config), multiply_adds(config)
+    rows, columns = config.grid_size
+    grids = [(count, round(count * columns / rows)) for count in range(1, rows)]
+    distances = {grid: abs(multiply_adds(found, grid) - target) for grid in grids}
+    assert found.token_reducer is None and found.grid_size == min(distances, key=distances.get)
+
+
+def test_the_smaller_model_is_the_next_of_its_family():
+    fields = {"image_size": 64, "patch_size": 8, "num_labels": 3, "pruning_rate": 1}
+    for size, smaller in (("huge", "large"), ("large", "base"), ("small", "tiny"), ("eva02_large", "eva02_base")):
+        name, config = smaller_model(CroprViTConfig.from_size(size, **fields))
+        assert name == smaller
+        fields_of_it = {name: value for name, value in fields.items() if name != "pruning_rate"}
+        expected = CroprViTConfig.from_size(smaller, token_reducer=None, **fields_of_it)
+        assert config.to_dict() == expected.to_dict()
+    for size, own in (("tiny", {}), ("eva02_tiny", {}), ("small", {"hidden_size": 192})):
+        assert smaller_model(CroprViTConfig.from_size(size, **{**fields, **own})) is None
+    assert smaller_model(CroprViTConfig.from_size("eva02_large_detection")) is None
+
+
+def test_run_of_alternatives(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model, **kwargs: compiled.append(model) or model)
+    monkeypatch.setattr(alternatives_module, "FAMILIES", (("milli", "centi"),))
+    monkeypatch.setattr(alternatives_module, "SIZES", {"centi": TINY, "milli": {**TINY, "hidden_size": 16}})
+    record = run(arguments(alternatives=True))
+    alternatives = [name for name in ALTERNATIVES if name != "int8" or find_spec("torchao")]
+    assert list(record["results"]) == ["unpruned", "cropr", "random", *alternatives]
+    assert len(compiled) == 1 and not compiled[0].config.token_reducer
+    costs = {name: sum(counts.values()) for name, counts in record["multiply_adds"].items()}
+    assert costs["compiled"] == costs["unpruned"] > costs["cropr"] > costs["smaller model"]
+    assert record["alternatives"]["smaller image"] == "24 × 24 pixels"
+    assert record["alternatives"]["smaller model"] == "milli"
+    parameters = {name: row["parameters"] for name, row in record["results"].items()}
+    assert parameters["smaller model"] < parameters["unpruned"] == parameters["compiled"]
+    table = format_table(json.loads(json.dumps(record)))
+    assert "| smaller image (24 × 24 pixels) | " in table and "| smaller model (milli) | " in table
+    lines = format_sweep([record], ["batch_size"]).splitlines()
+    assert " | smaller model |" in lines[0] and len({line.count("|") for line in lines}) == 1
+    (axis,) = plot_benchmark([record]).axes
+    heights = [bar.get_height() for bar in axis.patches]
+    assert heights == [record["results"][name]["speedup"] for name in ("cropr", "random", *alternatives)]
+
+
 def test_run_of_semantic_segmentation():
     record = run(arguments(task="semantic_segmentation", size="eva02_tiny"))
     assert set(record["results"]) == {"unpruned", "cropr", "random"}
@@ -311,7 +362,7 @@ def test_pictures_of_nothing_are_errors(swept):
     [
         (
             {"speed": [1]},
-            "'speed' is not an argument of the benchmark; choose among activation_checkpointing, attn_implementation",
+            "'speed' is not an argument of the benchmark; choose among activation_checkpointing, alternatives",
         ),
         ({"batch_size": []}, "'batch_size' has no values"),
         ({"batch_size": [1, 0]}, "`batch_size` is 0"),
@@ -319,6 +370,7 @@ def test_pictures_of_nothing_are_errors(swept):
         ({"pruning_rate": [3, 1000]}, "1000"),
         ({"cuda_graph": [True]}, "`cuda_graph` is for inference on a CUDA device, not for 'cpu'"),
         ({"references": [True], "training": [True]}, "leave out `references` or `training`"),
+        ({"alternatives": [True], "training": [True]}, "leave out `alternatives` or `training`"),
     ],
 )
 def test_wrong_sweeps_are_errors_before_anything_is_measured(settings, message):

@@ -43,17 +43,8 @@ SCRIPTS = sorted(
 NEWER_OPTIONS = {"--activation_checkpointing"}
 
 
-@pytest.fixture(scope="module")
-def render():
-    """The script that writes tables."""
-    spec = importlib.util.spec_from_file_location("render_pages", ROOT / "docs" / "render.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize(
-    "name", ["README.md", "docs/demos.md", "docs/speed.md", "docs/methods.md", "docs/schedules.md"]
+    "name", ["README.md", "docs/demos.md", "docs/speed.md", "docs/gpu.md", "docs/methods.md", "docs/schedules.md"]
 )
 def test_tables_say_what_the_records_say(name, render):
     assert render.page(name) == (ROOT / name).read_text(encoding="utf-8"), "run `make pages`"

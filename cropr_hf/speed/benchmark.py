@@ -23,6 +23,7 @@ from ..modeling_cropr_vit import CroprViTPreTrainedModel
 from ..reducer_random import RandomReducer
 from ..tasks import DEFAULT_TASK, TASKS, find_task
 from ..token_reduction import find_token_reducer
+from .alternatives import COMPILED, INT8, SMALLER_IMAGE, SMALLER_MODEL, quantized, smaller_image, smaller_model
 from .cost import head_multiply_adds, multiply_adds, unpruned_config
 from .instruments import graphed, library_versions, machine_name, operation_times, peak_memory, saved_bytes
 from .timing import check_rounds, compare, speed_ratio
@@ -149,6 +150,11 @@ class BenchmarkArguments:
     references: bool = HfArg(
         default=False, help="Also time the unpruned model as Transformers and timm have it (classification)."
     )
+    alternatives: bool = HfArg(
+        default=False,
+        help="Also time what you would do instead: the unpruned model compiled, on a smaller image that costs as many "
+        "multiply-adds as the pruned one does, of the next smaller size, and in int8 (torchao).",
+    )
     profile: bool = HfArg(default=False, help="Record the time of each operation of one more call.")
     min_rounds: int = HfArg(default=7, help="Rounds at least; see `compare`.")
     max_rounds: int = HfArg(default=40, help="Rounds at most.")
@@ -211,6 +217,8 @@ def _prepare(args: BenchmarkArguments) -> tuple[CroprViTConfig, str]:
         raise ValueError("`activation_checkpointing` is a matter of training steps; pass `training` as well.")
     if args.references and args.training:
         raise ValueError("`references` are compared in inference; leave out `references` or `training`.")
+    if args.alternatives and args.training:
+        raise ValueError("`alternatives` are compared in inference; leave out `alternatives` or `training`.")
     on_gpu = parse_device(args.device).type == "cuda"
     if args.cuda_graph and (args.training or not on_gpu):
         raise ValueError(f"`cuda_graph` is for inference on a CUDA device, not for {args.device!r} or training steps.")
@@ -226,24 +234,34 @@ def run(args: BenchmarkArguments) -> dict[str, Any]:
         `ValueError`: for an unknown task, dtype or device, and for options that make no sense together.
     """
     config, task = _prepare(args)
-    if args.compile:
+    if args.compile or args.alternatives:
         torch.compiler.reset()  # what was compiled before must not make sizes dynamic, nor use up recompilations
     device, dtype = parse_device(args.device), getattr(torch, args.dtype)
-    candidates = pruning_candidates(config, task, args.training)
-    models: dict[str, torch.nn.Module] = dict(candidates)
-    if args.references:
-        models |= library_references(candidates[UNPRUNED].config, None if args.model_name_or_path else args.size)
-    inputs = _random_inputs(args, config, task, device, dtype)
-    calls = {name: _call(args, task, model, inputs) for name, model in models.items()}
+    with device:  # weights are drawn where they are used, which on a GPU takes no time
+        candidates = pruning_candidates(config, task, args.training)
+        models: dict[str, torch.nn.Module] = dict(candidates)
+        if args.references:
+            models |= library_references(candidates[UNPRUNED].config, None if args.model_name_or_path else args.size)
+        alternatives = _alternatives(args, task, config, candidates[UNPRUNED]) if args.alternatives else {}
+        models |= {name: model for name, (_, model) in alternatives.items()}
+    inputs = dict.fromkeys(models, _random_inputs(args, config, task, device, dtype))
+    if SMALLER_IMAGE in models:
+        inputs[SMALLER_IMAGE] = _random_inputs(args, smaller_image(config), task, device, dtype)
+    calls = {
+        name: _call(replace(args, compile=args.compile or name == COMPILED), task, model, inputs[name])
+        for name, model in models.items()
+    }
     activations = {}
     if args.training:
-        activations = {name: saved_bytes(model, inputs) for name, model in models.items()}
+        activations = {name: saved_bytes(model, inputs[name]) for name, model in models.items()}
     with torch.inference_mode(not args.training):
         timed = {name: graphed(call, device) for name, call in calls.items()} if args.cuda_graph else calls
         timings = compare(timed, UNPRUNED, args.min_rounds, args.max_rounds, args.tolerance, device)
         memory = {name: peak_memory(call, device) for name, call in calls.items()}
         operations = {name: operation_times(call, device) for name, call in calls.items()} if args.profile else {}
-    costs = {name: _costs(model, inputs) for name, model in candidates.items()}
+    counted = [name for name in (*candidates, SMALLER_IMAGE, SMALLER_MODEL) if name in models]
+    costs = {name: _costs(models[name], inputs[name]) for name in counted}
+    costs |= {name: costs[UNPRUNED] for name in models if name not in costs}  # the same products by other code
     own = config.token_reducer
     assert own is not None  # `pruning_candidates` has seen to it
     bound = sum(costs[UNPRUNED].values()) / sum(costs[own].values())
@@ -274,8 +292,24 @@ def run(args: BenchmarkArguments) -> dict[str, Any]:
             }
             for name, timing in timings.items()
         },
+        **({"alternatives": {name: what for name, (what, _) in alternatives.items()}} if alternatives else {}),
         **({"operations": operations} if operations else {}),
     }
+
+
+def _alternatives(
+    args: BenchmarkArguments, task: str, config: CroprViTConfig, unpruned: torch.nn.Module
+) -> dict[str, tuple[str, torch.nn.Module]]:
+    """By name, what it is in words, and the model; those that there are."""
+    image, smaller, model_class = smaller_image(config), smaller_model(config), TASKS[task].model_class
+    found = {} if args.compile else {COMPILED: ("torch.compile", unpruned)}  # then every model is
+    found[SMALLER_IMAGE] = ("{} × {} pixels".format(*image.input_size), model_class(image))
+    if smaller is None:
+        logger.warning("A smaller model is left out: there is none, by its size or because of windows.")
+    else:
+        found[SMALLER_MODEL] = (smaller[0], model_class(smaller[1]))
+    int8 = quantized(unpruned.to(args.device, getattr(torch, args.dtype)))
+    return found if int8 is None else found | {INT8: ("linear layers, by torchao", int8)}
 
 
 def _call(args: BenchmarkArguments, task: str, model: torch.nn.Module, inputs: dict[str, Any]) -> Callable[[], Any]:

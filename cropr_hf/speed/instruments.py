@@ -54,8 +54,13 @@ def peak_memory(call: Callable[[], Any], device: torch.device | str = "cpu") -> 
     return max(itertools.accumulate((size for _, size in changes), initial=0))
 
 
-def operation_times(call: Callable[[], Any], device: torch.device | str = "cpu") -> dict[str, dict[str, float]]:
-    """What one call spends its time on, by torch's profiler: milliseconds and calls by operation, longest first."""
+def operation_times(
+    call: Callable[[], Any], device: torch.device | str = "cpu", kernels: bool = False
+) -> dict[str, dict[str, float]]:
+    """What one call spends its time on, by torch's profiler: milliseconds and calls by operation, longest first.
+
+    With `kernels` what the operations launch on a CUDA device instead, by the names of the kernels; a CPU has none.
+    """
     activities = [ProfilerActivity.CPU]
     on_gpu = torch.device(device).type == "cuda"
     if on_gpu:
@@ -65,8 +70,8 @@ def operation_times(call: Callable[[], Any], device: torch.device | str = "cpu")
         call()
     times: dict[str, dict[str, float]] = {}
     for event in profiler.key_averages():
-        if event.device_type != DeviceType.CPU:
-            continue  # a kernel, whose time the operation that launched it has as well
+        if (event.device_type != DeviceType.CPU) != kernels:
+            continue  # the time of a kernel is also that of the operation that launched it
         spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total  # microseconds
         if spent > 0:
             times[event.key.removeprefix("aten::")] = {"ms": spent / 1000, "calls": event.count}

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..visualization import figure_class
+from .alternatives import ALTERNATIVES
 from .benchmark import RANDOM, UNPRUNED
 from .tables import label
 
@@ -67,7 +68,7 @@ def plot_tradeoff(
 
 
 def plot_benchmark(records: Sequence[dict[str, Any]], names: Sequence[str] = ()) -> "Figure":
-    """Speed-ups of a method and of a random pruner, with the multiply-add bound of each setting.
+    """Speed-ups of a method, of a random pruner and of alternatives, with the multiply-add bound of each setting.
 
     Args:
         records: what `cropr_hf.speed.benchmark.run` or `sweep` returns, one group of bars each.
@@ -90,10 +91,15 @@ def plot_benchmark(records: Sequence[dict[str, Any]], names: Sequence[str] = ())
         ", ".join(dict.fromkeys(map(label, records))): ("tab:blue", [record["token_reducer"] for record in records]),
         "random pruner": ("tab:grey", [RANDOM] * len(records)),
     }
-    for offset, (name, (colour, candidates)) in zip((-0.2, 0.2), groups.items()):
-        rows = [record["results"][candidate] for record, candidate in zip(records, candidates)]
+    for name, colour in zip(ALTERNATIVES, ("tab:green", "tab:orange", "tab:red", "tab:purple")):
+        if any(name in record["results"] for record in records):
+            groups[name] = (colour, [name] * len(records))
+    width = 0.8 / len(groups)
+    missing = {"speedup": math.nan, "spread": math.nan}
+    for index, (name, (colour, candidates)) in enumerate(groups.items()):
+        rows = [record["results"].get(candidate, missing) for record, candidate in zip(records, candidates)]
         heights, errors = ([row[key] for row in rows] for key in ("speedup", "spread"))
-        axis.bar(places + offset, heights, 0.4, yerr=errors, label=name, color=colour)
+        axis.bar(places + (index + 0.5) * width - 0.4, heights, width, yerr=errors, label=name, color=colour)
     # Training steps have no bound here.
     bounds = [math.nan if record["arguments"]["training"] else record["multiply_add_bound"] for record in records]
     axis.hlines(bounds, places - 0.42, places + 0.42, colors="black", label="multiply-add bound")

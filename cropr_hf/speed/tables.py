@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..token_reduction import TOKEN_REDUCERS
+from .alternatives import ALTERNATIVES
 from .benchmark import RANDOM, UNPRUNED
 
 
@@ -13,14 +14,22 @@ def label(record: dict[str, Any]) -> str:
     return TOKEN_REDUCERS[name].label if name in TOKEN_REDUCERS else name
 
 
+def giga(record: dict[str, Any], name: str) -> str:
+    """10⁹ multiply-adds per image of a model in a record; empty where they were not counted."""
+    counts = record["multiply_adds"].get(name)
+    return "" if counts is None else f"{sum(counts.values()) / 1e9:.1f}"
+
+
 def format_table(record: dict[str, Any]) -> str:
     """The results of `run` as a Markdown table, and what bounds them."""
     training = record["arguments"]["training"]
-    columns = ["model", "images/s", "speed-up", "± half IQR", "p50 ms", "p99 ms", "peak memory"]
+    columns = ["model", "G multiply-adds", "images/s", "speed-up", "± half IQR", "p50 ms", "p99 ms", "peak memory"]
     columns += ["parameters", "saved for backward"] if training else []
     rows = []
     for name, row in record["results"].items():
-        cells = [name, f"{row['images_per_second']:.2f}", f"{row['speedup']:.2f}", f"{row['spread']:.3f}"]
+        what = record.get("alternatives", {}).get(name)
+        cells = [name if what is None else f"{name} ({what})", giga(record, name)]
+        cells += [f"{row['images_per_second']:.2f}", f"{row['speedup']:.2f}", f"{row['spread']:.3f}"]
         cells += [f"{row['p50_ms']:.1f}", "" if row["p99_ms"] is None else f"{row['p99_ms']:.1f}"]
         cells += [f"{row['peak_memory'] / 2**20:.0f} MiB"]
         if training:
@@ -57,9 +66,12 @@ def format_sweep(records: Sequence[dict[str, Any]], names: Sequence[str]) -> str
         "share of bound",
     ]
     columns += ["share of random", "p50 ms", "p99 ms", "peak memory"]
+    others = [name for name in ALTERNATIVES if any(name in record["results"] for record in records)]
+    columns += others
     rows = []
     for record in records:
-        unpruned, own, chance = (record["results"][name] for name in (UNPRUNED, record["token_reducer"], RANDOM))
+        results = record["results"]
+        unpruned, own, chance = (results[name] for name in (UNPRUNED, record["token_reducer"], RANDOM))
         both = (unpruned, own)
         share = record["share_of_random"]
         p99 = " → ".join("–" if row["p99_ms"] is None else f"{row['p99_ms']:.1f}" for row in both)
@@ -76,6 +88,10 @@ def format_sweep(records: Sequence[dict[str, Any]], names: Sequence[str]) -> str
                 " → ".join(f"{row['p50_ms']:.1f}" for row in both),
                 p99,
                 " → ".join(f"{row['peak_memory'] / 2**20:.0f}" for row in both) + " MiB",
+                *(
+                    f"{results[name]['speedup']:.2f} ({giga(record, name)} G)" if name in results else "–"
+                    for name in others
+                ),
             ]
         )
     return markdown_table([*names, *columns], rows, len(names))

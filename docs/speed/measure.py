@@ -115,6 +115,20 @@ GROUPS: dict[str, list[BenchmarkArguments]] = {
         )
         for pixels in (224, 320, 448, 640, 896, 1536)
     ],
+    "alternatives": [
+        BenchmarkArguments(
+            size=size,
+            pruning_rate=RATES[size, 224],
+            batch_size=batch_size,
+            dtype=dtype,
+            alternatives=True,
+            min_rounds=5 if size == "large" else 15,
+            max_rounds=6 if size == "large" else 30,
+        )
+        for size in ("small", "base", "large")
+        for dtype in ("float32", "bfloat16")
+        for batch_size in (1, 8)
+    ],
     "methods": [
         BenchmarkArguments(
             size=size, token_reducer=method, pruning_rate=rate, batch_size=8, min_rounds=rounds, max_rounds=rounds
@@ -127,14 +141,17 @@ GROUPS: dict[str, list[BenchmarkArguments]] = {
 
 def benchmarks(group: list[BenchmarkArguments]) -> Iterator[dict[str, Any]]:
     """Records of the benchmark, with the operations that matter."""
-    for arguments in group:
-        record = run(arguments)
-        for candidate, operations in record.pop("operations", {}).items():
-            total = sum(row["ms"] for row in operations.values())
-            longest = {name: row for name, row in operations.items() if row["ms"] > 0.002 * total}
-            if candidate in (UNPRUNED, "cropr"):
-                record.setdefault("operations", {})[candidate] = longest
-        yield record
+    return map(shortened, map(run, group))
+
+
+def shortened(record: dict[str, Any]) -> dict[str, Any]:
+    """A record with the operations that matter."""
+    for candidate, operations in record.pop("operations", {}).items():
+        total = sum(row["ms"] for row in operations.values())
+        longest = {name: row for name, row in operations.items() if row["ms"] > 0.002 * total}
+        if candidate in (UNPRUNED, "cropr"):
+            record.setdefault("operations", {})[candidate] = longest
+    return record
 
 
 def blocks() -> Iterator[dict[str, Any]]:
@@ -231,11 +248,13 @@ def shapes() -> Iterator[dict[str, Any]]:
             model.set_pruning(None)
 
 
-def turns(calls: dict[str, Callable[[], Any]]) -> dict[str, Any]:
-    """Times calls in turns; those of the unpruned model are the reference."""
-    timings = compare(calls, UNPRUNED, min_rounds=15, max_rounds=60)
+def turns(
+    calls: dict[str, Callable[[], Any]], device: str = "cpu", rounds: tuple[int, int] = (15, 60)
+) -> dict[str, Any]:
+    """Times calls in turns, for so many rounds at least and at most; those of the unpruned model are the reference."""
+    timings = compare(calls, UNPRUNED, *rounds, device=device)
     return {
-        "machine": machine_name(torch.device("cpu")),
+        "machine": machine_name(torch.device(device)),
         "versions": library_versions(),
         "rounds": len(timings[UNPRUNED].seconds),
         "results": {
