@@ -374,16 +374,18 @@ PAGES: dict[str, dict[str, tuple[Callable[..., str], list[str]]]] = {
     },
     "docs/speed.md": {
         "targets": (targets_table, ["speed/targets"]),
-        "grid": (partial(format_sweep, names=["size", "image_size", "dtype", "batch_size"]), ["speed/grid"]),
-        "profile": (profile_table, ["speed/grid"]),
         "limits": (limits_table, ["speed/limits"]),
-        "blocks": (blocks_table, ["speed/blocks"]),
-        "aligned": (aligned_table, ["speed/aligned"]),
         "compiled": (
             partial(turns_table, columns=["size, batch", "unpruned", "compiled", "Cropr", "compiled"]),
             ["speed/compiled"],
         ),
         "alternatives": (alternatives_table, ["speed/alternatives"]),
+    },
+    "docs/speed_details.md": {
+        "grid": (partial(format_sweep, names=["size", "image_size", "dtype", "batch_size"]), ["speed/grid"]),
+        "profile": (profile_table, ["speed/grid"]),
+        "blocks": (blocks_table, ["speed/blocks"]),
+        "aligned": (aligned_table, ["speed/aligned"]),
         "attention": (ATTENTION, ["speed/attention"]),
         "attention_kept": (ATTENTION, ["speed/attention_kept"]),
         "tokens": (cost_table, ["speed/tokens"]),

@@ -44,7 +44,16 @@ NEWER_OPTIONS = {"--activation_checkpointing"}
 
 
 @pytest.mark.parametrize(
-    "name", ["README.md", "docs/demos.md", "docs/speed.md", "docs/gpu.md", "docs/methods.md", "docs/schedules.md"]
+    "name",
+    [
+        "README.md",
+        "docs/demos.md",
+        "docs/speed.md",
+        "docs/speed_details.md",
+        "docs/gpu.md",
+        "docs/methods.md",
+        "docs/schedules.md",
+    ],
 )
 def test_tables_say_what_the_records_say(name, render):
     assert render.page(name) == (ROOT / name).read_text(encoding="utf-8"), "run `make pages`"

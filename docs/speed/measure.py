@@ -1,4 +1,4 @@
-"""The measurements of the pages speed.md, schedules.md and methods.md.
+"""The measurements of the pages speed.md, speed_details.md, schedules.md and methods.md.
 
 `python docs/speed/measure.py [NAME ...]` writes the records of groups, all but `shapes` by default. Each runs in a
 process of its own, as the memory that one leaves behind changes the times of the next, and takes minutes on a machine
