@@ -42,6 +42,7 @@ def records(tmp_path_factory):
     return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in folder.iterdir()}
 
 
+@pytest.mark.full
 def test_a_dry_run_goes_through_every_part(records):
     assert set(records) == {*PARTS, "summary"} and set(records["summary"]) == PARTS
     assert {part["status"] for part in records["summary"].values()} == {"done"}
@@ -61,6 +62,7 @@ def test_a_dry_run_goes_through_every_part(records):
     assert optimizer["parameters"]["cropr"] > optimizer["parameters"]["unpruned"]
 
 
+@pytest.mark.full
 def test_its_records_become_tables(records, render):
     tables = render.PAGES["docs/gpu.md"].values()
     for table, names in tables:
