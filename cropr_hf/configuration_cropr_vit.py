@@ -34,6 +34,7 @@ POOLING_MODES = ("mean", "patch_mean", "cls", "cls_patch_mean")
 ROPE_COORDINATES = ("index", "centered")
 WINDOW_ROPE_MODES = ("origin", "slot", "global")
 NMS_METHODS = ("hard", "linear")
+AUXILIARY_TASKS = (None, "patches", "presence", "both")
 PROBLEM_TYPES = (None, "single_label_classification", "multi_label_classification", "regression")
 DEFAULT_PRUNING_RATE = 8
 WEIGHTS_ID = "weights_id"  # in a saved configuration: of the weights beside it
@@ -183,8 +184,7 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
         token_multiple (`int`): the sequence lengths that `pruning_rate` leaves, prefix included, are rounded up to
             multiples of this number, such as 8 or 16, which some kernels like (188 -> 192 ...).
         prune_padding_first (`bool`): patches of padding (`pixel_mask` of a detector) go before all others.
-        num_queries (`int`, *optional*): queries per module, N in the paper. `None` is one per patch of `image_size`,
-            as semantic segmentation trains them.
+        num_queries (`int`, *optional*): queries per module, N in the paper. `None` is one per patch of `image_size`.
         scorer_num_heads (`int`), scorer_query_projection, scorer_key_projection, scorer_pre_norm (`bool`),
         aggregator_value_projection (`bool`), aggregator_mlp_ratio (`float`, *optional*; `None` is no MLP): the
             cross-attention variants of the paper's ablation; the defaults are its best and simplest values.
@@ -193,8 +193,15 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
         use_auxiliary_heads (`bool`): whether aggregators, auxiliary heads and unfolded scorers exist. They are what
             trains the scorers; published checkpoints have none.
         auxiliary_loss_weight (`float`): weight of the sum of the auxiliary losses.
-        label_smoothing (`float`, in [0, 1)): of the main and the auxiliary classification losses. (The argument of
-            `TrainingArguments` would take the labels away from the model, and with them the auxiliary losses.)
+        auxiliary_task (`str`, *optional*): what the queries predict in semantic segmentation. `"presence"`: each of
+            `num_queries`, which classes the image shows, as in detectors. `"patches"`, the paper's: one per patch,
+            the class of that patch. `"both"`: there are queries of both kinds. `None` follows `num_queries`:
+            `"patches"` if that is `None`. (In other classes every query predicts what the image as a whole shows.)
+        patch_queries_per_step (`int`, *optional*): queries of patches that predict in a training step, drawn anew for
+            each; the loss is an unbiased estimate of that of all, which the score still sums up. `None` is all.
+        label_smoothing (`float`, in [0, 1)): of the main and the auxiliary classification losses, not of presence.
+            (The argument of `TrainingArguments` would take the labels away from the model, and with them the auxiliary
+            losses.)
         semantic_loss_ignore_index (`int`): label of pixels that semantic segmentation leaves out of its losses.
 
     Detection (simple feature pyramid and Cascade Mask R-CNN; the defaults are those of ViTDet and EVA-02):
@@ -292,6 +299,8 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
     # Training
     use_auxiliary_heads: bool = False
     auxiliary_loss_weight: float | int = 1.0
+    auxiliary_task: str | None = None
+    patch_queries_per_step: int | None = None
     label_smoothing: float | int = 0.0
     semantic_loss_ignore_index: int = 255
     # Detection
@@ -317,6 +326,8 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
         settle_labels(self, kwargs.get("num_labels"))
         if self.token_reducer is not None and self.pruning_rate is None and self.pruning_schedule is None:
             self.pruning_rate = DEFAULT_PRUNING_RATE
+        if self.auxiliary_task == "patches" and self.num_queries == type(self).num_queries:  # which nobody chose
+            self.num_queries = None
         method = None
         if self.token_reducer is not None and self.find_reducer is not None:
             with suppress(ValueError):  # of a method that is not installed; building a model says what is missing
@@ -335,6 +346,7 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
         self.validate_windows()
         self.validate_training()
         self.validate_detection()
+        self.validate_queries()
         self.validate_token_reduction()
         if method is not None:
             check_pruning(self, method)
@@ -365,7 +377,8 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
         """As `PreTrainedConfig.from_dict`, but fields in `kwargs` are checked together with the stored ones.
 
-        What `kwargs` say about pruning replaces the stored rate and schedule, and another depth the stored stages.
+        What `kwargs` say about pruning replaces the stored rate and schedule, what they say about queries a stored
+        field that contradicts it, and another depth the stored stages.
         """
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type != cls.model_type:
@@ -377,7 +390,7 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
         names = {field.name for field in fields(cls)} - {field.name for field in fields(PreTrainedConfig)}
         names |= {"problem_type", *cls.attribute_map}
         overrides = {cls.attribute_map.get(name, name): kwargs.pop(name) for name in names & kwargs.keys()}
-        replaced = _replaced_fields(config_dict, overrides)
+        replaced = _replaced_fields(config_dict, overrides) | _replaced_queries(config_dict, overrides)
         if "num_hidden_layers" in overrides:
             replaced |= {"stage_names", "out_features", "out_indices"}
         stored = {name: value for name, value in config_dict.items() if name not in replaced}
@@ -410,6 +423,12 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
     def num_prefix_tokens(self) -> int:
         """CLS and register tokens, which stand before the patches and are never pruned."""
         return int(self.use_cls_token) + self.num_register_tokens
+
+    @property
+    def query_counts(self) -> tuple[int, int]:
+        """Queries of a module, in this order: of patches (one for each of `image_size`, or none), of the image."""
+        task = self.auxiliary_task or ("patches" if self.num_queries is None else "presence")
+        return (0 if task == "presence" else self.num_patches, 0 if task == "patches" else self.num_queries or 0)
 
     @property
     def pruning_blocks(self) -> list[int]:
@@ -445,7 +464,14 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
     def validate_backbone(self):
         """Checks of the plain ViT, across fields."""
         positive = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size")
-        for name in (*positive, "num_channels", "rope_reference_grid", "num_queries", "scorer_num_heads"):
+        for name in (
+            *positive,
+            "num_channels",
+            "rope_reference_grid",
+            "num_queries",
+            "patch_queries_per_step",
+            "scorer_num_heads",
+        ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least 1.")
         if self.num_register_tokens < 0:
@@ -540,6 +566,25 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
             )
         if problem_type in ("multi_label_classification", "regression") and self.label_smoothing > 0:
             raise ValueError(f"`label_smoothing` is of single-label classification; set it to 0 for {problem_type!r}.")
+
+    def validate_queries(self):
+        """Checks of what the queries predict."""
+        if self.auxiliary_task not in AUXILIARY_TASKS:
+            raise ValueError(
+                f"`auxiliary_task` is {self.auxiliary_task!r}; choose 'presence', 'patches' or 'both', or leave it "
+                "out."
+            )
+        if _contradict(self.auxiliary_task, self.num_queries):
+            raise ValueError(
+                f"`num_queries` is {self.num_queries}, but `auxiliary_task` is {self.auxiliary_task!r}; None is one "
+                "query per patch, which 'patches' has alone, and a number is for 'presence' and 'both'. Leave one of "
+                "the two out."
+            )
+        if self.patch_queries_per_step is not None and not self.query_counts[0]:
+            raise ValueError(
+                f"`patch_queries_per_step` is {self.patch_queries_per_step}, but there is no query per patch; set "
+                "`auxiliary_task='patches'`, or leave it out (None)."
+            )
 
     def validate_token_reduction(self):
         """Checks of the pruning fields and of the schedule at `image_size`."""
@@ -652,6 +697,18 @@ def _replaced_fields(stored: dict[str, Any], overrides: dict[str, Any]) -> set[s
     wanted = overrides.get("token_reducer", reducer)
     replaced = pruning if pruning & overrides.keys() or wanted is None else set()
     return replaced if wanted == reducer else replaced | {"reducer_config", "reducer_package"}
+
+
+def _contradict(auxiliary_task: str | None, num_queries: int | None) -> bool:
+    """Whether a task has another kind of queries than their number says: `None` is one per patch and no other."""
+    return auxiliary_task is not None and (auxiliary_task == "patches") != (num_queries is None)
+
+
+def _replaced_queries(stored: dict[str, Any], overrides: dict[str, Any]) -> set[str]:
+    """The stored field about queries that contradicts an override."""
+    names = ("auxiliary_task", "num_queries")
+    task, number = ({**stored, **overrides}.get(name, getattr(CroprViTConfig, name)) for name in names)
+    return {*names} - overrides.keys() if _contradict(task, number) else set()
 
 
 __all__ = ["CroprViTConfig"]
