@@ -177,11 +177,13 @@ class Scorer(OwnWeights):
 
         Those of patches can be restricted to `patches` (n,).
         """
-        is_resampled = self.query_grid is not None and grid_size not in (None, self.query_grid)
-        if not is_resampled and patches is None:
+        if self.query_grid is None:
+            return self.queries
+        grid_size = grid_size or self.query_grid
+        if grid_size == self.query_grid and patches is None:
             return self.queries
         of_patches, of_image = self.queries.split(self.query_counts)
-        if is_resampled:
+        if grid_size != self.query_grid:
             of_patches = resample_grid(of_patches[None], self.query_grid, grid_size, self.antialias)[0]
         if patches is not None:
             of_patches = of_patches[patches]
