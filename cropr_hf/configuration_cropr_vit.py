@@ -61,36 +61,12 @@ SIZES: dict[str, dict[str, Any]] = {
         "intermediate_size": 5120,
         "patch_size": 14,
     },
-    "eva02_tiny": {
-        **EVA02,
-        "hidden_size": 192,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 3,
-        "intermediate_size": 512,
-    },
-    "eva02_small": {
-        **EVA02,
-        "hidden_size": 384,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 6,
-        "intermediate_size": 1024,
-    },
-    "eva02_base": {
-        **EVA02,
-        "hidden_size": 768,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "intermediate_size": 2048,
-        "use_mlp_norm": True,
-    },
-    "eva02_large": {
-        **EVA02,
-        "hidden_size": 1024,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "intermediate_size": 2730,
-        "use_mlp_norm": True,
-    },
+}
+SIZES |= {
+    "eva02_tiny": {**SIZES["tiny"], **EVA02, "intermediate_size": 512},
+    "eva02_small": {**SIZES["small"], **EVA02, "intermediate_size": 1024},
+    "eva02_base": {**SIZES["base"], **EVA02, "intermediate_size": 2048, "use_mlp_norm": True},
+    "eva02_large": {**SIZES["large"], **EVA02, "intermediate_size": 2730, "use_mlp_norm": True},
 }
 
 
@@ -127,6 +103,53 @@ def check_unknown(config: Any, kwargs: dict[str, Any]) -> None:
     for name in kwargs.keys() - config.attribute_map.keys():
         if near := difflib.get_close_matches(name, own, n=1, cutoff=0.9):
             raise ValueError(f"`{name}` is not a field of {type(config).__name__}; did you mean `{near[0]}`?")
+
+
+def check_windows(config: Any) -> None:
+    """Raises `ValueError` for windows that cannot be."""
+    indices = list(config.window_block_indices)
+    if config.window_size < 0:
+        raise ValueError(f"`window_size` is {config.window_size}; it must be 1 patch or more, or 0 for no windows.")
+    if not config.window_size:
+        if indices:
+            raise ValueError(f"`window_block_indices` is {indices} without `window_size`; give both or none.")
+        return
+    if any(not 0 <= block < config.num_hidden_layers for block in indices) or len(set(indices)) < len(indices):
+        raise ValueError(
+            f"`window_block_indices` is {indices}; it must hold different blocks from 0 to "
+            f"{config.num_hidden_layers - 1}."
+        )
+    if config.num_prefix_tokens:
+        raise ValueError(
+            f"Windowed attention has no place for the {config.num_prefix_tokens} CLS and register tokens; set "
+            "`use_cls_token=False`, `num_register_tokens=0` and `pooling='patch_mean'`."
+        )
+    if config.window_rope_mode not in WINDOW_ROPE_MODES:
+        raise ValueError(
+            f"`window_rope_mode` is {config.window_rope_mode!r}; choose one of {', '.join(WINDOW_ROPE_MODES)}."
+        )
+
+
+def check_queries(config: Any) -> None:
+    """Raises `ValueError` where fields contradict each other about what the queries predict."""
+    task, number, drawn = config.auxiliary_task, config.num_queries, config.patch_queries_per_step
+    if task not in AUXILIARY_TASKS:
+        raise ValueError(f"`auxiliary_task` is {task!r}; choose 'presence', 'patches' or 'both', or leave it out.")
+    if _contradict(task, number):
+        raise ValueError(
+            f"`num_queries` is {number}, but `auxiliary_task` is {task!r}; leave one of the two out. None is one "
+            "query per patch, which 'patches' has alone; 'presence' and 'both' have a number."
+        )
+    if drawn is not None and not config.query_counts[0]:
+        raise ValueError(
+            f"`patch_queries_per_step` is {drawn}, but there is no query per patch; leave it out, or set "
+            "`auxiliary_task='patches'`."
+        )
+
+
+def _contradict(auxiliary_task: str | None, num_queries: int | None) -> bool:
+    """Whether a task has another kind of queries than their number says: `None` is one per patch and no other."""
+    return auxiliary_task is not None and (auxiliary_task == "patches") != (num_queries is None)
 
 
 @strict
@@ -193,15 +216,14 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
         use_auxiliary_heads (`bool`): whether aggregators, auxiliary heads and unfolded scorers exist. They are what
             trains the scorers; published checkpoints have none.
         auxiliary_loss_weight (`float`): weight of the sum of the auxiliary losses.
-        auxiliary_task (`str`, *optional*): what the queries predict in semantic segmentation. `"presence"`: each of
-            `num_queries`, which classes the image shows, as in detectors. `"patches"`, the paper's: one per patch,
-            the class of that patch. `"both"`: there are queries of both kinds. `None` follows `num_queries`:
-            `"patches"` if that is `None`. (In other classes every query predicts what the image as a whole shows.)
+        auxiliary_task (`str`, *optional*): what queries predict in semantic segmentation. `"presence"`: `num_queries`
+            predict which classes the image shows. `"patches"`, as in the paper: one per patch predicts its class.
+            `"both"`: there are queries of both kinds. `None` is `"patches"` if `num_queries` is `None`, or
+            `"presence"`. (In other classes every query predicts what the whole image shows.)
         patch_queries_per_step (`int`, *optional*): queries of patches that predict in a training step, drawn anew for
-            each; the loss is an unbiased estimate of that of all, which the score still sums up. `None` is all.
-        label_smoothing (`float`, in [0, 1)): of the main and the auxiliary classification losses, not of presence.
-            (The argument of `TrainingArguments` would take the labels away from the model, and with them the auxiliary
-            losses.)
+            each; the loss is an unbiased estimate of that of all, whose sum stays the score. `None` is all.
+        label_smoothing (`float`, in [0, 1)): of the main and the auxiliary cross-entropies. (The argument of
+            `TrainingArguments` would take the labels away from the model, and with them the auxiliary losses.)
         semantic_loss_ignore_index (`int`): label of pixels that semantic segmentation leaves out of its losses.
 
     Detection (simple feature pyramid and Cascade Mask R-CNN; the defaults are those of ViTDet and EVA-02):
@@ -390,7 +412,7 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
         names = {field.name for field in fields(cls)} - {field.name for field in fields(PreTrainedConfig)}
         names |= {"problem_type", *cls.attribute_map}
         overrides = {cls.attribute_map.get(name, name): kwargs.pop(name) for name in names & kwargs.keys()}
-        replaced = _replaced_fields(config_dict, overrides) | _replaced_queries(config_dict, overrides)
+        replaced = _replaced_fields(config_dict, overrides)
         if "num_hidden_layers" in overrides:
             replaced |= {"stage_names", "out_features", "out_indices"}
         stored = {name: value for name, value in config_dict.items() if name not in replaced}
@@ -460,6 +482,8 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
         return window_grid(self.window_size, num_patches, grid_size)
 
     validate_numbers = check_finite
+    validate_windows = check_windows
+    validate_queries = check_queries
 
     def validate_backbone(self):
         """Checks of the plain ViT, across fields."""
@@ -509,30 +533,6 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
         if self.rope_coordinates not in ROPE_COORDINATES:
             raise ValueError(f"`rope_coordinates` is {self.rope_coordinates!r}; choose 'index' or 'centered'.")
 
-    def validate_windows(self):
-        """Checks of windowed attention."""
-        indices = list(self.window_block_indices)
-        if self.window_size < 0:
-            raise ValueError(f"`window_size` is {self.window_size}; it must be 1 patch or more, or 0 for no windows.")
-        if not self.window_size:
-            if indices:
-                raise ValueError(f"`window_block_indices` is {indices} without `window_size`; give both or none.")
-            return
-        if any(not 0 <= block < self.num_hidden_layers for block in indices) or len(set(indices)) < len(indices):
-            raise ValueError(
-                f"`window_block_indices` is {indices}; it must hold different blocks from 0 to "
-                f"{self.num_hidden_layers - 1}."
-            )
-        if self.num_prefix_tokens:
-            raise ValueError(
-                f"Windowed attention has no place for the {self.num_prefix_tokens} CLS and register tokens; set "
-                "`use_cls_token=False`, `num_register_tokens=0` and `pooling='patch_mean'`."
-            )
-        if self.window_rope_mode not in WINDOW_ROPE_MODES:
-            raise ValueError(
-                f"`window_rope_mode` is {self.window_rope_mode!r}; choose one of {', '.join(WINDOW_ROPE_MODES)}."
-            )
-
     def validate_detection(self):
         """Checks of the detector."""
         positive = ("pyramid_channels", "box_head_size", "num_proposals", "rois_per_image", "detections_per_image")
@@ -566,25 +566,6 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
             )
         if problem_type in ("multi_label_classification", "regression") and self.label_smoothing > 0:
             raise ValueError(f"`label_smoothing` is of single-label classification; set it to 0 for {problem_type!r}.")
-
-    def validate_queries(self):
-        """Checks of what the queries predict."""
-        if self.auxiliary_task not in AUXILIARY_TASKS:
-            raise ValueError(
-                f"`auxiliary_task` is {self.auxiliary_task!r}; choose 'presence', 'patches' or 'both', or leave it "
-                "out."
-            )
-        if _contradict(self.auxiliary_task, self.num_queries):
-            raise ValueError(
-                f"`num_queries` is {self.num_queries}, but `auxiliary_task` is {self.auxiliary_task!r}; None is one "
-                "query per patch, which 'patches' has alone, and a number is for 'presence' and 'both'. Leave one of "
-                "the two out."
-            )
-        if self.patch_queries_per_step is not None and not self.query_counts[0]:
-            raise ValueError(
-                f"`patch_queries_per_step` is {self.patch_queries_per_step}, but there is no query per patch; set "
-                "`auxiliary_task='patches'`, or leave it out (None)."
-            )
 
     def validate_token_reduction(self):
         """Checks of the pruning fields and of the schedule at `image_size`."""
@@ -692,23 +673,14 @@ def with_new_labels(stored: dict[str, Any], overrides: dict[str, Any]) -> dict[s
 
 
 def _replaced_fields(stored: dict[str, Any], overrides: dict[str, Any]) -> set[str]:
-    """Stored fields that no longer hold when overrides say how to prune."""
+    """Stored fields that no longer hold when overrides say how to prune, or what the queries predict."""
     pruning, reducer = {"pruning_rate", "pruning_schedule"}, stored.get("token_reducer", CroprViTConfig.token_reducer)
     wanted = overrides.get("token_reducer", reducer)
     replaced = pruning if pruning & overrides.keys() or wanted is None else set()
+    queries = ("auxiliary_task", "num_queries")
+    if _contradict(*({**stored, **overrides}.get(name, getattr(CroprViTConfig, name)) for name in queries)):
+        replaced = replaced | ({*queries} - overrides.keys())
     return replaced if wanted == reducer else replaced | {"reducer_config", "reducer_package"}
-
-
-def _contradict(auxiliary_task: str | None, num_queries: int | None) -> bool:
-    """Whether a task has another kind of queries than their number says: `None` is one per patch and no other."""
-    return auxiliary_task is not None and (auxiliary_task == "patches") != (num_queries is None)
-
-
-def _replaced_queries(stored: dict[str, Any], overrides: dict[str, Any]) -> set[str]:
-    """The stored field about queries that contradicts an override."""
-    names = ("auxiliary_task", "num_queries")
-    task, number = ({**stored, **overrides}.get(name, getattr(CroprViTConfig, name)) for name in names)
-    return {*names} - overrides.keys() if _contradict(task, number) else set()
 
 
 __all__ = ["CroprViTConfig"]
