@@ -34,6 +34,7 @@ POOLING_MODES = ("mean", "patch_mean", "cls", "cls_patch_mean")
 ROPE_COORDINATES = ("index", "centered")
 WINDOW_ROPE_MODES = ("origin", "slot", "global")
 NMS_METHODS = ("hard", "linear")
+AUXILIARY_TASKS = (None, "patches", "presence", "both")
 PROBLEM_TYPES = (None, "single_label_classification", "multi_label_classification", "regression")
 DEFAULT_PRUNING_RATE = 8
 WEIGHTS_ID = "weights_id"  # in a saved configuration: of the weights beside it
@@ -60,36 +61,12 @@ SIZES: dict[str, dict[str, Any]] = {
         "intermediate_size": 5120,
         "patch_size": 14,
     },
-    "eva02_tiny": {
-        **EVA02,
-        "hidden_size": 192,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 3,
-        "intermediate_size": 512,
-    },
-    "eva02_small": {
-        **EVA02,
-        "hidden_size": 384,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 6,
-        "intermediate_size": 1024,
-    },
-    "eva02_base": {
-        **EVA02,
-        "hidden_size": 768,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "intermediate_size": 2048,
-        "use_mlp_norm": True,
-    },
-    "eva02_large": {
-        **EVA02,
-        "hidden_size": 1024,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "intermediate_size": 2730,
-        "use_mlp_norm": True,
-    },
+}
+SIZES |= {
+    "eva02_tiny": {**SIZES["tiny"], **EVA02, "intermediate_size": 512},
+    "eva02_small": {**SIZES["small"], **EVA02, "intermediate_size": 1024},
+    "eva02_base": {**SIZES["base"], **EVA02, "intermediate_size": 2048, "use_mlp_norm": True},
+    "eva02_large": {**SIZES["large"], **EVA02, "intermediate_size": 2730, "use_mlp_norm": True},
 }
 
 
@@ -126,6 +103,53 @@ def check_unknown(config: Any, kwargs: dict[str, Any]) -> None:
     for name in kwargs.keys() - config.attribute_map.keys():
         if near := difflib.get_close_matches(name, own, n=1, cutoff=0.9):
             raise ValueError(f"`{name}` is not a field of {type(config).__name__}; did you mean `{near[0]}`?")
+
+
+def check_windows(config: Any) -> None:
+    """Raises `ValueError` for windows that cannot be."""
+    indices = list(config.window_block_indices)
+    if config.window_size < 0:
+        raise ValueError(f"`window_size` is {config.window_size}; it must be 1 patch or more, or 0 for no windows.")
+    if not config.window_size:
+        if indices:
+            raise ValueError(f"`window_block_indices` is {indices} without `window_size`; give both or none.")
+        return
+    if any(not 0 <= block < config.num_hidden_layers for block in indices) or len(set(indices)) < len(indices):
+        raise ValueError(
+            f"`window_block_indices` is {indices}; it must hold different blocks from 0 to "
+            f"{config.num_hidden_layers - 1}."
+        )
+    if config.num_prefix_tokens:
+        raise ValueError(
+            f"Windowed attention has no place for the {config.num_prefix_tokens} CLS and register tokens; set "
+            "`use_cls_token=False`, `num_register_tokens=0` and `pooling='patch_mean'`."
+        )
+    if config.window_rope_mode not in WINDOW_ROPE_MODES:
+        raise ValueError(
+            f"`window_rope_mode` is {config.window_rope_mode!r}; choose one of {', '.join(WINDOW_ROPE_MODES)}."
+        )
+
+
+def check_queries(config: Any) -> None:
+    """Raises `ValueError` where fields contradict each other about what the queries predict."""
+    task, number, drawn = config.auxiliary_task, config.num_queries, config.patch_queries_per_step
+    if task not in AUXILIARY_TASKS:
+        raise ValueError(f"`auxiliary_task` is {task!r}; choose 'presence', 'patches' or 'both', or leave it out.")
+    if _contradict(task, number):
+        raise ValueError(
+            f"`num_queries` is {number}, but `auxiliary_task` is {task!r}; leave one of the two out. None is one "
+            "query per patch, which 'patches' has alone; 'presence' and 'both' have a number."
+        )
+    if drawn is not None and not config.query_counts[0]:
+        raise ValueError(
+            f"`patch_queries_per_step` is {drawn}, but there is no query per patch; leave it out, or set "
+            "`auxiliary_task='patches'`."
+        )
+
+
+def _contradict(auxiliary_task: str | None, num_queries: int | None) -> bool:
+    """Whether a task has another kind of queries than their number says: `None` is one per patch and no other."""
+    return auxiliary_task is not None and (auxiliary_task == "patches") != (num_queries is None)
 
 
 @strict
@@ -183,8 +207,7 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
         token_multiple (`int`): the sequence lengths that `pruning_rate` leaves, prefix included, are rounded up to
             multiples of this number, such as 8 or 16, which some kernels like (188 -> 192 ...).
         prune_padding_first (`bool`): patches of padding (`pixel_mask` of a detector) go before all others.
-        num_queries (`int`, *optional*): queries per module, N in the paper. `None` is one per patch of `image_size`,
-            as semantic segmentation trains them.
+        num_queries (`int`, *optional*): queries per module, N in the paper. `None` is one per patch of `image_size`.
         scorer_num_heads (`int`), scorer_query_projection, scorer_key_projection, scorer_pre_norm (`bool`),
         aggregator_value_projection (`bool`), aggregator_mlp_ratio (`float`, *optional*; `None` is no MLP): the
             cross-attention variants of the paper's ablation; the defaults are its best and simplest values.
@@ -193,7 +216,13 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
         use_auxiliary_heads (`bool`): whether aggregators, auxiliary heads and unfolded scorers exist. They are what
             trains the scorers; published checkpoints have none.
         auxiliary_loss_weight (`float`): weight of the sum of the auxiliary losses.
-        label_smoothing (`float`, in [0, 1)): of the main and the auxiliary classification losses. (The argument of
+        auxiliary_task (`str`, *optional*): what queries predict in semantic segmentation. `"presence"`: `num_queries`
+            predict which classes the image shows. `"patches"`, as in the paper: one per patch predicts its class.
+            `"both"`: there are queries of both kinds. `None` is `"patches"` if `num_queries` is `None`, or
+            `"presence"`. (In other classes every query predicts what the whole image shows.)
+        patch_queries_per_step (`int`, *optional*): queries of patches that predict in a training step, drawn anew for
+            each; the loss is an unbiased estimate of that of all, whose sum stays the score. `None` is all.
+        label_smoothing (`float`, in [0, 1)): of the main and the auxiliary cross-entropies. (The argument of
             `TrainingArguments` would take the labels away from the model, and with them the auxiliary losses.)
         semantic_loss_ignore_index (`int`): label of pixels that semantic segmentation leaves out of its losses.
 
@@ -292,6 +321,8 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
     # Training
     use_auxiliary_heads: bool = False
     auxiliary_loss_weight: float | int = 1.0
+    auxiliary_task: str | None = None
+    patch_queries_per_step: int | None = None
     label_smoothing: float | int = 0.0
     semantic_loss_ignore_index: int = 255
     # Detection
@@ -317,6 +348,8 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
         settle_labels(self, kwargs.get("num_labels"))
         if self.token_reducer is not None and self.pruning_rate is None and self.pruning_schedule is None:
             self.pruning_rate = DEFAULT_PRUNING_RATE
+        if self.auxiliary_task == "patches" and self.num_queries == type(self).num_queries:  # which nobody chose
+            self.num_queries = None
         method = None
         if self.token_reducer is not None and self.find_reducer is not None:
             with suppress(ValueError):  # of a method that is not installed; building a model says what is missing
@@ -335,6 +368,7 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
         self.validate_windows()
         self.validate_training()
         self.validate_detection()
+        self.validate_queries()
         self.validate_token_reduction()
         if method is not None:
             check_pruning(self, method)
@@ -365,7 +399,8 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
         """As `PreTrainedConfig.from_dict`, but fields in `kwargs` are checked together with the stored ones.
 
-        What `kwargs` say about pruning replaces the stored rate and schedule, and another depth the stored stages.
+        What `kwargs` say about pruning replaces the stored rate and schedule, what they say about queries a stored
+        field that contradicts it, and another depth the stored stages.
         """
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type != cls.model_type:
@@ -412,6 +447,12 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
         return int(self.use_cls_token) + self.num_register_tokens
 
     @property
+    def query_counts(self) -> tuple[int, int]:
+        """Queries of a module, in this order: of patches (one for each of `image_size`, or none), of the image."""
+        task = self.auxiliary_task or ("patches" if self.num_queries is None else "presence")
+        return (0 if task == "presence" else self.num_patches, 0 if task == "patches" else self.num_queries or 0)
+
+    @property
     def pruning_blocks(self) -> list[int]:
         """Blocks (1 to L) that have a module; which parameters exist depends on it, not on the rate."""
         return pruning_blocks(self, self._method())
@@ -441,11 +482,20 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
         return window_grid(self.window_size, num_patches, grid_size)
 
     validate_numbers = check_finite
+    validate_windows = check_windows
+    validate_queries = check_queries
 
     def validate_backbone(self):
         """Checks of the plain ViT, across fields."""
         positive = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size")
-        for name in (*positive, "num_channels", "rope_reference_grid", "num_queries", "scorer_num_heads"):
+        for name in (
+            *positive,
+            "num_channels",
+            "rope_reference_grid",
+            "num_queries",
+            "patch_queries_per_step",
+            "scorer_num_heads",
+        ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least 1.")
         if self.num_register_tokens < 0:
@@ -482,30 +532,6 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must be positive, such as {usual}.")
         if self.rope_coordinates not in ROPE_COORDINATES:
             raise ValueError(f"`rope_coordinates` is {self.rope_coordinates!r}; choose 'index' or 'centered'.")
-
-    def validate_windows(self):
-        """Checks of windowed attention."""
-        indices = list(self.window_block_indices)
-        if self.window_size < 0:
-            raise ValueError(f"`window_size` is {self.window_size}; it must be 1 patch or more, or 0 for no windows.")
-        if not self.window_size:
-            if indices:
-                raise ValueError(f"`window_block_indices` is {indices} without `window_size`; give both or none.")
-            return
-        if any(not 0 <= block < self.num_hidden_layers for block in indices) or len(set(indices)) < len(indices):
-            raise ValueError(
-                f"`window_block_indices` is {indices}; it must hold different blocks from 0 to "
-                f"{self.num_hidden_layers - 1}."
-            )
-        if self.num_prefix_tokens:
-            raise ValueError(
-                f"Windowed attention has no place for the {self.num_prefix_tokens} CLS and register tokens; set "
-                "`use_cls_token=False`, `num_register_tokens=0` and `pooling='patch_mean'`."
-            )
-        if self.window_rope_mode not in WINDOW_ROPE_MODES:
-            raise ValueError(
-                f"`window_rope_mode` is {self.window_rope_mode!r}; choose one of {', '.join(WINDOW_ROPE_MODES)}."
-            )
 
     def validate_detection(self):
         """Checks of the detector."""
@@ -647,10 +673,13 @@ def with_new_labels(stored: dict[str, Any], overrides: dict[str, Any]) -> dict[s
 
 
 def _replaced_fields(stored: dict[str, Any], overrides: dict[str, Any]) -> set[str]:
-    """Stored fields that no longer hold when overrides say how to prune."""
+    """Stored fields that no longer hold when overrides say how to prune, or what the queries predict."""
     pruning, reducer = {"pruning_rate", "pruning_schedule"}, stored.get("token_reducer", CroprViTConfig.token_reducer)
     wanted = overrides.get("token_reducer", reducer)
     replaced = pruning if pruning & overrides.keys() or wanted is None else set()
+    queries = ("auxiliary_task", "num_queries")
+    if _contradict(*({**stored, **overrides}.get(name, getattr(CroprViTConfig, name)) for name in queries)):
+        replaced = replaced | ({*queries} - overrides.keys())
     return replaced if wanted == reducer else replaced | {"reducer_config", "reducer_package"}
 
 

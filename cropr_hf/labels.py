@@ -180,3 +180,10 @@ def class_presence(labels: Sequence[torch.Tensor], num_labels: int) -> torch.Ten
     presence = torch.zeros(len(labels), num_labels, device=counts.device)
     presence[rows, torch.cat(list(labels)).long()] = 1.0
     return presence
+
+
+def map_presence(labels: torch.Tensor, num_labels: int, ignored: int) -> torch.Tensor:
+    """Which classes each image shows, (B, C), 0 or 1, from its label map (B, height, width); `ignored` is none."""
+    presence = torch.zeros(len(labels), num_labels + 1, device=labels.device)
+    classes = labels.masked_fill(labels == ignored, num_labels).flatten(1)
+    return presence.scatter(1, classes, 1.0)[:, :num_labels]

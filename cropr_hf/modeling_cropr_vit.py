@@ -66,7 +66,8 @@ class CroprViTModelOutput(ModelOutput):
         pooler_output: (B, D), or (B, 2 D) with `cls_patch_mean`; pooled and normalised.
         pruned_after_block: (B, patches), with `output_pruning=True`: the block (1 to L) after which each patch was
             pruned (or merged into another), L if it never was.
-        auxiliary_logits: one (B, N, C) per module, in training with auxiliary heads.
+        auxiliary_logits: one (B, N, C) per module, in training with auxiliary heads; of patches first.
+        auxiliary_patches: (n,), the patches that these are of in this step, if `config.patch_queries_per_step` draws.
         method_losses: further losses of the method, by name, in training.
         stage_states: one (B, prefix + patches, D) for each of `output_stages`: a pruned patch, which is at its place
             there, has the state in which it was pruned.
@@ -79,6 +80,7 @@ class CroprViTModelOutput(ModelOutput):
     pooler_output: torch.Tensor | None = None
     pruned_after_block: torch.Tensor | None = None
     auxiliary_logits: tuple[torch.Tensor, ...] | None = None
+    auxiliary_patches: torch.Tensor | None = None
     method_losses: dict[str, torch.Tensor] | None = None
     stage_states: tuple[torch.Tensor, ...] | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
@@ -311,6 +313,7 @@ class CroprViTModel(CroprViTPreTrainedModel):
             pooler_output=pooled,
             pruned_after_block=state.pruning_map(num_blocks) if output_pruning else None,
             auxiliary_logits=tuple(state.auxiliary_logits.values()) or None,
+            auxiliary_patches=state.auxiliary_patches,
             method_losses=state.losses or None,
             stage_states=tuple(stage_states) or None,
         )
@@ -597,9 +600,18 @@ class CroprViTBackbone(BackboneMixin, CroprViTPreTrainedModel):
         return None
 
 
-def presence_loss(logits: torch.Tensor, presence: torch.Tensor) -> torch.Tensor:
-    """Mean binary cross-entropy of logits (B, N, C), whose N queries all predict which classes (B, C) are present."""
-    return F.binary_cross_entropy_with_logits(logits.float(), presence[:, None].expand_as(logits))
+def presence_loss(
+    logits: torch.Tensor, presence: torch.Tensor, is_counted: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Mean binary cross-entropy of logits (B, N, C), whose N queries all predict which classes (B, C) are present.
+
+    With `is_counted` (B,) it is that of these images; 0 if there are none.
+    """
+    losses = F.binary_cross_entropy_with_logits(logits.float(), presence[:, None].expand_as(logits), reduction="none")
+    if is_counted is None:
+        return losses.mean()
+    of_images = losses.flatten(1).mean(dim=1)
+    return (of_images * is_counted).sum() / is_counted.sum().clamp(min=1)
 
 
 __all__ = ["CroprViTBackbone", "CroprViTForImageClassification", "CroprViTModel", "CroprViTPreTrainedModel"]

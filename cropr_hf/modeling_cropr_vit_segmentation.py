@@ -23,25 +23,31 @@ from transformers import initialization as init
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_cropr_vit import CroprViTConfig
-from .labels import check_label_maps
-from .modeling_cropr_vit import CroprViTModel, CroprViTPreTrainedModel, CroprViTTaskOutput
+from .labels import check_label_maps, map_presence
+from .modeling_cropr_vit import (
+    CroprViTModel,
+    CroprViTModelOutput,
+    CroprViTPreTrainedModel,
+    CroprViTTaskOutput,
+    presence_loss,
+)
 from .vit_layers import pad_to_patches
 
 
 class CroprViTForSemanticSegmentation(CroprViTPreTrainedModel):
     """Linear classifier on every patch, all of which last layer fusion has put back in their places.
 
-    In training each Cropr module has one query per patch (`config.num_queries` is `None`), and predicts the class of
-    every patch from the tokens that are left there. On a grid other than that of `config.image_size` its queries are
-    interpolated like a position table; the ranking stays that of the sum of the configured queries, which is what a
-    stripped model has.
+    In training each Cropr module predicts, from the tokens that are left there, what `config.auxiliary_task` says:
+    which classes the image shows, or, by one query per patch, the class of every patch. On a grid other than that of
+    `config.image_size` queries of patches are interpolated like a position table; the ranking stays that of the sum of
+    the configured queries, which is what a stripped model has.
 
     Raises:
-        `ValueError`: when the configuration prunes without last layer fusion, has auxiliary heads with another number
-            of queries, no class, the ignore label among its classes, or several labels per pixel.
+        `ValueError`: when the configuration prunes without last layer fusion, has no class, the ignore label among its
+            classes, or several labels per pixel.
     """
 
-    conversion_fields = {"num_queries": None, "last_layer_fusion": True}
+    conversion_fields = {"last_layer_fusion": True}
 
     def __init__(self, config: CroprViTConfig):
         super().__init__(config)
@@ -57,23 +63,8 @@ class CroprViTForSemanticSegmentation(CroprViTPreTrainedModel):
         if module is self.classifier:  # as in the reference code: every class begins with about the same probability
             init.normal_(self.classifier.weight, mean=0.0, std=2e-5)
 
-    def add_auxiliary_heads(self) -> None:
-        """See `CroprViTPreTrainedModel.add_auxiliary_heads`; raises `ValueError` unless there is a query per patch."""
-        self._check_queries(self.config)
-        super().add_auxiliary_heads()
-
-    @staticmethod
-    def _check_queries(config: CroprViTConfig) -> None:
-        if config.num_queries is not None:
-            raise ValueError(
-                f"`num_queries` is {config.num_queries}, but semantic segmentation trains one query per patch; set "
-                "`num_queries=None`."
-            )
-
     @classmethod
     def _check_config(cls, config: CroprViTConfig) -> None:
-        if config.use_auxiliary_heads:
-            cls._check_queries(config)
         cls._check_fusion(config)
         if not config.num_labels:
             raise ValueError("`num_labels` is 0; semantic segmentation needs at least 1 class.")
@@ -129,11 +120,7 @@ class CroprViTForSemanticSegmentation(CroprViTPreTrainedModel):
             auxiliary_losses = []
             if outputs.auxiliary_logits is not None:
                 patch_labels = self.patch_labels(labels, (height, width), grid_size)
-                # (B, N, C) -> (B, C, N)
-                auxiliary_losses = [
-                    self.segmentation_loss(auxiliary.transpose(1, 2), patch_labels)
-                    for auxiliary in outputs.auxiliary_logits
-                ]
+                auxiliary_losses = self.auxiliary_losses(outputs, labels, patch_labels)
             losses = self._sum_losses(main_loss, auxiliary_losses, outputs)
         return CroprViTTaskOutput(
             **losses,
@@ -143,14 +130,52 @@ class CroprViTForSemanticSegmentation(CroprViTPreTrainedModel):
             attentions=outputs.attentions,
         )
 
-    def segmentation_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Mean cross-entropy of logits (B, C, ...) and labels (B, ...) where they are not ignored; 0 if all are."""
+    def segmentation_loss(
+        self, logits: torch.Tensor, labels: torch.Tensor, places: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Mean cross-entropy of logits (B, C, ...) and labels (B, ...) where they are not ignored; 0 if all are.
+
+        Where logits (B, C, n) are those of `places` (n,) among the labels (B, N) only, which were drawn with equal
+        chances, it is an estimate of that of all: its sum is scaled by N / n, and divided by all labels that count.
+        """
         ignored = self.config.semantic_loss_ignore_index
         smoothing = self.config.label_smoothing
+        count = (labels != ignored).sum().clamp(min=1)
+        if places is not None:
+            count = count * (len(places) / labels.shape[1])
+            labels = labels[:, places]
         total = F.cross_entropy(
             logits.float(), labels, ignore_index=ignored, label_smoothing=smoothing, reduction="sum"
         )
-        return total / (labels != ignored).sum().clamp(min=1)
+        return total / count
+
+    def auxiliary_losses(
+        self, outputs: CroprViTModelOutput, labels: torch.Tensor, patch_labels: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """The loss of each module: that of its queries of patches, plus that of its queries of the image.
+
+        An image without any label does not count: nobody knows what it shows.
+
+        Args:
+            outputs: of the encoder, with auxiliary logits.
+            labels: (B, label height, label width).
+            patch_labels: (B, rows * columns).
+        """
+        ignored = self.config.semantic_loss_ignore_index
+        presence = map_presence(labels, self.num_labels, ignored)
+        is_labelled = (labels != ignored).flatten(1).any(dim=1)
+        has_patches, of_image = self.config.query_counts
+        losses = []
+        for logits in outputs.auxiliary_logits or ():
+            of_patches = logits.shape[1] - of_image
+            loss = torch.zeros((), device=logits.device)
+            if has_patches:  # (B, N, C) -> (B, C, N)
+                by_patch = logits[:, :of_patches].transpose(1, 2)
+                loss = loss + self.segmentation_loss(by_patch, patch_labels, outputs.auxiliary_patches)
+            if of_image:
+                loss = loss + presence_loss(logits[:, of_patches:], presence, is_labelled)
+            losses.append(loss)
+        return losses
 
     def patch_labels(
         self, labels: torch.Tensor, image_size: tuple[int, int], grid_size: tuple[int, int]

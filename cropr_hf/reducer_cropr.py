@@ -140,8 +140,10 @@ class Scorer(OwnWeights):
         size = config.hidden_size
         self.num_heads = config.scorer_num_heads
         self.antialias = config.interpolate_antialias
-        self.query_grid = config.grid_size if config.num_queries is None else None  # with one query per patch
-        self.queries = nn.Parameter(torch.empty(config.num_queries or config.num_patches, size))
+        self.query_counts = config.query_counts  # of patches, which come first, and of the image
+        self.query_grid = config.grid_size if self.query_counts[0] else None
+        self.queries_per_step = config.patch_queries_per_step
+        self.queries = nn.Parameter(torch.empty(sum(self.query_counts), size))
         self.norm = nn.LayerNorm(size, eps=NORM_EPS) if config.scorer_pre_norm else nn.Identity()
         self.query_projection = nn.Linear(size, size, bias=False) if config.scorer_query_projection else nn.Identity()
         self.key_projection = nn.Linear(size, size, bias=False) if config.scorer_key_projection else nn.Identity()
@@ -160,11 +162,31 @@ class Scorer(OwnWeights):
                 norm_weight=getattr(self.norm, "weight", None),
             )
 
-    def queries_for(self, grid_size: tuple[int, int] | None) -> torch.Tensor:
-        """Queries (N, D) for an image of `grid_size` patches: one per patch are interpolated to another grid."""
-        if self.query_grid is None or grid_size is None or grid_size == self.query_grid:
+    def draw_patches(self, grid_size: tuple[int, int] | None) -> torch.Tensor | None:
+        """Patches (n,) of an image of `grid_size` whose queries predict in a training step; `None` is all."""
+        if self.query_grid is None or self.queries_per_step is None:
+            return None
+        rows, columns = grid_size or self.query_grid
+        if self.queries_per_step >= rows * columns:
+            return None
+        return torch.randperm(rows * columns, device=self.queries.device)[: self.queries_per_step]
+
+    def queries_for(self, grid_size: tuple[int, int] | None, patches: torch.Tensor | None = None) -> torch.Tensor:
+        """Queries (N, D) for an image of `grid_size` patches: one per patch are interpolated to another grid.
+
+        Those of patches can be restricted to `patches` (n,).
+        """
+        if self.query_grid is None:
             return self.queries
-        return resample_grid(self.queries[None], self.query_grid, grid_size, self.antialias)[0]
+        grid_size = grid_size or self.query_grid
+        if grid_size == self.query_grid and patches is None:
+            return self.queries
+        of_patches, of_image = self.queries.split(self.query_counts)
+        if grid_size != self.query_grid:
+            of_patches = resample_grid(of_patches[None], self.query_grid, grid_size, self.antialias)[0]
+        if patches is not None:
+            of_patches = of_patches[patches]
+        return torch.cat([of_patches, of_image])
 
     @torch.no_grad()
     def unfold(self, folded_query: torch.Tensor) -> None:
@@ -260,16 +282,24 @@ class AuxiliaryClassifier(OwnWeights, nn.Linear):
 
 
 class AuxiliaryHead(nn.Module):
-    """LayerNorm and classifier, whose loss trains the scorer (training only)."""
+    """LayerNorm and classifier, whose loss trains the scorer (training only); queries of two kinds have one each."""
 
     def __init__(self, config: CroprViTConfig):
         super().__init__()
+        of_patches, self.num_image_queries = config.query_counts
         self.norm = nn.LayerNorm(config.hidden_size, eps=NORM_EPS)
         self.classifier = AuxiliaryClassifier(config.hidden_size, config.num_labels or 0)
+        self.image_classifier: nn.Module | None = None
+        if of_patches and self.num_image_queries:
+            self.image_classifier = AuxiliaryClassifier(config.hidden_size, config.num_labels or 0)
 
     def forward(self, aggregated: torch.Tensor) -> torch.Tensor:
         """(B, N, D) -> (B, N, C)"""
-        return self.classifier(self.norm(aggregated))
+        aggregated = self.norm(aggregated)
+        if self.image_classifier is None:
+            return self.classifier(aggregated)
+        of_patches, of_image = aggregated[:, : -self.num_image_queries], aggregated[:, -self.num_image_queries :]
+        return torch.cat([self.classifier(of_patches), self.image_classifier(of_image)], dim=1)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -306,9 +336,11 @@ class CroprModule(TokenReducer):
         """Auxiliary logits in training; then the tokens with the best scores stay."""
         if self.training and self.aggregator is not None and self.auxiliary_head is not None:
             scorer: Any = self.router.scorer  # not folded while there are heads
-            aggregated = self.aggregator(scorer.queries_for(state.grid_size), state.hidden_states.detach(), scorer)
+            patches = state.auxiliary_patches if state.auxiliary_logits else scorer.draw_patches(state.grid_size)
+            queries = scorer.queries_for(state.grid_size, patches)
+            aggregated = self.aggregator(queries, state.hidden_states.detach(), scorer)
             logits = {**state.auxiliary_logits, self.block: self.auxiliary_head(aggregated)}
-            state = state.updated(auxiliary_logits=logits)
+            state = state.updated(auxiliary_logits=logits, auxiliary_patches=patches)
         return self.keep_best(state, num_keep)
 
     def scores(self, state: TokenState) -> torch.Tensor:

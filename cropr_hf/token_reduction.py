@@ -138,6 +138,7 @@ class TokenState:
         grid_size: rows and columns of the patches before pruning; what has one query per patch needs it.
         keeps_pruned_states: whether `pruned` has the hidden states, which fusion needs.
         auxiliary_logits: (B, N, C) by the block that the auxiliary head follows, in training.
+        auxiliary_patches: (n,), the patches whose queries give the first of these logits; `None` is all.
         losses: of methods, by name, in training; the task class adds them to its loss.
     """
 
@@ -154,6 +155,7 @@ class TokenState:
     grid_size: tuple[int, int] | None = None
     keeps_pruned_states: bool = True
     auxiliary_logits: dict[int, torch.Tensor] = field(default_factory=dict)
+    auxiliary_patches: torch.Tensor | None = None
     losses: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -125,7 +125,7 @@ def write_models(args: Arguments, folder: Path) -> None:
         ),
         "semantic_segmentation": (
             CroprViTForSemanticSegmentation,
-            {"id2label": dict(enumerate(LABEL_NAMES)), "pruning_schedule": schedule, "num_queries": None},
+            {"id2label": dict(enumerate(LABEL_NAMES)), "pruning_schedule": schedule, "auxiliary_task": "patches"},
             SegformerImageProcessor(size=size, **normalization),
         ),
         "object_detection": (

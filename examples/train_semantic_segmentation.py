@@ -94,7 +94,19 @@ ADE20K_ARGUMENTS = {
 class SegmenterArguments(Eva02Arguments):
     """`ModelArguments` whose default model is prepared as in the paper."""
 
-    recipe = {"image_size": 512, "patch_size": 16, "pruning_rate": 40}
+    recipe = {"image_size": 512, "patch_size": 16, "pruning_rate": 40, "auxiliary_task": "patches"}
+    auxiliary_task: str | None = HfArg(
+        default=None,
+        help="What Cropr modules learn to predict: 'presence' of classes, 'patches' (the paper) or 'both'.",
+    )
+    patch_queries_per_step: int | None = HfArg(
+        default=None, help="Queries of patches that predict in a step, drawn anew for each, if not all."
+    )
+
+    def overrides(self) -> dict[str, Any]:
+        """See `ModelArguments.overrides`."""
+        given = {name: getattr(self, name) for name in ("auxiliary_task", "patch_queries_per_step")}
+        return super().overrides() | {name: value for name, value in given.items() if value is not None}
 
 
 @dataclass
@@ -417,7 +429,6 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         CroprViTForSemanticSegmentation,
         model_args,
         label_names,
-        num_queries=None,  # one per patch
         semantic_loss_ignore_index=data_args.ignore_index,
     )
     processor = SegformerImageProcessor(

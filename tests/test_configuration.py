@@ -184,6 +184,7 @@ def test_the_rate_that_an_error_suggests_works_and_the_next_does_not():
                 "patch_size",
                 "num_channels",
                 "num_queries",
+                "patch_queries_per_step",
                 "scorer_num_heads",
                 "rope_reference_grid",
             )
@@ -206,6 +207,17 @@ def test_the_rate_that_an_error_suggests_works_and_the_next_does_not():
         ({"drop_path_rate": 1}, r"`drop_path_rate` is 1;"),
         ({"label_smoothing": 1.5}, r"`label_smoothing` is 1.5"),
         ({"auxiliary_loss_weight": -1}, r"`auxiliary_loss_weight` is -1; it must be 0 or more"),
+        ({"auxiliary_task": "objects"}, r"`auxiliary_task` is 'objects'; choose 'presence', 'patches' or 'both'"),
+        (
+            {"auxiliary_task": "patches", "num_queries": 2},
+            r"`num_queries` is 2, but `auxiliary_task` is 'patches'; leave one of the two out",
+        ),
+        ({"auxiliary_task": "presence", "num_queries": None}, r"`num_queries` is None, but .* is 'presence'; leave"),
+        ({"auxiliary_task": "both", "num_queries": None}, r"`num_queries` is None, but `auxiliary_task` is 'both'"),
+        (
+            {"patch_queries_per_step": 4},
+            r"`patch_queries_per_step` is 4, but there is no query per patch; leave it out, or set `auxi",
+        ),
         ({"token_reducer": None}, r"`pruning_rate` is 2 but `token_reducer` is None"),
         (
             {"token_reducer": None, "pruning_rate": None, "pruning_schedule": [16] * 5},
@@ -475,6 +487,8 @@ def stored_fields(config):
         {"token_reducer": None, "pruning_rate": None, "problem_type": "multi_label_classification"},
         {"scorer_num_heads": 2, "aggregator_mlp_ratio": None, "rope_theta": 100, "out_indices": [1, 3]},
         {"num_queries": None, "semantic_loss_ignore_index": -100},
+        {"auxiliary_task": "patches", "patch_queries_per_step": 4},
+        {"auxiliary_task": "both", "num_queries": 2},
         {**CONFIGS["windows"], "window_rope_mode": "slot"},
         {"anchor_sizes": (4, 8, 16, 32, 64), "nms_method": "linear", "score_threshold": 0, "maskness_threshold": 0.5},
     ],
@@ -514,6 +528,40 @@ def test_the_number_of_queries_can_be_overridden_by_none(tmp_path):
     assert CroprViTConfig.from_pretrained(tmp_path).num_queries == 3
     assert CroprViTConfig.from_pretrained(tmp_path, num_queries=None).num_queries is None
     assert AutoConfig.from_pretrained(tmp_path, num_queries=None).num_queries is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "counts"),
+    [
+        ({}, (0, 1)),
+        ({"num_queries": 3}, (0, 3)),
+        ({"num_queries": None}, (16, 0)),
+        ({"auxiliary_task": "presence"}, (0, 1)),
+        ({"auxiliary_task": "patches"}, (16, 0)),
+        ({"auxiliary_task": "patches", "num_queries": None}, (16, 0)),
+        ({"auxiliary_task": "both"}, (16, 1)),
+        ({"auxiliary_task": "both", "num_queries": 3}, (16, 3)),
+    ],
+)
+def test_queries_of_patches_and_of_the_image(fields, counts, tmp_path):
+    config = tiny_config(**fields)
+    assert config.query_counts == counts
+    config.save_pretrained(tmp_path)
+    assert CroprViTConfig.from_pretrained(tmp_path).query_counts == counts
+    # An override replaces what contradicts it, and keeps the rest.
+    for override, expected in {
+        ("num_queries", None): (16, 0),
+        ("num_queries", 2): (16 if fields.get("auxiliary_task") == "both" else 0, 2),
+        ("auxiliary_task", "patches"): (16, 0),
+        ("auxiliary_task", "presence"): (0, counts[1] or 1),
+        ("auxiliary_task", "both"): (16, counts[1] or 1),
+    }.items():
+        assert CroprViTConfig.from_pretrained(tmp_path, **dict([override])).query_counts == expected
+
+
+def test_queries_of_patches_are_known_to_earlier_releases_by_their_number(tmp_path):
+    tiny_config(auxiliary_task="patches").save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["num_queries"] is None
 
 
 def test_from_pretrained_overrides_replace_the_stored_pruning(tmp_path):

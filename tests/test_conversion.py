@@ -684,19 +684,20 @@ def test_auxiliary_heads_are_the_default_of_prunable_task_classes_only():
 
 @pytest.mark.parametrize("name", ["vit", "dinov3", "timm_eva02_separate"])
 @torch.no_grad()
-def test_a_segmentation_model_has_one_query_per_patch_and_the_tokens_of_its_source(name):
+def test_a_segmentation_model_has_the_tokens_of_its_source(name):
     source = build(name)
-    model = CroprViTForSemanticSegmentation.from_vit(source, pruning_rate=2, image_size=[48, 40], num_labels=3)
-    assert model.config.use_auxiliary_heads and model.config.num_queries is None
+    convert = partial(CroprViTForSemanticSegmentation.from_vit, source, pruning_rate=2, num_labels=3)
+    model = convert()
+    assert model.config.use_auxiliary_heads and model.config.query_counts == (0, 1)
+    assert model.cropr_vit.token_reducers["1"].router.scorer.queries.shape == (1, 32)
+    model = convert(image_size=[48, 40], auxiliary_task="patches")
+    assert model.config.use_auxiliary_heads and model.config.query_counts == (30, 0)
     assert model.cropr_vit.token_reducers["1"].router.scorer.queries.shape == (6 * 5, 32)
     assert model.classifier.weight.shape == (3, 32) and model.classifier.weight.std() < 0.03  # its own first weights
     model.set_pruning(0)
     expected = CASES[name].tokens(source, images((48, 40)))
     assert_close(model.cropr_vit(images((48, 40))).last_hidden_state, expected)
-    without = CroprViTForSemanticSegmentation.from_vit(source, token_reducer="random", pruning_rate=2, num_labels=3)
-    assert not without.config.use_auxiliary_heads
-    with pytest.raises(ValueError, match=r"`num_queries` is 2, .*set `num_queries=None`"):
-        CroprViTForSemanticSegmentation.from_vit(source, pruning_rate=2, num_queries=2)
+    assert not convert(token_reducer="random").config.use_auxiliary_heads
 
 
 def test_labels_come_along_while_their_number_stays():

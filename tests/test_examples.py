@@ -643,6 +643,7 @@ class TestTrainSemanticSegmentation:
             "image_size": 512,
             "patch_size": 16,
             "pruning_rate": 40,
+            "auxiliary_task": "patches",
             "drop_path_rate": 0.2,
             "label_smoothing": 0.0,
         }

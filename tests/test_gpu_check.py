@@ -55,7 +55,7 @@ def test_a_dry_run_goes_through_every_part(records):
     assert forward["taken"] == ["flash"] and forward["peak_memory"] > 0 and forward["operations"]
     assert by_name["large, eager"]["both"]["taken"] == ["plain products"]
     assert by_name["aggregator, 1 heads of 1024, 1 queries"]["both"]["taken"]
-    for job in [*records["speed"], *records["detector"], *records["compiled"], *records["training"][:3]]:
+    for job in [*records["speed"], *records["detector"], *records["compiled"], *records["training"][:4]]:
         assert {"unpruned", "cropr", "random"} <= set(job["record"]["results"]), job["name"]
     assert "transformers ViT" in by_name["large, 1, eager"]["results"]
     optimizer = by_name["large, optimizer"]

@@ -130,6 +130,17 @@ def test_a_recipe_that_a_script_has_as_its_defaults_says_the_same(parse, name):
         assert getattr(stated[2], field) == getattr(defaults[2], field)
 
 
+def test_segmentation_trains_by_the_paper_where_the_settings_are_the_papers(parse):
+    script, recipe = "train_semantic_segmentation", EXAMPLES / "recipes" / "eva02_l_ade20k.yaml"
+    other = ["--model_name_or_path", EXAMPLES / "digits_vit"]
+    words = {"patches": [[], [recipe]], None: [other], "both": [["--auxiliary_task", "both"]]}
+    for expected, calls in words.items():
+        for call in calls:
+            assert parse(script, *call)[0].overrides().get("auxiliary_task") == expected
+    drawn = parse(script, recipe, "--patch_queries_per_step", 64)[0].overrides()
+    assert CroprViTConfig.from_size("eva02_large", **drawn).patch_queries_per_step == 64
+
+
 @pytest.mark.parametrize("script", sorted({script_of(recipe) for recipe in RECIPES}))
 def test_gradients_have_no_limit_unless_one_is_given(parse, script):
     """As in the reference code, where the Trainer has a limit of 1 by default."""

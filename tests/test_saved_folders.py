@@ -79,6 +79,12 @@ def test_a_stripped_folder_trains_by_its_training_config(name):
     assert torch.equal(outputs["pruned_after_block"], expected["pruned_after_block"])
 
 
+def test_a_segmenter_from_before_there_was_an_auxiliary_task_has_a_query_per_patch():
+    config = AutoConfig.from_pretrained(FOLDERS / "segmentation" / "training_config")
+    assert config.query_counts == (16, 0)
+    assert load("segmentation", config=config).cropr_vit.token_reducers["1"].router.scorer.queries.shape == (16, 16)
+
+
 def test_a_checkpoint_is_complete_and_can_be_stripped():
     name = "resumable/checkpoint-1"
     model = load(name)

@@ -1,5 +1,6 @@
-"""What semantic segmentation adds to the shared suite: the grid, label maps, one query per patch, pipelines."""
+"""What semantic segmentation adds to the shared suite: the grid, label maps, what queries predict, pipelines."""
 
+import json
 import math
 import random
 from contextlib import nullcontext
@@ -17,6 +18,7 @@ from transformers import (
 )
 
 from cropr_hf import CroprViTForImageClassification, CroprViTForSemanticSegmentation
+from cropr_hf.labels import map_presence
 from cropr_hf.token_reduction import resample_grid
 from tests.common import (
     NUM_BLOCKS,
@@ -41,6 +43,13 @@ from tests.common import (
 IGNORED = 255
 # Whole patches of the configured grid and of others, and sizes to which zeros are added
 SIZES = [(32, 32), (40, 48), (30, 27), (9, 50)]
+# What the queries of a module predict: fields, and how many there are, for 16 patches
+AUXILIARY = {
+    "patches": ({"num_queries": None}, 16),
+    "presence": ({"num_queries": 2}, 2),
+    "both": ({"auxiliary_task": "both", "num_queries": 2}, 18),
+    "drawn": ({"num_queries": None, "patch_queries_per_step": 5}, 16),
+}
 assert_close = torch.testing.assert_close
 
 
@@ -286,21 +295,129 @@ def test_auxiliary_labels_may_be_of_any_integer_type_that_holds_the_ignored_one(
     assert losses[0] == losses[1] == losses[2]
 
 
+@pytest.mark.parametrize("task", ["presence", "both"])
+@pytest.mark.parametrize("weight", [0.25, *full(1.0)])
+@pytest.mark.parametrize("size", [(32, 32), (37, 27)])
+def test_loss_of_queries_that_predict_which_classes_the_image_shows(size, weight, task):
+    """Presence is not smoothed, and a class is present wherever one of its pixels is."""
+    model = trainable(**AUXILIARY[task][0], auxiliary_loss_weight=weight, label_smoothing=0.1)
+    images = make_images(3, *size)
+    labels = torch.full((3, *size), IGNORED)
+    labels[0, :20, :9], labels[0, 0, 20], labels[1, 3:6] = 4, 2, 0
+    outputs = model(images, labels=labels)
+    presence = torch.tensor([[0.0, 0, 1, 0, 1], [1, 0, 0, 0, 0]])  # and nobody knows what the last image shows
+    logits_of_modules = model.cropr_vit(pad_to_patches(images)).auxiliary_logits
+    assert outputs.auxiliary_losses.shape == (3,)
+    for logits, found in zip(logits_of_modules, outputs.auxiliary_losses, strict=True):
+        losses = [
+            F.binary_cross_entropy_with_logits(logits[index, query], presence[index])
+            for index in range(2)
+            for query in (-2, -1)
+        ]
+        expected = torch.stack(losses).mean()
+        if task == "both":
+            by_patch = naive_patch_labels(labels, *size)
+            of_patches = logits[:, :-2].transpose(1, 2)
+            expected = expected + F.cross_entropy(of_patches, by_patch, ignore_index=IGNORED, label_smoothing=0.1)
+        assert_close_relative(found, expected.detach())
+    assert_close_relative(outputs.loss, outputs.main_loss + weight * outputs.auxiliary_losses.sum())
+
+
+@torch.no_grad()
+def test_queries_of_two_kinds_have_a_classifier_each():
+    model, images = trainable(**AUXILIARY["both"][0]), make_images(2, 40, 24)
+    module = model.cropr_vit.token_reducers["1"]
+    logits = model.cropr_vit(images).auxiliary_logits[0]
+    assert logits.shape == (2, 5 * 3 + 2, NUM_LABELS)
+    before, classifier = logits.clone(), module.auxiliary_head.image_classifier
+    assert torch.equal(model.cropr_vit(images).auxiliary_logits[0], before)
+    classifier.bias += 1
+    after = model.cropr_vit(images).auxiliary_logits[0]
+    assert torch.equal(after[:, :-2], before[:, :-2])
+    assert_close_relative(after[:, -2:], before[:, -2:] + 1)
+    assert trainable().cropr_vit.token_reducers["1"].auxiliary_head.image_classifier is None
+
+
+def test_presence_by_looking_at_every_pixel():
+    labels = torch.randint(7, (4, 3, 5)).masked_fill(torch.rand(4, 3, 5) < 0.5, IGNORED)
+    labels[2] = IGNORED
+    expected = [[float((image == number).any()) for number in range(9)] for image in labels]
+    assert map_presence(labels, 9, IGNORED).tolist() == expected
+
+
+@pytest.mark.parametrize("task", ["patches", "both"])
+def test_the_mean_over_draws_is_the_loss_of_all_queries(task, monkeypatch):
+    """Four draws that have every patch once among them: their means are exact, whatever is ignored."""
+    model = trainable(**AUXILIARY[task][0], patch_queries_per_step=4, label_smoothing=0.1)
+    inputs = make_inputs(model, batch_size=3)
+    inputs["labels"][0, :16] = IGNORED
+    places, losses, found = torch.randperm(16), [], []
+    for draw in range(4):
+        monkeypatch.setattr(torch, "randperm", lambda *_, draw=draw, **__: places.roll(4 * draw))
+        model.zero_grad()
+        outputs = model(**inputs)
+        outputs.loss.backward()
+        losses.append(outputs.auxiliary_losses)
+        found.append({name: gradient.clone() for name, gradient in gradients(model).items()})
+    assert losses[0][0] != losses[1][0]
+    for module in model.modules():
+        if hasattr(module, "queries_per_step"):
+            module.queries_per_step = None
+    model.zero_grad()
+    outputs = model(**inputs)
+    outputs.loss.backward()
+    assert_close_relative(torch.stack(losses).mean(dim=0), outputs.auxiliary_losses)
+    for name, gradient in gradients(model).items():
+        assert_close_relative(sum(each[name] for each in found) / 4, gradient, msg=lambda text, name=name: name + text)
+
+
+@torch.no_grad()
+def test_drawn_queries_are_those_of_their_patches_and_the_ranking_stays_that_of_all():
+    model, images = trainable(**AUXILIARY["drawn"][0]), make_images(2, 40, 32)
+    scorers = [module.router.scorer for module in model.cropr_vit.token_reducers.values()]
+    draws = [model.cropr_vit(images, output_pruning=True) for _ in range(200)]
+    for scorer in scorers:
+        scorer.queries_per_step = None
+    whole = model.cropr_vit(images, output_pruning=True)
+    assert whole.auxiliary_patches is None
+    counts = torch.zeros(20)
+    for outputs in draws:
+        patches = outputs.auxiliary_patches
+        assert len({*patches.tolist()}) == 5
+        assert torch.equal(outputs.pruned_after_block, whole.pruned_after_block)
+        for logits, of_all in zip(outputs.auxiliary_logits, whole.auxiliary_logits, strict=True):
+            assert_close_relative(logits, of_all[:, patches])
+        counts[patches] += 1
+    assert 20 < counts.min() and counts.max() < 85  # 50 on average, and 6 standard deviations
+    for scorer in scorers:
+        scorer.queries_per_step = 20  # all there are
+    assert model.cropr_vit(images).auxiliary_patches is None
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    model.eval()(images)
+    assert torch.equal(torch.get_rng_state(), state)  # nothing is drawn in evaluation
+
+
+@pytest.mark.parametrize("task", AUXILIARY)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_an_ignored_image_does_not_count(smoothing):
-    model = trainable(label_smoothing=smoothing)
+def test_an_ignored_image_does_not_count(smoothing, task):
+    model = trainable(label_smoothing=smoothing, **AUXILIARY[task][0])
     inputs = make_inputs(model, batch_size=3)
     inputs["labels"][1] = IGNORED
     alone = {name: tensor[[0, 2]] for name, tensor in inputs.items()}
-    together, alone = model(**inputs), model(**alone)
+    torch.manual_seed(0)
+    together = model(**inputs)
+    torch.manual_seed(0)
+    alone = model(**alone)
     for key in ("main_loss", "auxiliary_losses", "loss"):
         assert_close_relative(together[key], alone[key])
 
 
+@pytest.mark.parametrize("task", AUXILIARY)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("index", [IGNORED, -100])
-def test_without_any_label_the_loss_and_its_gradients_are_zero(index, smoothing):
-    model = trainable(label_smoothing=smoothing, semantic_loss_ignore_index=index)
+def test_without_any_label_the_loss_and_its_gradients_are_zero(index, smoothing, task):
+    model = trainable(label_smoothing=smoothing, semantic_loss_ignore_index=index, **AUXILIARY[task][0])
     outputs = model(make_images(2, 30, 27), labels=torch.full((2, 30, 27), index))
     assert outputs.loss.item() == 0 and outputs.auxiliary_losses.tolist() == [0, 0, 0]
     outputs.loss.backward()
@@ -322,10 +439,11 @@ def test_objects_between_the_centres_of_patches_train_the_backbone_alone():
     }
 
 
-def test_auxiliary_losses_train_the_modules_and_the_main_loss_the_backbone():
+@pytest.mark.parametrize("task", AUXILIARY)
+def test_auxiliary_losses_train_the_modules_and_the_main_loss_the_backbone(task):
     by_weight = {}
     for weight in (0, 1, 10):
-        model = trainable(auxiliary_loss_weight=weight)
+        model = trainable(auxiliary_loss_weight=weight, **AUXILIARY[task][0])
         model(**make_inputs(model, 40, 30)).loss.backward()
         by_weight[weight] = gradients(model)
         assert len(by_weight[weight]) == len(list(model.parameters()))
@@ -345,11 +463,12 @@ def test_training_without_labels_gives_logits_only():
 # Queries
 
 
+@pytest.mark.parametrize("task", ["patches", *full("presence", "both", "drawn")])
 @pytest.mark.parametrize("name", ["plain", *full("rope_registers", "no_cls", "all_scorer_options")])
 @pytest.mark.parametrize(("height", "width"), [*SIZES, (96, 64)])
 @torch.no_grad()
-def test_training_evaluation_and_the_stripped_model_keep_the_same_tokens(name, height, width):
-    model, images = trainable(name), make_images(3, height, width)
+def test_training_evaluation_and_the_stripped_model_keep_the_same_tokens(name, height, width, task):
+    model, images = trainable(name, **AUXILIARY[task][0]), make_images(3, height, width)
     training = model(images, output_pruning=True)
     evaluation = model.eval()(images, output_pruning=True)
     model.remove_auxiliary_heads()
@@ -374,14 +493,20 @@ def test_queries_follow_the_grid(antialias):
     classifier = TASKS["classification"].build(use_auxiliary_heads=True, num_queries=16)
     scorer = classifier.cropr_vit.token_reducers["1"].router.scorer
     assert scorer.queries_for((3, 3)) is scorer.queries  # a number of queries belongs to no grid
+    both = trainable(image_size=[32, 48], interpolate_antialias=antialias, **AUXILIARY["both"][0])
+    scorer = both.cropr_vit.token_reducers["1"].router.scorer
+    by_grid = scorer.queries[:-2].T.view(1, 32, 4, 6)
+    expected = F.interpolate(by_grid, (3, 3), mode="bicubic", antialias=antialias).flatten(2)[0].T
+    assert_close_relative(scorer.queries_for((3, 3)), torch.cat([expected, scorer.queries[-2:]]))
 
 
+@pytest.mark.parametrize("task", ["patches", "drawn", *full("presence", "both")])
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("name", ["plain", *full("all_scorer_options")])
-def test_gradient_checkpointing_covers_the_aggregator(name, use_reentrant):
+def test_gradient_checkpointing_covers_the_aggregator(name, use_reentrant, task):
     runs, found = [], []
     for checkpointing in (False, True):
-        model, calls = trainable(name), []
+        model, calls = trainable(name, **AUXILIARY[task][0]), []
         if checkpointing:
             enable_activation_checkpointing(model, use_reentrant=use_reentrant)
         for module in model.cropr_vit.token_reducers.values():
@@ -495,15 +620,6 @@ def test_configurations_that_cannot_be_are_refused(overrides, heads, message):
         segmenter(use_auxiliary_heads=heads, **overrides)
 
 
-@pytest.mark.parametrize("num_queries", [1, 16])
-def test_heads_need_a_query_per_patch(num_queries):
-    with pytest.raises(ValueError, match=rf"`num_queries` is {num_queries}, .*set `num_queries=None`"):
-        segmenter(use_auxiliary_heads=True, num_queries=num_queries)
-    stripped = segmenter(num_queries=num_queries)  # the number does not matter there
-    with pytest.raises(ValueError, match=rf"`num_queries` is {num_queries}, .*set `num_queries=None`"):
-        stripped.add_auxiliary_heads()
-
-
 @pytest.mark.parametrize(
     ("name", "overrides"),
     [
@@ -565,11 +681,14 @@ def test_compiled_model_equals_eager_with_padding():
 
 
 @pytest.mark.full
-def test_compiled_training_step_on_another_grid_has_no_graph_break():
+@pytest.mark.parametrize("task", AUXILIARY)
+def test_compiled_training_step_on_another_grid_has_no_graph_break(task):
     torch._dynamo.reset()
-    model = trainable()
+    model = trainable(**AUXILIARY[task][0])
     inputs = make_inputs(model, 40, 30)
+    torch.manual_seed(1)
     loss = torch.compile(model, fullgraph=True, backend="eager")(**inputs).loss
+    torch.manual_seed(1)
     assert_close_relative(loss, model(**inputs).loss)
     loss.backward()
     assert len(gradients(model)) == len(list(model.parameters()))
@@ -586,8 +705,10 @@ def test_exported_program_equals_the_model(height, width):
 # Saving
 
 
-def test_auto_class_loads_a_saved_folder(tmp_path):
-    model, images = trainable().eval(), make_images(2, 40, 30)
+@pytest.mark.parametrize("task", AUXILIARY)
+def test_auto_class_loads_a_saved_folder(task, tmp_path):
+    fields, count = AUXILIARY[task]
+    model, images = trainable(**fields).eval(), make_images(2, 40, 30)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForSemanticSegmentation.from_pretrained(tmp_path)
     assert type(loaded) is CroprViTForSemanticSegmentation and not loaded.config.use_auxiliary_heads
@@ -595,9 +716,51 @@ def test_auto_class_loads_a_saved_folder(tmp_path):
     sizes = {name: len(tensor) for name, tensor in loaded.named_parameters() if "token_reducers" in name}
     assert sizes == {f"cropr_vit.token_reducers.{block}.router.scorer.folded_query": 32 for block in (1, 2, 3)}
     again = AutoModelForSemanticSegmentation.from_pretrained(tmp_path, use_auxiliary_heads=True)
-    assert again.cropr_vit.token_reducers["2"].router.scorer.queries.shape == (NUM_PATCHES, 32)
+    assert again.cropr_vit.token_reducers["2"].router.scorer.queries.shape == (count, 32)
+    assert again.config.query_counts == model.config.query_counts
     blocks = [each(images, output_pruning=True).pruned_after_block for each in (model, loaded, again)]
     assert torch.equal(blocks[0], blocks[1]) and torch.equal(blocks[0], blocks[2])
+
+
+@pytest.mark.parametrize("task", AUXILIARY)
+def test_a_checkpoint_to_resume_from_has_every_weight(task, tmp_path):
+    model = trainable(**AUXILIARY[task][0])
+    model.save_pretrained(tmp_path / "checkpoint-1")
+    resumed, info = CroprViTForSemanticSegmentation.from_pretrained(
+        tmp_path / "checkpoint-1", output_loading_info=True
+    )
+    assert not any(info.values())
+    assert resumed.config.use_auxiliary_heads and resumed.config.query_counts == model.config.query_counts
+    assert all(map(torch.equal, resumed.state_dict().values(), model.state_dict().values()))
+
+
+def test_a_complete_folder_from_before_there_was_an_auxiliary_task(tmp_path):
+    model = trainable()
+    model.save_pretrained(tmp_path / "checkpoint-1")
+    path = tmp_path / "checkpoint-1" / "config.json"
+    stored = json.loads(path.read_text())
+    assert stored.pop("auxiliary_task") is stored.pop("patch_queries_per_step") is stored["num_queries"] is None
+    path.write_text(json.dumps(stored))
+    resumed = CroprViTForSemanticSegmentation.from_pretrained(tmp_path / "checkpoint-1")
+    assert resumed.config.query_counts == (16, 0)
+    assert all(map(torch.equal, resumed.state_dict().values(), model.state_dict().values()))
+    inputs = make_inputs(model)
+    assert_close_relative(resumed.train()(**inputs).loss, model(**inputs).loss)
+
+
+def test_a_published_model_can_be_trained_by_another_task(tmp_path):
+    model, images = trainable().eval(), make_images()
+    model.save_pretrained(tmp_path)
+    pruned = model(images, output_pruning=True).pruned_after_block
+    for task, counts in {"presence": (0, 1), "both": (16, 1), "patches": (16, 0)}.items():
+        again = CroprViTForSemanticSegmentation.from_pretrained(
+            tmp_path, auxiliary_task=task, use_auxiliary_heads=True
+        )
+        assert again.config.query_counts == counts
+        assert torch.equal(again(images, output_pruning=True).pruned_after_block, pruned)
+    model.save_pretrained(tmp_path / "checkpoint-1")
+    with pytest.raises(ValueError, match="another number of queries"):
+        CroprViTForSemanticSegmentation.from_pretrained(tmp_path / "checkpoint-1", auxiliary_task="presence")
 
 
 def test_a_model_with_rotary_positions_alone_can_change_its_image_size(tmp_path):
@@ -610,8 +773,10 @@ def test_a_model_with_rotary_positions_alone_can_change_its_image_size(tmp_path)
 def test_from_a_classification_checkpoint(auto_class, tmp_path):
     source = make_model(CroprViTForImageClassification, tiny_config(num_labels=7, use_auxiliary_heads=True))
     source.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"`num_queries` is 1, .*set `num_queries=None`"):
-        auto_class.from_pretrained(tmp_path, use_auxiliary_heads=True)
+    by_default = auto_class.from_pretrained(
+        tmp_path, use_auxiliary_heads=True, num_labels=5, ignore_mismatched_sizes=True
+    )
+    assert by_default.config.query_counts == (0, 1)
     model = auto_class.from_pretrained(
         tmp_path, num_queries=None, use_auxiliary_heads=True, num_labels=5, ignore_mismatched_sizes=True
     )

@@ -353,19 +353,16 @@ def speed(setup: Setup) -> list[Job]:
 
 def training(setup: Setup) -> list[Job]:
     """Forward and backward, with memory, and the optimizer's step apart."""
-    segmenter: dict[str, Any] = {"task": "semantic_segmentation", "config": {"num_queries": None}}
-    cases: list[tuple[str, int, dict[str, Any]]] = [
-        ("large", 64, {}),
-        ("large", 64, {"activation_checkpointing": True}),
-        ("eva02_large", 8, segmenter),
+    segmenter = "semantic_segmentation"
+    cases: list[tuple[str, str, int, dict[str, Any]]] = [
+        ("large, 64", "large", 64, {}),
+        ("large, 64, checkpointing", "large", 64, {"activation_checkpointing": True}),
+        ("eva02_large, 8, presence", "eva02_large", 8, {"task": segmenter}),
+        ("eva02_large, 8, patches", "eva02_large", 8, {"task": segmenter, "config": {"auxiliary_task": "patches"}}),
     ]
     jobs = [
-        Job(
-            f"{size}, {batch_size}{', checkpointing' if 'activation_checkpointing' in fields else ''}",
-            15,
-            functools.partial(benchmark, setting(setup, size, batch_size, training=True, **fields)),
-        )
-        for size, batch_size, fields in cases
+        Job(name, 15, functools.partial(benchmark, setting(setup, size, batch_size, training=True, **fields)))
+        for name, size, batch_size, fields in cases
     ]
     return [*jobs, Job("large, optimizer", 15, functools.partial(optimizer_step, setup))]
 
