@@ -395,11 +395,11 @@ def strip_state_dict(state_dict: dict[str, torch.Tensor], method: type[TokenRedu
 
 def _save_training_config(folder: str, config_class: type[PreTrainedConfig]) -> None:
     """Beside a stripped `config.json`, the same with heads on, and for remote code the files that read it."""
-    with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+    with open(os.path.join(folder, CONFIG_NAME), encoding="utf-8") as file:
         stored = json.load(file)
     training_folder = os.path.join(folder, TRAINING_CONFIG_FOLDER)
     os.makedirs(training_folder)
-    with open(os.path.join(training_folder, "config.json"), "w", encoding="utf-8") as file:
+    with open(os.path.join(training_folder, CONFIG_NAME), "w", encoding="utf-8") as file:
         json.dump({**stored, "use_auxiliary_heads": True}, file, indent=2, sort_keys=True)
     if "auto_map" in stored:
         code = inspect.getfile(config_class)
@@ -422,7 +422,7 @@ def _upload(
     if revision is not None and not revision.startswith("refs/pr"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     kept = [CARD_NAME] if _has_own_card(api, repo_id, revision) else None
-    if os.path.exists(os.path.join(folder, "config.json")):  # not adapters alone
+    if os.path.exists(os.path.join(folder, CONFIG_NAME)):  # not adapters alone
         kwargs["delete_patterns"] = [*_stale_files(weights_variant), RECORD_NAME, PICTURE_NAME]
     return api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, ignore_patterns=kept, **kwargs)
 
