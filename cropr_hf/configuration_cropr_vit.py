@@ -30,7 +30,7 @@ from transformers.backbone_utils import BackboneConfigMixin
 from .token_schedule import check_pruning, kept_patches, pruning_blocks, schedule_from_sides, window_grid
 
 
-POOLING_MODES = ("mean", "patch_mean", "cls", "cls_patch_mean")
+POOLING_MODES = ("mean", "patch_mean", "cls", "cls_patch_mean", "attention")
 ROPE_COORDINATES = ("index", "centered")
 WINDOW_ROPE_MODES = ("origin", "slot", "global")
 NMS_METHODS = ("hard", "linear")
@@ -155,14 +155,15 @@ def _contradict(auxiliary_task: str | None, num_queries: int | None) -> bool:
 @strict
 class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
     r"""
-    Configuration of the `CroprViT*` models: one plain ViT that covers ViT, DeiT, ViT-MAE, DINOv2, DINOv3 and EVA-02 as
-    points of one configuration space, and the token reduction that runs inside it.
+    Configuration of the `CroprViT*` models: one plain ViT that covers ViT, DeiT, ViT-MAE, DINOv2, DINOv3, EVA-02,
+    CLIP, SigLIP and others as points of one configuration space, and the token reduction that runs inside it.
 
     Fields that every vision model of Transformers has (`hidden_size`, `num_hidden_layers`, `image_size`, ...) mean
     here what they mean there. The others:
 
     Backbone:
-        query_bias, key_bias, value_bias, proj_bias, mlp_bias (`bool`): biases of the projections.
+        patch_bias, query_bias, key_bias, value_bias, proj_bias, mlp_bias (`bool`): biases of the projections.
+        use_embedding_norm (`bool`): LayerNorm on all tokens before the first block (CLIP).
         use_gated_mlp (`bool`): `down(act(gate(x)) * up(x))` instead of `fc2(act(fc1(x)))`.
         use_mlp_norm (`bool`): LayerNorm on the inner activations of the MLP (EVA-02).
         layerscale_value (`float`, *optional*): initial layer scale; `None` is no layer scale.
@@ -172,7 +173,14 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
         rope_theta (`float`, *optional*): base period of 2-D rotary positions on patch tokens; `None` is no rotation.
         rope_coordinates (`str`): `"index"`: patch index, scaled so that any grid spans `rope_reference_grid` units
             (EVA-02); `"centered"`: patch centre in [-1, 1], times 2 pi (DINOv3).
-        pooling (`str`): `"mean"` over all tokens, `"patch_mean"`, `"cls"`, or `"cls_patch_mean"` (both, concatenated).
+        rope_offset (`float`): added to the patch index of `"index"`, which turns patches against prefix tokens (1 in
+            Perception Encoder).
+        pooling (`str`): `"mean"` over all tokens, `"patch_mean"`, `"cls"`, `"cls_patch_mean"` (both, concatenated), or
+            `"attention"`: a learned probe attends to the tokens that are left, then comes an MLP (SigLIP). A token
+            that merging made of several counts as that many. Dense tasks, which do not pool, have no probe.
+        pooling_num_heads, pooling_intermediate_size (`int`, *optional*): of `"attention"`; `None` is as in the blocks.
+        projection_dim (`int`, *optional*): channels to which a linear layer without bias projects the pooled vector
+            (CLIP); `None` is no projection.
         norm_before_pooling (`bool`): final LayerNorm on every token before pooling, or on the pooled vector after it.
         drop_path_rate (`float`): stochastic depth of the last block, growing linearly from 0 at the first; when the
             model prunes, the last block has none (as in the reference code of the paper).
@@ -278,6 +286,8 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
     image_size: int | list[int] | tuple[int, int] = 224
     patch_size: int = 16
     num_channels: int = 3
+    patch_bias: bool = True
+    use_embedding_norm: bool = False
     query_bias: bool = True
     key_bias: bool = True
     value_bias: bool = True
@@ -293,7 +303,11 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
     rope_theta: float | int | None = None
     rope_coordinates: str = "index"
     rope_reference_grid: int = 16
+    rope_offset: float | int = 0.0
     pooling: str = "mean"
+    pooling_num_heads: int | None = None
+    pooling_intermediate_size: int | None = None
+    projection_dim: int | None = None
     norm_before_pooling: bool = False
     use_final_norm: bool = True
     apply_layernorm: bool = True
@@ -447,6 +461,11 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
         return int(self.use_cls_token) + self.num_register_tokens
 
     @property
+    def pooled_size(self) -> int:
+        """Channels of the pooled vector, before a projection."""
+        return self.hidden_size * (2 if self.pooling == "cls_patch_mean" else 1)
+
+    @property
     def query_counts(self) -> tuple[int, int]:
         """Queries of a module, in this order: of patches (one for each of `image_size`, or none), of the image."""
         task = self.auxiliary_task or ("patches" if self.num_queries is None else "presence")
@@ -492,6 +511,9 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
             *positive,
             "num_channels",
             "rope_reference_grid",
+            "pooling_num_heads",
+            "pooling_intermediate_size",
+            "projection_dim",
             "num_queries",
             "patch_queries_per_step",
             "scorer_num_heads",
@@ -504,6 +526,11 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(
                 f"`hidden_size` {self.hidden_size} is not divisible by `num_attention_heads` "
                 f"{self.num_attention_heads}."
+            )
+        if self.hidden_size % (self.pooling_num_heads or 1):
+            raise ValueError(
+                f"`hidden_size` {self.hidden_size} is not divisible by `pooling_num_heads` {self.pooling_num_heads}; "
+                "leave it out for as many as in the blocks."
             )
         size = self.image_size
         if not isinstance(size, int) and len(size) != 2:
@@ -532,6 +559,11 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must be positive, such as {usual}.")
         if self.rope_coordinates not in ROPE_COORDINATES:
             raise ValueError(f"`rope_coordinates` is {self.rope_coordinates!r}; choose 'index' or 'centered'.")
+        if self.rope_offset and self.rope_coordinates != "index":
+            raise ValueError(
+                f"`rope_offset` is {self.rope_offset}, which `rope_coordinates` {self.rope_coordinates!r} do not "
+                "have; set it to 0."
+            )
 
     def validate_detection(self):
         """Checks of the detector."""
