@@ -16,7 +16,6 @@
 # No `from __future__ import annotations` here: it would switch the type checks of `@strict` off.
 import difflib
 import math
-import textwrap
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import fields
@@ -27,6 +26,7 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
 
+from .class_names import settle_labels, with_new_labels
 from .token_schedule import check_pruning, kept_patches, pruning_blocks, schedule_from_sides, window_grid
 
 
@@ -103,6 +103,68 @@ def check_unknown(config: Any, kwargs: dict[str, Any]) -> None:
     for name in kwargs.keys() - config.attribute_map.keys():
         if near := difflib.get_close_matches(name, own, n=1, cutoff=0.9):
             raise ValueError(f"`{name}` is not a field of {type(config).__name__}; did you mean `{near[0]}`?")
+
+
+def check_backbone(config: Any) -> None:
+    """Raises `ValueError` for a plain ViT that cannot be."""
+    positive = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size")
+    for name in (
+        *positive,
+        "num_channels",
+        "rope_reference_grid",
+        "pooling_num_heads",
+        "pooling_intermediate_size",
+        "projection_dim",
+        "num_queries",
+        "patch_queries_per_step",
+        "scorer_num_heads",
+    ):
+        if getattr(config, name) is not None and getattr(config, name) < 1:
+            raise ValueError(f"`{name}` is {getattr(config, name)}; it must be at least 1.")
+    if config.num_register_tokens < 0:
+        raise ValueError(f"`num_register_tokens` is {config.num_register_tokens}; it must be 0 or more.")
+    if config.hidden_size % config.num_attention_heads:
+        raise ValueError(
+            f"`hidden_size` {config.hidden_size} is not divisible by `num_attention_heads` "
+            f"{config.num_attention_heads}."
+        )
+    if config.hidden_size % (config.pooling_num_heads or 1):
+        raise ValueError(
+            f"`hidden_size` {config.hidden_size} is not divisible by `pooling_num_heads` {config.pooling_num_heads}; "
+            "leave it out for as many as in the blocks."
+        )
+    size = config.image_size
+    if not isinstance(size, int) and len(size) != 2:
+        raise ValueError(f"`image_size` is {size}; give one number, or height and width.")
+    for length in [size] if isinstance(size, int) else size:
+        if length < config.patch_size or length % config.patch_size:
+            raise ValueError(
+                f"`image_size` {size} is not a multiple of `patch_size` {config.patch_size}; give multiples of it, "
+                f"{config.patch_size} or more."
+            )
+    if config.hidden_act not in ACT2FN:
+        raise ValueError(f"`hidden_act` is {config.hidden_act!r}; choose one of {', '.join(sorted(ACT2FN))}.")
+    if config.pooling not in POOLING_MODES:
+        raise ValueError(f"`pooling` is {config.pooling!r}; choose one of {', '.join(POOLING_MODES)}.")
+    if "cls" in config.pooling and not config.use_cls_token:
+        raise ValueError(f"`pooling` {config.pooling!r} needs `use_cls_token=True`, or choose `mean`.")
+    if config.pooling == "cls_patch_mean" and not config.norm_before_pooling:
+        raise ValueError("`pooling` 'cls_patch_mean' needs `norm_before_pooling=True`.")
+    if config.rope_theta is not None and (config.hidden_size // config.num_attention_heads) % 4:
+        raise ValueError(
+            f"Rotary positions need a head size divisible by 4, not "
+            f"{config.hidden_size // config.num_attention_heads}; change `num_attention_heads`."
+        )
+    for name, usual in (("initializer_range", 0.02), ("layer_norm_eps", 1e-6), ("rope_theta", 100.0)):
+        if getattr(config, name) is not None and getattr(config, name) <= 0:
+            raise ValueError(f"`{name}` is {getattr(config, name)}; it must be positive, such as {usual}.")
+    if config.rope_coordinates not in ROPE_COORDINATES:
+        raise ValueError(f"`rope_coordinates` is {config.rope_coordinates!r}; choose 'index' or 'centered'.")
+    if config.rope_offset and config.rope_coordinates != "index":
+        raise ValueError(
+            f"`rope_offset` is {config.rope_offset}, which `rope_coordinates` {config.rope_coordinates!r} do not "
+            "have; set it to 0."
+        )
 
 
 def check_windows(config: Any) -> None:
@@ -501,69 +563,9 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
         return window_grid(self.window_size, num_patches, grid_size)
 
     validate_numbers = check_finite
+    validate_backbone = check_backbone
     validate_windows = check_windows
     validate_queries = check_queries
-
-    def validate_backbone(self):
-        """Checks of the plain ViT, across fields."""
-        positive = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size")
-        for name in (
-            *positive,
-            "num_channels",
-            "rope_reference_grid",
-            "pooling_num_heads",
-            "pooling_intermediate_size",
-            "projection_dim",
-            "num_queries",
-            "patch_queries_per_step",
-            "scorer_num_heads",
-        ):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least 1.")
-        if self.num_register_tokens < 0:
-            raise ValueError(f"`num_register_tokens` is {self.num_register_tokens}; it must be 0 or more.")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"`hidden_size` {self.hidden_size} is not divisible by `num_attention_heads` "
-                f"{self.num_attention_heads}."
-            )
-        if self.hidden_size % (self.pooling_num_heads or 1):
-            raise ValueError(
-                f"`hidden_size` {self.hidden_size} is not divisible by `pooling_num_heads` {self.pooling_num_heads}; "
-                "leave it out for as many as in the blocks."
-            )
-        size = self.image_size
-        if not isinstance(size, int) and len(size) != 2:
-            raise ValueError(f"`image_size` is {size}; give one number, or height and width.")
-        for length in [size] if isinstance(size, int) else size:
-            if length < self.patch_size or length % self.patch_size:
-                raise ValueError(
-                    f"`image_size` {size} is not a multiple of `patch_size` {self.patch_size}; give multiples of it, "
-                    f"{self.patch_size} or more."
-                )
-        if self.hidden_act not in ACT2FN:
-            raise ValueError(f"`hidden_act` is {self.hidden_act!r}; choose one of {', '.join(sorted(ACT2FN))}.")
-        if self.pooling not in POOLING_MODES:
-            raise ValueError(f"`pooling` is {self.pooling!r}; choose one of {', '.join(POOLING_MODES)}.")
-        if "cls" in self.pooling and not self.use_cls_token:
-            raise ValueError(f"`pooling` {self.pooling!r} needs `use_cls_token=True`, or choose `mean`.")
-        if self.pooling == "cls_patch_mean" and not self.norm_before_pooling:
-            raise ValueError("`pooling` 'cls_patch_mean' needs `norm_before_pooling=True`.")
-        if self.rope_theta is not None and (self.hidden_size // self.num_attention_heads) % 4:
-            raise ValueError(
-                f"Rotary positions need a head size divisible by 4, not "
-                f"{self.hidden_size // self.num_attention_heads}; change `num_attention_heads`."
-            )
-        for name, usual in (("initializer_range", 0.02), ("layer_norm_eps", 1e-6), ("rope_theta", 100.0)):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be positive, such as {usual}.")
-        if self.rope_coordinates not in ROPE_COORDINATES:
-            raise ValueError(f"`rope_coordinates` is {self.rope_coordinates!r}; choose 'index' or 'centered'.")
-        if self.rope_offset and self.rope_coordinates != "index":
-            raise ValueError(
-                f"`rope_offset` is {self.rope_offset}, which `rope_coordinates` {self.rope_coordinates!r} do not "
-                "have; set it to 0."
-            )
 
     def validate_detection(self):
         """Checks of the detector."""
@@ -629,79 +631,6 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"`aggregator_mlp_ratio` is {self.aggregator_mlp_ratio}, which leaves the MLP no channel; give a "
                 "larger one, such as 4.0, or `None` for no MLP."
             )
-
-
-def settle_labels(config: PreTrainedConfig, num_labels: int | None) -> None:
-    """Completes the names of classes: either of `id2label` and `label2id` follows from the other.
-
-    Default names, which another number or a new `id2label` leaves behind, are none that somebody gave.
-
-    Args:
-        num_labels: as it was given, besides the names.
-
-    Raises:
-        `ValueError`: unless the names are those of the classes 0 to C - 1, where the two maps contradict each other,
-            and for another number of classes.
-    """
-    names, numbers = _whole_keys("id2label", config.id2label), config.label2id
-    if numbers is not None:
-        if not isinstance(numbers, dict) or not all(str(number).isdecimal() for number in numbers.values()):
-            raise ValueError(f"`label2id` is {_shortened(numbers)}; it must map the name of each class to its number.")
-        numbers = {name: int(number) for name, number in numbers.items()}
-        if names is None:
-            names = _whole_keys("label2id", {number: name for name, number in numbers.items()})
-    if num_labels is not None and (not isinstance(num_labels, int) or num_labels < 0):
-        raise ValueError(f"`num_labels` is {num_labels!r}; it must be a whole number, 0 or more.")
-    if num_labels is not None and names is not None and len(names) != num_labels:
-        if _are_defaults(names):
-            config.id2label = config.label2id = None
-            return
-        raise ValueError(
-            f"`num_labels` is {num_labels}, but there are names of {len(names)} classes, {_shortened(names)}; give as "
-            "many, or leave `num_labels` out."
-        )
-    if names is None:
-        return
-    numbers = numbers or {}
-    given = not _are_defaults({number: name for name, number in numbers.items()})
-    agree = numbers.keys() == {*names.values()}  # two classes may share a name
-    if given and not (agree and all(names.get(number) == name for name, number in numbers.items())):
-        raise ValueError(
-            f"`label2id` is {_shortened(numbers)}, but `id2label` is {_shortened(names)}; give one of them alone."
-        )
-    config.id2label, config.label2id = names, {name: number for number, name in names.items()}
-
-
-def _whole_keys(field: str, names: Any) -> dict[int, str] | None:
-    if names is None:
-        return None
-    keys = [str(key) for key in names] if isinstance(names, dict) else []
-    if not isinstance(names, dict) or {*keys} != {str(number) for number in range(len(names))}:
-        raise ValueError(
-            f"`{field}` is {_shortened(names)}; it must name the classes 0 to C - 1, each once, such as "
-            f"{{0: 'cat', 1: 'dog'}} in `id2label`."
-        )
-    return {int(key): name for key, name in names.items()}
-
-
-def _are_defaults(names: dict[int, str]) -> bool:
-    return all(name == f"LABEL_{number}" for number, name in names.items())
-
-
-def _shortened(value: Any) -> str:
-    return textwrap.shorten(repr(value), 100, placeholder=" ...")
-
-
-def with_new_labels(stored: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """A stored configuration with the names of classes in `overrides`, which loses them.
-
-    Names that were stored go where there are new ones, or another number of classes.
-    """
-    new: dict[str, Any] = {name: overrides.pop(name) for name in ("id2label", "label2id") if name in overrides}
-    number = overrides.get("num_labels")
-    if new or (number is not None and number != len(stored.get("id2label") or ())):
-        stored = {name: value for name, value in stored.items() if name not in ("num_labels", "id2label", "label2id")}
-    return {**stored, **new}
 
 
 def _replaced_fields(stored: dict[str, Any], overrides: dict[str, Any]) -> set[str]:
