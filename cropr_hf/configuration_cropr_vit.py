@@ -16,7 +16,6 @@
 # No `from __future__ import annotations` here: it would switch the type checks of `@strict` off.
 import difflib
 import math
-import textwrap
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import fields
@@ -27,10 +26,11 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
 
+from .class_names import settle_labels, with_new_labels
 from .token_schedule import check_pruning, kept_patches, pruning_blocks, schedule_from_sides, window_grid
 
 
-POOLING_MODES = ("mean", "patch_mean", "cls", "cls_patch_mean")
+POOLING_MODES = ("mean", "patch_mean", "cls", "cls_patch_mean", "attention")
 ROPE_COORDINATES = ("index", "centered")
 WINDOW_ROPE_MODES = ("origin", "slot", "global")
 NMS_METHODS = ("hard", "linear")
@@ -105,6 +105,68 @@ def check_unknown(config: Any, kwargs: dict[str, Any]) -> None:
             raise ValueError(f"`{name}` is not a field of {type(config).__name__}; did you mean `{near[0]}`?")
 
 
+def check_backbone(config: Any) -> None:
+    """Raises `ValueError` for a plain ViT that cannot be."""
+    positive = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size")
+    for name in (
+        *positive,
+        "num_channels",
+        "rope_reference_grid",
+        "pooling_num_heads",
+        "pooling_intermediate_size",
+        "projection_dim",
+        "num_queries",
+        "patch_queries_per_step",
+        "scorer_num_heads",
+    ):
+        if getattr(config, name) is not None and getattr(config, name) < 1:
+            raise ValueError(f"`{name}` is {getattr(config, name)}; it must be at least 1.")
+    if config.num_register_tokens < 0:
+        raise ValueError(f"`num_register_tokens` is {config.num_register_tokens}; it must be 0 or more.")
+    if config.hidden_size % config.num_attention_heads:
+        raise ValueError(
+            f"`hidden_size` {config.hidden_size} is not divisible by `num_attention_heads` "
+            f"{config.num_attention_heads}."
+        )
+    if config.hidden_size % (config.pooling_num_heads or 1):
+        raise ValueError(
+            f"`hidden_size` {config.hidden_size} is not divisible by `pooling_num_heads` {config.pooling_num_heads}; "
+            "leave it out for as many as in the blocks."
+        )
+    size = config.image_size
+    if not isinstance(size, int) and len(size) != 2:
+        raise ValueError(f"`image_size` is {size}; give one number, or height and width.")
+    for length in [size] if isinstance(size, int) else size:
+        if length < config.patch_size or length % config.patch_size:
+            raise ValueError(
+                f"`image_size` {size} is not a multiple of `patch_size` {config.patch_size}; give multiples of it, "
+                f"{config.patch_size} or more."
+            )
+    if config.hidden_act not in ACT2FN:
+        raise ValueError(f"`hidden_act` is {config.hidden_act!r}; choose one of {', '.join(sorted(ACT2FN))}.")
+    if config.pooling not in POOLING_MODES:
+        raise ValueError(f"`pooling` is {config.pooling!r}; choose one of {', '.join(POOLING_MODES)}.")
+    if "cls" in config.pooling and not config.use_cls_token:
+        raise ValueError(f"`pooling` {config.pooling!r} needs `use_cls_token=True`, or choose `mean`.")
+    if config.pooling == "cls_patch_mean" and not config.norm_before_pooling:
+        raise ValueError("`pooling` 'cls_patch_mean' needs `norm_before_pooling=True`.")
+    if config.rope_theta is not None and (config.hidden_size // config.num_attention_heads) % 4:
+        raise ValueError(
+            f"Rotary positions need a head size divisible by 4, not "
+            f"{config.hidden_size // config.num_attention_heads}; change `num_attention_heads`."
+        )
+    for name, usual in (("initializer_range", 0.02), ("layer_norm_eps", 1e-6), ("rope_theta", 100.0)):
+        if getattr(config, name) is not None and getattr(config, name) <= 0:
+            raise ValueError(f"`{name}` is {getattr(config, name)}; it must be positive, such as {usual}.")
+    if config.rope_coordinates not in ROPE_COORDINATES:
+        raise ValueError(f"`rope_coordinates` is {config.rope_coordinates!r}; choose 'index' or 'centered'.")
+    if config.rope_offset and config.rope_coordinates != "index":
+        raise ValueError(
+            f"`rope_offset` is {config.rope_offset}, which `rope_coordinates` {config.rope_coordinates!r} do not "
+            "have; set it to 0."
+        )
+
+
 def check_windows(config: Any) -> None:
     """Raises `ValueError` for windows that cannot be."""
     indices = list(config.window_block_indices)
@@ -155,14 +217,15 @@ def _contradict(auxiliary_task: str | None, num_queries: int | None) -> bool:
 @strict
 class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
     r"""
-    Configuration of the `CroprViT*` models: one plain ViT that covers ViT, DeiT, ViT-MAE, DINOv2, DINOv3 and EVA-02 as
-    points of one configuration space, and the token reduction that runs inside it.
+    Configuration of the `CroprViT*` models: one plain ViT that covers ViT, DeiT, ViT-MAE, DINOv2, DINOv3, EVA-02,
+    CLIP, SigLIP and others as points of one configuration space, and the token reduction that runs inside it.
 
     Fields that every vision model of Transformers has (`hidden_size`, `num_hidden_layers`, `image_size`, ...) mean
     here what they mean there. The others:
 
     Backbone:
-        query_bias, key_bias, value_bias, proj_bias, mlp_bias (`bool`): biases of the projections.
+        patch_bias, query_bias, key_bias, value_bias, proj_bias, mlp_bias (`bool`): biases of the projections.
+        use_embedding_norm (`bool`): LayerNorm on all tokens before the first block (CLIP).
         use_gated_mlp (`bool`): `down(act(gate(x)) * up(x))` instead of `fc2(act(fc1(x)))`.
         use_mlp_norm (`bool`): LayerNorm on the inner activations of the MLP (EVA-02).
         layerscale_value (`float`, *optional*): initial layer scale; `None` is no layer scale.
@@ -172,7 +235,14 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
         rope_theta (`float`, *optional*): base period of 2-D rotary positions on patch tokens; `None` is no rotation.
         rope_coordinates (`str`): `"index"`: patch index, scaled so that any grid spans `rope_reference_grid` units
             (EVA-02); `"centered"`: patch centre in [-1, 1], times 2 pi (DINOv3).
-        pooling (`str`): `"mean"` over all tokens, `"patch_mean"`, `"cls"`, or `"cls_patch_mean"` (both, concatenated).
+        rope_offset (`float`): added to the patch index of `"index"`, which turns patches against prefix tokens (1 in
+            Perception Encoder).
+        pooling (`str`): `"mean"` over all tokens, `"patch_mean"`, `"cls"`, `"cls_patch_mean"` (both, concatenated), or
+            `"attention"`: a learned probe attends to the tokens that are left, then comes an MLP (SigLIP). A token
+            that merging made of several counts as that many. Dense tasks, which do not pool, have no probe.
+        pooling_num_heads, pooling_intermediate_size (`int`, *optional*): of `"attention"`; `None` is as in the blocks.
+        projection_dim (`int`, *optional*): channels to which a linear layer without bias projects the pooled vector
+            (CLIP); `None` is no projection.
         norm_before_pooling (`bool`): final LayerNorm on every token before pooling, or on the pooled vector after it.
         drop_path_rate (`float`): stochastic depth of the last block, growing linearly from 0 at the first; when the
             model prunes, the last block has none (as in the reference code of the paper).
@@ -278,6 +348,8 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
     image_size: int | list[int] | tuple[int, int] = 224
     patch_size: int = 16
     num_channels: int = 3
+    patch_bias: bool = True
+    use_embedding_norm: bool = False
     query_bias: bool = True
     key_bias: bool = True
     value_bias: bool = True
@@ -293,7 +365,11 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
     rope_theta: float | int | None = None
     rope_coordinates: str = "index"
     rope_reference_grid: int = 16
+    rope_offset: float | int = 0.0
     pooling: str = "mean"
+    pooling_num_heads: int | None = None
+    pooling_intermediate_size: int | None = None
+    projection_dim: int | None = None
     norm_before_pooling: bool = False
     use_final_norm: bool = True
     apply_layernorm: bool = True
@@ -447,6 +523,11 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
         return int(self.use_cls_token) + self.num_register_tokens
 
     @property
+    def pooled_size(self) -> int:
+        """Channels of the pooled vector, before a projection."""
+        return self.hidden_size * (2 if self.pooling == "cls_patch_mean" else 1)
+
+    @property
     def query_counts(self) -> tuple[int, int]:
         """Queries of a module, in this order: of patches (one for each of `image_size`, or none), of the image."""
         task = self.auxiliary_task or ("patches" if self.num_queries is None else "presence")
@@ -482,56 +563,9 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
         return window_grid(self.window_size, num_patches, grid_size)
 
     validate_numbers = check_finite
+    validate_backbone = check_backbone
     validate_windows = check_windows
     validate_queries = check_queries
-
-    def validate_backbone(self):
-        """Checks of the plain ViT, across fields."""
-        positive = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size")
-        for name in (
-            *positive,
-            "num_channels",
-            "rope_reference_grid",
-            "num_queries",
-            "patch_queries_per_step",
-            "scorer_num_heads",
-        ):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least 1.")
-        if self.num_register_tokens < 0:
-            raise ValueError(f"`num_register_tokens` is {self.num_register_tokens}; it must be 0 or more.")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"`hidden_size` {self.hidden_size} is not divisible by `num_attention_heads` "
-                f"{self.num_attention_heads}."
-            )
-        size = self.image_size
-        if not isinstance(size, int) and len(size) != 2:
-            raise ValueError(f"`image_size` is {size}; give one number, or height and width.")
-        for length in [size] if isinstance(size, int) else size:
-            if length < self.patch_size or length % self.patch_size:
-                raise ValueError(
-                    f"`image_size` {size} is not a multiple of `patch_size` {self.patch_size}; give multiples of it, "
-                    f"{self.patch_size} or more."
-                )
-        if self.hidden_act not in ACT2FN:
-            raise ValueError(f"`hidden_act` is {self.hidden_act!r}; choose one of {', '.join(sorted(ACT2FN))}.")
-        if self.pooling not in POOLING_MODES:
-            raise ValueError(f"`pooling` is {self.pooling!r}; choose one of {', '.join(POOLING_MODES)}.")
-        if "cls" in self.pooling and not self.use_cls_token:
-            raise ValueError(f"`pooling` {self.pooling!r} needs `use_cls_token=True`, or choose `mean`.")
-        if self.pooling == "cls_patch_mean" and not self.norm_before_pooling:
-            raise ValueError("`pooling` 'cls_patch_mean' needs `norm_before_pooling=True`.")
-        if self.rope_theta is not None and (self.hidden_size // self.num_attention_heads) % 4:
-            raise ValueError(
-                f"Rotary positions need a head size divisible by 4, not "
-                f"{self.hidden_size // self.num_attention_heads}; change `num_attention_heads`."
-            )
-        for name, usual in (("initializer_range", 0.02), ("layer_norm_eps", 1e-6), ("rope_theta", 100.0)):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be positive, such as {usual}.")
-        if self.rope_coordinates not in ROPE_COORDINATES:
-            raise ValueError(f"`rope_coordinates` is {self.rope_coordinates!r}; choose 'index' or 'centered'.")
 
     def validate_detection(self):
         """Checks of the detector."""
@@ -597,79 +631,6 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"`aggregator_mlp_ratio` is {self.aggregator_mlp_ratio}, which leaves the MLP no channel; give a "
                 "larger one, such as 4.0, or `None` for no MLP."
             )
-
-
-def settle_labels(config: PreTrainedConfig, num_labels: int | None) -> None:
-    """Completes the names of classes: either of `id2label` and `label2id` follows from the other.
-
-    Default names, which another number or a new `id2label` leaves behind, are none that somebody gave.
-
-    Args:
-        num_labels: as it was given, besides the names.
-
-    Raises:
-        `ValueError`: unless the names are those of the classes 0 to C - 1, where the two maps contradict each other,
-            and for another number of classes.
-    """
-    names, numbers = _whole_keys("id2label", config.id2label), config.label2id
-    if numbers is not None:
-        if not isinstance(numbers, dict) or not all(str(number).isdecimal() for number in numbers.values()):
-            raise ValueError(f"`label2id` is {_shortened(numbers)}; it must map the name of each class to its number.")
-        numbers = {name: int(number) for name, number in numbers.items()}
-        if names is None:
-            names = _whole_keys("label2id", {number: name for name, number in numbers.items()})
-    if num_labels is not None and (not isinstance(num_labels, int) or num_labels < 0):
-        raise ValueError(f"`num_labels` is {num_labels!r}; it must be a whole number, 0 or more.")
-    if num_labels is not None and names is not None and len(names) != num_labels:
-        if _are_defaults(names):
-            config.id2label = config.label2id = None
-            return
-        raise ValueError(
-            f"`num_labels` is {num_labels}, but there are names of {len(names)} classes, {_shortened(names)}; give as "
-            "many, or leave `num_labels` out."
-        )
-    if names is None:
-        return
-    numbers = numbers or {}
-    given = not _are_defaults({number: name for name, number in numbers.items()})
-    agree = numbers.keys() == {*names.values()}  # two classes may share a name
-    if given and not (agree and all(names.get(number) == name for name, number in numbers.items())):
-        raise ValueError(
-            f"`label2id` is {_shortened(numbers)}, but `id2label` is {_shortened(names)}; give one of them alone."
-        )
-    config.id2label, config.label2id = names, {name: number for number, name in names.items()}
-
-
-def _whole_keys(field: str, names: Any) -> dict[int, str] | None:
-    if names is None:
-        return None
-    keys = [str(key) for key in names] if isinstance(names, dict) else []
-    if not isinstance(names, dict) or {*keys} != {str(number) for number in range(len(names))}:
-        raise ValueError(
-            f"`{field}` is {_shortened(names)}; it must name the classes 0 to C - 1, each once, such as "
-            f"{{0: 'cat', 1: 'dog'}} in `id2label`."
-        )
-    return {int(key): name for key, name in names.items()}
-
-
-def _are_defaults(names: dict[int, str]) -> bool:
-    return all(name == f"LABEL_{number}" for number, name in names.items())
-
-
-def _shortened(value: Any) -> str:
-    return textwrap.shorten(repr(value), 100, placeholder=" ...")
-
-
-def with_new_labels(stored: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """A stored configuration with the names of classes in `overrides`, which loses them.
-
-    Names that were stored go where there are new ones, or another number of classes.
-    """
-    new: dict[str, Any] = {name: overrides.pop(name) for name in ("id2label", "label2id") if name in overrides}
-    number = overrides.get("num_labels")
-    if new or (number is not None and number != len(stored.get("id2label") or ())):
-        stored = {name: value for name, value in stored.items() if name not in ("num_labels", "id2label", "label2id")}
-    return {**stored, **new}
 
 
 def _replaced_fields(stored: dict[str, Any], overrides: dict[str, Any]) -> set[str]:

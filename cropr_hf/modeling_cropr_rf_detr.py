@@ -32,7 +32,8 @@ from transformers.models.rf_detr.modeling_rf_detr import (
     RfDetrScaleProjector,
 )
 
-from .configuration_cropr_vit import CroprViTConfig, check_finite, settle_labels, with_new_labels
+from .class_names import settle_labels, with_new_labels
+from .configuration_cropr_vit import CroprViTConfig, check_finite
 from .labels import check_labels_per_image, check_object_labels
 from .modeling_cropr_vit import CroprViTBackbone
 from .saving import named_damage, refuse_unexpected

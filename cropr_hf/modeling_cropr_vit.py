@@ -46,6 +46,7 @@ from .token_reduction import (
 from .token_schedule import kept_patches
 from .vit_layers import (
     CroprViTAttention,
+    CroprViTAttentionPooling,
     CroprViTEmbeddings,
     CroprViTLayer,
     CroprViTRotaryEmbedding,
@@ -63,7 +64,8 @@ class CroprViTModelOutput(ModelOutput):
     Attributes:
         last_hidden_state: (B, T, D), prefix tokens, then the patch tokens that are left, in raster order (all of them
             with last layer fusion); after the final norm if `config.norm_before_pooling`.
-        pooler_output: (B, D), or (B, 2 D) with `cls_patch_mean`; pooled and normalised.
+        pooler_output: (B, D), (B, 2 D) with `cls_patch_mean`, or (B, `config.projection_dim`); pooled, normalised and
+            projected. `None` in models of dense tasks.
         pruned_after_block: (B, patches), with `output_pruning=True`: the block (1 to L) after which each patch was
             pruned (or merged into another), L if it never was.
         auxiliary_logits: one (B, N, C) per module, in training with auxiliary heads; of patches first.
@@ -248,9 +250,13 @@ def _whole_numbers(pruning: Any) -> int | list[int]:
 
 
 class CroprViTModel(CroprViTPreTrainedModel):
-    """The backbone: embeddings, blocks with token reducers between them, final norm and pooling."""
+    """The backbone: embeddings, blocks with token reducers between them, final norm and pooling.
 
-    def __init__(self, config: CroprViTConfig):
+    Args:
+        add_pooling_layer: whether it pools; models of dense tasks do not.
+    """
+
+    def __init__(self, config: CroprViTConfig, add_pooling_layer: bool = True):
         super().__init__(config)
         self.embeddings = CroprViTEmbeddings(config)
         self.rotary_embedding = CroprViTRotaryEmbedding(config) if config.rope_theta is not None else None
@@ -263,6 +269,12 @@ class CroprViTModel(CroprViTPreTrainedModel):
         self.layernorm: nn.Module = nn.Identity()
         if config.use_final_norm:
             self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.add_pooling_layer = add_pooling_layer
+        self.pooler = self.visual_projection = None
+        if add_pooling_layer and config.pooling == "attention":
+            self.pooler = CroprViTAttentionPooling(config)
+        if add_pooling_layer and config.projection_dim is not None:
+            self.visual_projection = nn.Linear(config.pooled_size, config.projection_dim, bias=False)
         self.pruning: int | list[int] | None = None  # see `set_pruning`
         self.post_init()
 
@@ -408,14 +420,16 @@ class CroprViTModel(CroprViTPreTrainedModel):
 
     def pool(
         self, hidden_states: torch.Tensor, sizes: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Tokens (B, T, D) -> tokens (B, T, D), normalised if the config says so, and the pooled vector.
 
-        Means weigh tokens by `sizes` (B, T), so that they are those over all tokens of the image.
+        Means weigh tokens by `sizes` (B, T), so that they are those over all tokens of the image; so does attention.
         """
         config = self.config
         if config.norm_before_pooling:
             hidden_states = self.layernorm(hidden_states)
+        if not self.add_pooling_layer:
+            return hidden_states, None
         pooled = [hidden_states[:, 0]] if "cls" in config.pooling else []
         if "mean" in config.pooling:
             first = 0 if config.pooling == "mean" else config.num_prefix_tokens
@@ -426,8 +440,14 @@ class CroprViTModel(CroprViTPreTrainedModel):
                 weights = sizes[:, first:] / sizes[:, first:].sum(dim=1, keepdim=True)
                 # (B, 1, T) x (B, T, D) -> (B, D)
                 pooled.append((weights[:, None].to(averaged.dtype) @ averaged)[:, 0])
+        if self.pooler is not None:
+            pooled.append(self.pooler(hidden_states, sizes))
         pooler_output = torch.cat(pooled, dim=-1)
-        return hidden_states, pooler_output if config.norm_before_pooling else self.layernorm(pooler_output)
+        if not config.norm_before_pooling:
+            pooler_output = self.layernorm(pooler_output)
+        return hidden_states, pooler_output if self.visual_projection is None else self.visual_projection(
+            pooler_output
+        )
 
 
 class CroprViTForImageClassification(CroprViTPreTrainedModel):
@@ -440,8 +460,8 @@ class CroprViTForImageClassification(CroprViTPreTrainedModel):
         super().__init__(config)
         self.num_labels: int = config.num_labels or 0
         self.cropr_vit = CroprViTModel(config)
-        pooled_size = config.hidden_size * (2 if config.pooling == "cls_patch_mean" else 1)
-        self.classifier = nn.Linear(pooled_size, self.num_labels) if self.num_labels else nn.Identity()
+        input_size = config.projection_dim or config.pooled_size
+        self.classifier = nn.Linear(input_size, self.num_labels) if self.num_labels else nn.Identity()
         self.post_init()
 
     @can_return_tuple
@@ -534,7 +554,7 @@ class CroprViTBackbone(BackboneMixin, CroprViTPreTrainedModel):
         super().__init__(config)
         if not config.reshape_hidden_states and not config.use_cls_token:
             raise ValueError("`reshape_hidden_states=False` returns a CLS token; set `use_cls_token=True`.")
-        self.cropr_vit = CroprViTModel(config)
+        self.cropr_vit = CroprViTModel(config, add_pooling_layer=False)
         self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
         self.post_init()
 

@@ -118,7 +118,7 @@ class CroprViTDetector(CroprViTPreTrainedModel):
                 f"`label_smoothing` is {config.label_smoothing}, but detectors do not support it; set it to 0."
             )
         self.num_labels: int = config.num_labels
-        self.cropr_vit = CroprViTModel(config)
+        self.cropr_vit = CroprViTModel(config, add_pooling_layer=False)
         self.pyramid = CroprViTFeaturePyramid(config)
         self.proposal_network = CroprViTProposalNetwork(config)
         self.box_heads: Any = nn.ModuleList([CroprViTBoxHead(config, *stage) for stage in CASCADE])

@@ -53,7 +53,7 @@ class CroprViTForSemanticSegmentation(CroprViTPreTrainedModel):
         super().__init__(config)
         self._check_config(config)
         self.num_labels: int = config.num_labels or 0
-        self.cropr_vit = CroprViTModel(config)
+        self.cropr_vit = CroprViTModel(config, add_pooling_layer=False)
         self.classifier = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The parts of the plain vision transformer: embeddings, rotary positions, windows, attention, MLP, block.
+"""The parts of the plain vision transformer: embeddings, rotary positions, windows, attention, MLP, block, pooling.
 
 Symbols: B images, T tokens now, D hidden size, d head size.
 """
@@ -48,7 +48,11 @@ class CroprViTEmbeddings(OwnWeights):
         self.config = config
         size = config.hidden_size
         self.patch_embeddings = nn.Conv2d(
-            config.num_channels, size, kernel_size=config.patch_size, stride=config.patch_size
+            config.num_channels,
+            size,
+            kernel_size=config.patch_size,
+            stride=config.patch_size,
+            bias=config.patch_bias,
         )
         # Prefix tokens have no position of their own: whatever a source family adds to them is a constant.
         self.cls_token = nn.Parameter(torch.zeros(1, 1, size)) if config.use_cls_token else None
@@ -59,6 +63,7 @@ class CroprViTEmbeddings(OwnWeights):
         if config.use_absolute_position_embeddings:
             self.position_embeddings = nn.Parameter(torch.zeros(1, config.num_patches, size))
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.layernorm = nn.LayerNorm(size, eps=config.layer_norm_eps) if config.use_embedding_norm else None
 
     def init_weights(self) -> None:
         """Truncated normal, as in the families that this model covers."""
@@ -115,7 +120,8 @@ class CroprViTEmbeddings(OwnWeights):
         prefix = [token for token in (self.cls_token, self.register_tokens) if token is not None]
         # Not `len(patches)`, which would fix the number of images in a `torch.export` program.
         tokens = torch.cat([*(token.expand(patches.shape[0], -1, -1) for token in prefix), patches], dim=1)
-        return self.dropout(tokens), grid_size
+        tokens = self.dropout(tokens)
+        return tokens if self.layernorm is None else self.layernorm(tokens), grid_size
 
 
 class CroprViTRotaryEmbedding(nn.Module):
@@ -134,7 +140,7 @@ class CroprViTRotaryEmbedding(nn.Module):
     def _coordinates(self, length: int, device: torch.device) -> torch.Tensor:
         places = torch.arange(length, dtype=torch.float32, device=device)
         if self.config.rope_coordinates == "index":
-            return places / length * self.config.rope_reference_grid
+            return (places + self.config.rope_offset) / length * self.config.rope_reference_grid
         return ((places + 0.5) / length * 2.0 - 1.0) * 2.0 * math.pi
 
     def forward(self, grid_size: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Rotation:
@@ -416,3 +422,44 @@ class CroprViTLayer(GradientCheckpointingLayer):
         if layer_scale is not None:
             branch = layer_scale(branch)
         return residual + (self.drop_path(branch) if self.training else branch)
+
+
+class CroprViTAttentionPooling(OwnWeights):
+    """Pooling by attention: a learned probe attends to the tokens, and what it finds passes through an MLP."""
+
+    def __init__(self, config: CroprViTConfig):
+        super().__init__()
+        self.config = config
+        size, inner_size = config.hidden_size, config.pooling_intermediate_size or config.intermediate_size
+        self.num_heads = config.pooling_num_heads or config.num_attention_heads
+        self.probe = nn.Parameter(torch.zeros(1, 1, size))
+        self.q_proj = nn.Linear(size, size)
+        self.k_proj = nn.Linear(size, size)
+        self.v_proj = nn.Linear(size, size)
+        self.o_proj = nn.Linear(size, size)
+        self.layernorm = nn.LayerNorm(size, eps=config.layer_norm_eps)
+        self.activation = ACT2FN[config.hidden_act]
+        self.fc1 = nn.Linear(size, inner_size)
+        self.fc2 = nn.Linear(inner_size, size)
+
+    def init_weights(self) -> None:
+        """The probe: truncated normal."""
+        init.trunc_normal_(self.probe, mean=0.0, std=self.config.initializer_range)
+
+    def forward(self, hidden_states: torch.Tensor, sizes: torch.Tensor | None = None) -> torch.Tensor:
+        """Tokens (B, T, D) -> (B, D).
+
+        Args:
+            sizes: (B, T), see `TokenState`. Their logarithm is added to the logits: s equal tokens and one of size s
+                give the same.
+        """
+        # (B, T, D) -> (B, T, heads, d) -> (B, heads, T, d)
+        query, key, value = (
+            projected.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+            for projected in (self.q_proj(self.probe), self.k_proj(hidden_states), self.v_proj(hidden_states))
+        )
+        mask = None if sizes is None else sizes.log()[:, None, None].to(query.dtype)
+        pooled = F.scaled_dot_product_attention(query.expand(key.shape[0], -1, -1, -1), key, value, attn_mask=mask)
+        # (B, heads, 1, d) -> (B, D)
+        pooled = self.o_proj(pooled.flatten(1))
+        return pooled + self.fc2(self.activation(self.fc1(self.layernorm(pooled))))

@@ -91,6 +91,22 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "random": {"token_reducer": "random"},
     "tome": {"token_reducer": "tome", "num_register_tokens": 1},
+    "clip": {
+        "use_embedding_norm": True,
+        "patch_bias": False,
+        "hidden_act": "quick_gelu",
+        "pooling": "cls",
+        "projection_dim": 12,
+    },
+    "attention_pooling": {
+        "pooling": "attention",
+        "pooling_num_heads": 2,
+        "pooling_intermediate_size": 40,
+        "rope_theta": 100.0,
+        "rope_offset": 1.0,
+        "use_final_norm": False,
+        "last_layer_fusion": False,
+    },
     "unpruned": {"token_reducer": None, "pruning_rate": None},
 }
 

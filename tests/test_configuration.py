@@ -199,6 +199,16 @@ def test_the_rate_that_an_error_suggests_works_and_the_next_does_not():
         ({"pooling": "max"}, r"`pooling` is 'max'; choose one of mean, patch_mean, cls"),
         ({"pooling": "cls", "use_cls_token": False}, r"'cls' needs `use_cls_token=True`"),
         ({"pooling": "cls_patch_mean"}, r"needs `norm_before_pooling=True`"),
+        (
+            {"pooling": "attention", "pooling_num_heads": 5},
+            r"`hidden_size` \d+ is not divisible by `pooling_num_heads` 5",
+        ),
+        ({"pooling_intermediate_size": 0}, r"`pooling_intermediate_size` is 0; it must be at least 1"),
+        ({"projection_dim": 0}, r"`projection_dim` is 0; it must be at least 1"),
+        (
+            {"rope_offset": 1, "rope_coordinates": "centered"},
+            r"`rope_offset` is 1, which .*'centered' do not have; set",
+        ),
         ({"rope_theta": 100.0, "num_attention_heads": 16}, r"head size divisible by 4, not 2"),
         ({"rope_theta": 0.0}, r"`rope_theta` is 0.0; it must be positive"),
         ({"rope_coordinates": "polar"}, r"`rope_coordinates` is 'polar'; choose 'index' or 'centered'"),

@@ -27,8 +27,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
+    AutoConfig,
     BeitConfig,
     BeitModel,
+    CLIPConfig,
+    CLIPForImageClassification,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    CLIPVisionModelWithProjection,
     DeiTConfig,
     DeiTForImageClassification,
     DeiTForImageClassificationWithTeacher,
@@ -41,12 +48,23 @@ from transformers import (
     DINOv3ViTBackbone,
     DINOv3ViTConfig,
     DINOv3ViTModel,
+    IJepaConfig,
+    IJepaForImageClassification,
+    IJepaModel,
+    SiglipConfig,
+    SiglipForImageClassification,
+    SiglipModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
     ViTConfig,
     ViTForImageClassification,
     ViTForMaskedImageModeling,
     ViTMAEConfig,
     ViTMAEForPreTraining,
     ViTModel,
+    ViTMSNConfig,
+    ViTMSNForImageClassification,
+    ViTMSNModel,
 )
 
 from cropr_hf import (
@@ -58,7 +76,7 @@ from cropr_hf import (
 )
 from cropr_hf.conversion import SUPPORTED_FAMILIES
 from cropr_hf.conversion.hf import PLAIN_MLP_RULES, RULES
-from cropr_hf.conversion.table import SourceDescription, half_rotary_layout, resample_patch_kernel
+from cropr_hf.conversion.table import SourceDescription, half_rotary_layout, resample_patch_kernel, rows_first_layout
 from cropr_hf.conversion.timm import describe_timm
 from tests.common import assert_close_relative, full
 
@@ -111,6 +129,7 @@ class Case:
     build: Callable[[], nn.Module]
     tokens: Callable[[Any, torch.Tensor], torch.Tensor]
     logits: Callable[[Any, torch.Tensor], torch.Tensor] | None = None
+    pooled: Callable[[Any, torch.Tensor], torch.Tensor] | None = None
 
 
 def interpolated(source, pixel_values):
@@ -137,6 +156,35 @@ def dinov3_tokens(source, pixel_values):
 
 def dinov2_logits(source, pixel_values):
     return source(pixel_values).logits
+
+
+def tower_tokens(source, pixel_values):
+    return getattr(source, "vision_model", source)(pixel_values, interpolate_pos_encoding=True).last_hidden_state
+
+
+def tower_pooled(source, pixel_values):
+    return source(pixel_values, interpolate_pos_encoding=True).pooler_output
+
+
+def image_features(source, pixel_values):
+    return source.get_image_features(pixel_values, interpolate_pos_encoding=True).pooler_output
+
+
+def image_embeds(source, pixel_values):
+    return source(pixel_values, interpolate_pos_encoding=True).image_embeds
+
+
+# Towers have no labels; `num_labels` is the outer configuration's.
+TOWER: dict[str, Any] = {name: value for name, value in WITH_MLP.items() if name != "num_labels"}
+TEXT: dict[str, Any] = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "vocab_size": 20,
+}
+CLIP = CLIPConfig(vision_config=TOWER, text_config=TEXT, projection_dim=12, num_labels=NUM_LABELS)
+SIGLIP = SiglipConfig(vision_config=TOWER, text_config=TEXT, num_labels=NUM_LABELS)
 
 
 HF_CASES = {
@@ -175,6 +223,38 @@ HF_CASES = {
         dinov2_logits,
     ),
     "dinov3": Case(lambda: DINOv3ViTModel(DINOv3ViTConfig(**WITH_MLP, num_register_tokens=2)), dinov3_tokens),
+    "clip": Case(lambda: CLIPVisionModel(CLIPVisionConfig(**TOWER)), tower_tokens, pooled=tower_pooled),
+    "clip_projected": Case(
+        lambda: CLIPVisionModelWithProjection(CLIPVisionConfig(**TOWER, projection_dim=12)),
+        tower_tokens,
+        pooled=image_embeds,
+    ),
+    "clip_both_towers": Case(lambda: CLIPModel(CLIP), tower_tokens, pooled=image_features),
+    "clip_classifier": Case(
+        lambda: CLIPForImageClassification(CLIP),
+        tower_tokens,
+        interpolated_logits,
+    ),
+    "siglip": Case(lambda: SiglipVisionModel(SiglipVisionConfig(**TOWER)), tower_tokens, pooled=tower_pooled),
+    "siglip_without_head": Case(
+        lambda: SiglipVisionModel(SiglipVisionConfig(**TOWER, vision_use_head=False)), tower_tokens
+    ),
+    "siglip_both_towers": Case(lambda: SiglipModel(SIGLIP), tower_tokens, pooled=image_features),
+    "siglip_classifier": Case(lambda: SiglipForImageClassification(SIGLIP), tower_tokens, interpolated_logits),
+    "vit_msn": Case(
+        lambda: ViTMSNForImageClassification(ViTMSNConfig(**WITH_MLP)),
+        lambda source, pixel_values: source.vit(pixel_values, interpolate_pos_encoding=True).last_hidden_state,
+        interpolated_logits,
+    ),
+    "vit_msn_backbone": Case(lambda: ViTMSNModel(ViTMSNConfig(**WITH_MLP), use_mask_token=True), interpolated),
+    "ijepa": Case(
+        lambda: IJepaForImageClassification(IJepaConfig(**WITH_MLP)),
+        lambda source, pixel_values: source.ijepa(pixel_values, interpolate_pos_encoding=True).last_hidden_state,
+        interpolated_logits,
+    ),
+    "ijepa_backbone": Case(
+        lambda: IJepaModel(IJepaConfig(**WITH_MLP), add_pooling_layer=True, use_mask_token=True), interpolated
+    ),
     "dinov3_gated": Case(
         lambda: DINOv3ViTModel(DINOv3ViTConfig(**WITH_MLP, use_gated_mlp=True, hidden_act="silu", mlp_bias=False)),
         dinov3_tokens,
@@ -207,6 +287,13 @@ def timm_logits(source, pixel_values):
     return source(pixel_values)
 
 
+PERCEPTION: dict[str, Any] = {
+    "attn_type": "rope",
+    "use_pre_transformer_norm": True,
+    "use_rot_pos_emb": True,
+    "ref_feat_shape": (3, 3),
+    "rope_grid_indexing": "xy",
+}
 EVA02 = {"mlp_ratio": 4 * 2 / 3, "swiglu_mlp": True, "use_rot_pos_emb": True, "ref_feat_shape": (7, 7)}
 TIMM_MODELS: dict[str, dict[str, Any]] = {
     "vit": {},
@@ -219,6 +306,10 @@ TIMM_MODELS: dict[str, dict[str, Any]] = {
     "vit_norm_after_token": {"fc_norm": True, "act_layer": "gelu_tanh"},
     "vit_gated": {"mlp_layer": "packed", "act_layer": "silu", "init_values": 0.1},
     "vit_mlp_norm": {"scale_mlp_norm": True, "proj_bias": False},
+    "vit_clip": {"pre_norm": True, "act_layer": "quick_gelu"},
+    "vit_siglip": {"class_token": False, "global_pool": "map", "act_layer": "gelu_tanh"},
+    "vit_attention_on_all": {"global_pool": "map", "pool_include_prefix": True, "reg_tokens": 2},
+    "vit_no_final_norm": {"final_norm": False},
     "deit_distilled": {},
     "eva_plain": {},
     "eva02_packed": EVA02,
@@ -238,6 +329,22 @@ TIMM_MODELS: dict[str, dict[str, Any]] = {
         "swiglu_align_to": 8,
         "use_fc_norm": False,
     },
+    "eva_pe_core": {**PERCEPTION, "global_pool": "map", "rope_grid_offset": 1.0, "attn_pool_num_heads": 4},
+    "eva_pe_core_no_cls": {
+        **PERCEPTION,
+        "global_pool": "map",
+        "class_token": False,
+        "mlp_ratio": 3.0,
+        "attn_pool_mlp_ratio": 2.0,
+    },
+    "eva_pe_spatial": {
+        **PERCEPTION,
+        "rope_grid_offset": 1.0,
+        "use_post_transformer_norm": False,
+        "use_fc_norm": False,
+        "init_values": 0.1,
+    },
+    "eva_column_first_half_layout": {**PERCEPTION, "rope_rotate_half": True},
 }
 TIMM_CASES = {
     name: Case(
@@ -268,7 +375,10 @@ def test_tokens_and_logits_equal_those_of_the_source(name):
         pixel_values = images(size)
         expected = case.tokens(source, pixel_values)
         assert expected.std() > 0.05  # otherwise the comparison would show nothing
-        assert_close(model(pixel_values).last_hidden_state, expected)
+        outputs = model(pixel_values)
+        assert_close(outputs.last_hidden_state, expected)
+        if case.pooled is not None:
+            assert_close(outputs.pooler_output, case.pooled(source, pixel_values))
         if classifier is not None:
             assert_close(classifier(pixel_values).logits, case.logits(source, pixel_values))
 
@@ -340,6 +450,38 @@ def test_a_classifier_that_normalises_the_mean_has_a_new_norm_unless_its_source_
         assert torch.equal(getattr(classifier.layernorm, attribute), expected)
 
 
+@pytest.mark.parametrize("name", ["clip_both_towers", "siglip_both_towers", "timm_eva_pe_core"])
+@torch.no_grad()
+def test_dense_tasks_leave_pooling_layers_behind(name):
+    """A model that does not pool has no weights for it, which nothing would train."""
+    source = build(name)
+    model = CroprViTForSemanticSegmentation.from_vit(source, token_reducer=None, num_labels=3)
+    assert model.config.projection_dim is None and model.config.pooling in ("cls", "patch_mean")
+    assert not any("pooler" in key or "projection" in key for key in model.state_dict())
+    outputs = model.cropr_vit(images())
+    assert outputs.pooler_output is None
+    assert_close(outputs.last_hidden_state, CASES[name].tokens(source, images()))
+
+
+@torch.no_grad()
+def test_a_projection_is_before_the_classifier_unless_it_is_left_behind():
+    source = build("clip_projected")
+    classifier = CroprViTForImageClassification.from_vit(source, pruning_rate=2, num_labels=7)
+    assert classifier.classifier.in_features == 12
+    model = CroprViTModel.from_vit(source, token_reducer=None, projection_dim=None)
+    expected = source.vision_model(images()).pooler_output
+    assert_close(model(images()).pooler_output, expected)
+    with pytest.raises(ValueError, match="`projection_dim` is 9, but the weights of the source have 12"):
+        CroprViTModel.from_vit(source, projection_dim=9)
+
+
+def test_attention_pooling_without_weights_is_refused():
+    model = CroprViTForImageClassification.from_vit(build("siglip"), pooling="mean", pruning_rate=2)
+    assert not any("pooler" in name for name in model.state_dict())
+    with pytest.raises(ValueError, match=r"`pooling` is 'attention', but the source has no weights for it; .*'cls'"):
+        CroprViTModel.from_vit(build("vit"), pooling="attention")
+
+
 # ---- Steps ----------------------------------------------------------------------------------------------------------
 
 
@@ -348,6 +490,12 @@ def test_interleaved_pairs_move_to_the_two_halves_of_each_head():
     expected = [0, 2, 4, 1, 3, 5, 6, 8, 10, 7, 9, 11]
     assert half_rotary_layout(torch.arange(12), num_heads=2).tolist() == expected
     assert half_rotary_layout(torch.arange(12)[:, None] * torch.ones(3), num_heads=2)[:, 2].tolist() == expected
+
+
+def test_pairs_that_turn_with_the_row_come_first():
+    # Two heads of size 8 in half layout: columns are the pairs (0, 4) and (1, 5), rows (2, 6) and (3, 7).
+    expected = [2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13]
+    assert rows_first_layout(torch.arange(16), num_heads=2).tolist() == expected
 
 
 @torch.no_grad()
@@ -492,7 +640,13 @@ def test_the_fused_gate_of_older_releases_is_split_gate_first():
 # ---- Sources --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["vit", "deit_distilled", "vit_mae", "dinov2_gated", "dinov3"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("vit", "deit_distilled", "vit_mae", "dinov2_gated", "dinov3", "clip_projected", "siglip_classifier"),
+        *("clip_both_towers", "siglip_both_towers", "vit_msn", "ijepa"),
+    ],
+)
 @torch.no_grad()
 def test_a_saved_folder_converts_as_the_model_in_memory_does(name, tmp_path):
     source = build(name)
@@ -785,7 +939,7 @@ def test_a_position_table_of_the_wrong_length_is_refused(length):
 
 def test_an_unsupported_family_is_refused_before_its_weights_are_loaded(tmp_path):
     config = BeitConfig(**WITH_MLP)
-    with pytest.raises(ValueError, match=r"type 'beit'; conversion supports vit, deit, vit_mae, dinov2, .*timm"):
+    with pytest.raises(ValueError, match=r"type 'beit'; conversion supports vit, deit, vit_mae, vit_msn, .*timm"):
         CroprViTModel.from_vit(BeitModel(config))
     config.save_pretrained(tmp_path)  # a folder without weights
     with pytest.raises(ValueError, match="type 'beit'"):
@@ -793,6 +947,21 @@ def test_an_unsupported_family_is_refused_before_its_weights_are_loaded(tmp_path
     with pytest.raises(ValueError, match=r"type 'cropr_vit'.*`from_pretrained` loads this one"):
         CroprViTModel.from_vit(CroprViTModel.from_vit(build("vit"), pruning_rate=2))
     assert {"vit", "dinov3_vit", "timm eva02"} <= set(SUPPORTED_FAMILIES)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("siglip2", "NaFlex.*checkpoints of SigLIP 2 are of type 'siglip' and convert"),
+        ("siglip2_vision_model", "NaFlex"),
+        ("aimv2", "RMSNorm"),
+        ("aimv2_vision_model", "RMSNorm"),
+    ],
+)
+def test_a_family_that_is_no_point_of_the_space_is_refused_with_the_reason(model_type, reason, tmp_path):
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path)  # a folder without weights
+    with pytest.raises(ValueError, match=f"type '{model_type}', which a Cropr ViT does not support: .*{reason}"):
+        CroprViTModel.from_vit(tmp_path)
 
 
 @pytest.mark.parametrize("source", [nn.Linear(2, 2), None, 3])
@@ -806,17 +975,16 @@ def test_what_is_no_vision_transformer_is_refused(source):
     [
         ("vit", {"qk_norm": True}, "qk_norm"),
         ("vit", {"scale_attn_norm": True}, "norm inside attention"),
-        ("vit", {"pre_norm": True}, "norm_pre"),
-        ("vit", {"global_pool": "map"}, "attention pooling"),
+        ("vit", {"global_pool": "map"}, "attention pooling"),  # of patches alone
+        ("eva", {"global_pool": "map", "swiglu_mlp": True}, "attention pooling"),  # with another activation
         ("vit", {"global_pool": "avgmax"}, "pooling 'avgmax'"),
-        ("vit", {"final_norm": False}, "no final norm"),
+        ("eva", {"use_fc_norm": True, "use_post_transformer_norm": True}, "two final norms"),
         ("vit", {"act_layer": "elu"}, "another activation"),
         ("vit", {"norm_layer": "rmsnorm"}, "not a LayerNorm"),
         ("vit", {"embed_norm_layer": "layernorm"}, "another patch embedding"),
         ("eva", {"scale_attn_inner": True}, "norm inside attention"),
         ("eva", {"use_rot_pos_emb": True, "rope_type": "mixed"}, "rotary positions"),
         ("eva", {"use_rot_pos_emb": True}, "rotary positions"),  # no reference grid
-        ("eva", {**EVA02, "rope_grid_indexing": "xy"}, "rotary positions"),
         ("eva", {**EVA02, "ref_feat_shape": (4, 8)}, "rotary positions"),
     ],
 )

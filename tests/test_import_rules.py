@@ -13,8 +13,9 @@ PACKAGE = Path(__file__).resolve().parents[1] / "cropr_hf"
 # Modules that travel to the Hub: which of their siblings, and which third-party packages, each may import.
 HUB = {"huggingface_hub", "torch", "transformers"}
 TRAVELS = {
+    "class_names": (set(), {"transformers"}),
     "token_schedule": (set(), set()),
-    "configuration_cropr_vit": ({"token_schedule"}, {"transformers", "huggingface_hub"}),
+    "configuration_cropr_vit": ({"class_names", "token_schedule"}, {"transformers", "huggingface_hub"}),
     "token_reduction": ({"configuration_cropr_vit", "token_schedule"}, HUB),
     "reducer_cropr": ({"configuration_cropr_vit", "token_reduction"}, HUB),
     "reducer_random": ({"token_reduction"}, HUB),

@@ -59,7 +59,7 @@ def test_forward_gives_finite_outputs_at_every_size(task, name, height, width):
     assert value.isfinite().all()
     assert value.shape == (2, *TASKS[task].shape(model.config, height, width))
     if task == "model":
-        assert outputs.pooler_output.shape == (2, 64 if model.config.pooling == "cls_patch_mean" else 32)
+        assert outputs.pooler_output.shape == (2, {"rope_registers": 64, "clip": 12}.get(name, 32))
 
 
 @pytest.mark.parametrize(("task", "name"), combinations(DETERMINISTIC))
@@ -245,7 +245,7 @@ def test_inference_never_waits_for_the_device(task, name):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", ["plain", "rope_registers"])
+@pytest.mark.parametrize("name", ["plain", "rope_registers", "clip", "attention_pooling"])
 @torch.no_grad()
 def test_compiled_stripped_model_equals_eager(name):
     torch._dynamo.reset()
@@ -270,11 +270,31 @@ def test_training_step_has_no_graph_break():
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("name", ["plain", *full("clip", "attention_pooling")])
 @torch.no_grad()
-def test_exported_program_equals_the_model():
-    model, images = build("classification", "plain"), make_images()
+def test_exported_program_equals_the_model(name):
+    model, images = build("classification", name), make_images()
     program = torch.export.export(model, (images,), strict=False)
     assert_close_relative(program.module()(images).logits, model(images).logits)
+
+
+@torch.no_grad()
+def test_attention_pooling_is_a_loop_over_the_tokens_that_are_left():
+    model = build("model", "attention_pooling").double()
+    outputs, pooler = model(make_images().double()), model.pooler
+    tokens = outputs.last_hidden_state
+    assert tokens.shape[1] == 1 + model.config.kept_patches()[-1] < 1 + NUM_PATCHES
+    query, head_size = pooler.q_proj(pooler.probe)[0, 0], 32 // 2
+    for image in range(2):
+        found = []
+        for head in range(2):
+            channels = slice(head * head_size, (head + 1) * head_size)
+            logits = torch.stack([pooler.k_proj(token)[channels] @ query[channels] for token in tokens[image]])
+            shares = (logits / head_size**0.5).softmax(dim=0)
+            found.append(sum(share * pooler.v_proj(token)[channels] for share, token in zip(shares, tokens[image])))
+        pooled = pooler.o_proj(torch.cat(found))
+        expected = pooled + pooler.fc2(F.gelu(pooler.fc1(pooler.layernorm(pooled))))
+        torch.testing.assert_close(outputs.pooler_output[image], expected, rtol=0, atol=1e-12)
 
 
 # Pruning inside the model

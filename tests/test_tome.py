@@ -206,6 +206,22 @@ def test_merged_and_pruned_tokens_do_not_mix():
         state.merge(torch.randn(1, 4, 4), survivors, merged, slots, 1, {}).prune(survivors[:, :2], merged, block=2)
 
 
+@torch.no_grad()
+def test_attention_pooling_counts_a_merged_token_as_often_as_its_size_says():
+    fields = {"pooling": "attention", "norm_before_pooling": True, "last_layer_fusion": False, "pruning_rate": 4}
+    model = make_model(CroprViTModel, tome_config(**fields)).double()
+    states = []
+    own = model.pool
+    model.pool = lambda hidden_states, sizes: states.append((hidden_states, sizes)) or own(hidden_states, sizes)
+    outputs = model(make_images().double())
+    hidden_states, sizes = states[0]
+    assert sizes.max() > 1
+    for image in range(len(sizes)):
+        duplicates = hidden_states[image].repeat_interleave(sizes[image].long(), dim=0)
+        expected = model.pooler(model.layernorm(duplicates)[None])
+        torch.testing.assert_close(outputs.pooler_output[image], expected[0], rtol=0, atol=1e-12)
+
+
 def test_means_weigh_merged_tokens_by_their_sizes():
     model = make_model(CroprViTModel, tome_config(pruning_rate=4)).double()
     states, sizes = [], []

@@ -98,6 +98,15 @@ class TestLayerDecay:
             assert (group["lr"], group["weight_decay"]) == (rate, decay), name
         assert groups[0]["lr"] == 1.0  # the rate that the Trainer logs
 
+    def test_pooling_layers_are_at_the_depth_of_the_head(self):
+        model = tiny_model(pooling="attention", projection_dim=12)
+        names = ("pooler.probe", "pooler.q_proj.weight", "visual_projection.weight")
+        assert {layer_of(name, model.cropr_vit) for name in names} == {model.config.num_hidden_layers + 1}
+        groups = layer_decay_groups(model, 1.0, 0.1, 0.5)
+        decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+        assert decays[id(model.cropr_vit.pooler.probe)] == 0.0
+        assert decays[id(model.cropr_vit.visual_projection.weight)] == 0.1
+
     def test_frozen_parameters_are_left_out(self):
         model = tiny_model(use_auxiliary_heads=False)
         grouped = [p for group in layer_decay_groups(model, 1.0, 0.0, 1.0) for p in group["params"]]

@@ -36,7 +36,7 @@ from . import hf, timm
 from .table import SourceDescription, Weights, audit_weights, convert_weights
 
 
-SUPPORTED_FAMILIES = (*hf.FAMILIES, "timm vit", "timm deit", "timm eva02")
+SUPPORTED_FAMILIES = (*hf.FAMILIES, "timm vit", "timm deit", "timm eva02", "timm vit_dinov3", "timm vit_pe")
 
 LOADING_ARGUMENTS = (
     "cache_dir",
@@ -55,6 +55,8 @@ FIXED_FIELDS = (
     "num_attention_heads",
     "intermediate_size",
     "num_channels",
+    "patch_bias",
+    "use_embedding_norm",
     "query_bias",
     "key_bias",
     "value_bias",
@@ -63,9 +65,12 @@ FIXED_FIELDS = (
     "use_gated_mlp",
     "use_mlp_norm",
     "use_absolute_position_embeddings",
+    "pooling_num_heads",
+    "pooling_intermediate_size",
 )
 # These as well, but a target can do without what they stand for.
-DROPPABLE_FIELDS = ("use_cls_token", "num_register_tokens", "use_final_norm")
+DROPPABLE_FIELDS = ("use_cls_token", "num_register_tokens", "use_final_norm", "projection_dim")
+POOLED_VECTOR = ("pooling", "norm_before_pooling", "use_final_norm", "projection_dim")  # decide what it is
 FINAL_NORM = ("layernorm.weight", "layernorm.bias")
 # What `CroprViTConfig` takes besides its fields.
 FURTHER_ARGUMENTS = ("num_labels", "out_features", "out_indices", "attn_implementation")
@@ -87,6 +92,9 @@ def convert_vit(cls: type[CroprViTPreTrainedModel], source: str | os.PathLike | 
     ViT-MAE: the encoder, without masking. The final norm comes before the mean over all tokens, so that
     `last_hidden_state` is that of the source; for the recipe of the paper pass `norm_before_pooling=False`.
     DINOv2: pooling is that of the source class, CLS alone or, with a classifier, CLS and the mean of the patches.
+    CLIP and SigLIP: the vision tower; text tower and temperature stay behind. `pooler_output` is the image embedding
+    of CLIP (`get_image_features`) where the source has a projection, which `projection_dim=None` leaves behind.
+    Models of dense tasks, which do not pool, leave attention pooling and projection behind.
 
     Args:
         cls: the class to build.
@@ -173,6 +181,10 @@ def check_fixed_fields(description: SourceDescription, overrides: dict[str, Any]
             raise ValueError(
                 f"`{name}` is {overrides[name]}, but the weights of the source have {native}; leave it out."
             )
+    if overrides.get("pooling") == "attention" != defaults.pooling:
+        raise ValueError(
+            f"`pooling` is 'attention', but the source has no weights for it; leave it out for {defaults.pooling!r}."
+        )
 
 
 def build_config(
@@ -182,7 +194,11 @@ def build_config(
     overrides: dict[str, Any],
 ) -> CroprViTConfig:
     """The configuration of a source, with what the target class and the user say."""
-    fields = {**description.fields, **cls.conversion_fields, **_labels(cls, description, overrides), **overrides}
+    fields = {**description.fields}
+    if not issubclass(cls, (CroprViTModel, CroprViTForImageClassification)):  # which do not pool
+        fields["projection_dim"] = None
+        fields["pooling"] = "patch_mean" if fields["pooling"] == "attention" else fields["pooling"]
+    fields |= {**cls.conversion_fields, **_labels(cls, description, overrides), **overrides}
     if "out_indices" in overrides and "out_features" not in overrides:
         fields.pop("out_features", None)
     config = config_class(**fields)
@@ -204,10 +220,11 @@ def _labels(cls: type, description: SourceDescription, overrides: dict[str, Any]
 
 def _keeps_classifier(cls: type, description: SourceDescription, config: CroprViTConfig) -> bool:
     """Whether the classifier of the source fits: as many labels, and the same pooled vector."""
+    native = CroprViTConfig(**description.fields, token_reducer=None)
     return (
         issubclass(cls, CroprViTForImageClassification)
         and config.num_labels == description.labels.get("num_labels")
-        and all(getattr(config, name) == description.fields[name] for name in ("pooling", "norm_before_pooling"))
+        and all(getattr(config, name) == getattr(native, name) for name in POOLED_VECTOR)
     )
 
 

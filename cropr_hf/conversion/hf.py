@@ -11,10 +11,12 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Descriptions of models of Transformers: ViT, DeiT, ViT-MAE, DINOv2, DINOv2 with registers, DINOv3 ViT.
+"""Descriptions of models of Transformers: ViT, DeiT, ViT-MAE, ViT-MSN, I-JEPA, DINOv2, DINOv3, and the vision towers
+of CLIP and SigLIP.
 
-Read in the source of Transformers 5.10.1, 5.17.0 and 5.23.0 (`models/<family>/modeling_<family>.py`). The patterns
-accept the names of all of them: 5.23 renamed the attention and the SwiGLU layers of DINOv2.
+Read in the source of Transformers 5.10.1, 5.17.0 and 5.23.0, newer entries in that of 5.24.0
+(`models/<family>/modeling_<family>.py`). The patterns accept the names of all of them: 5.23 renamed the attention and
+the SwiGLU layers of DINOv2.
 """
 
 import os
@@ -43,18 +45,19 @@ class Family:
         prefix: before the names of the backbone, in a model with a task head.
         dropped: weights that have no place in ours.
         fields: what the source code of the family, and not its config, says.
-        classifier_pooling: what its classifier sees, when that is not the pooling in `fields`.
+        classifier_fields: those of `fields` that are others when it has a classifier.
     """
 
     prefix: str
     dropped: tuple[str, ...]
     fields: dict[str, Any] = field(default_factory=dict)
-    classifier_pooling: str | None = None
+    classifier_fields: dict[str, Any] = field(default_factory=dict)
 
 
 MASK_TOKEN = r"embeddings\.mask_token"  # of masked image modelling
 POOLER = r"pooler\.dense\.(weight|bias)"  # a second projection after the CLS token, which classifiers do not use
 DECODER = r"decoder\..+"  # of masked image modelling
+TEXT = (r"text_model\..+", r"text_projection\.weight", r"logit_(scale|bias)")  # the other tower, and the loss
 # The mean of two classifiers on two tokens is no linear layer on one pooled vector.
 DISTILLATION = r"(cls|distillation)_classifier\.(weight|bias)"
 
@@ -63,19 +66,43 @@ FAMILIES = {
     # The distillation token is a register: never pruned, not pooled.
     "deit": Family("deit.", (MASK_TOKEN, POOLER, DECODER, DISTILLATION), {"pooling": "cls", "num_register_tokens": 1}),
     "vit_mae": Family("vit.", (DECODER,), {"pooling": "mean"}),
-    "dinov2": Family("dinov2.", (MASK_TOKEN,), {"pooling": "cls"}, classifier_pooling="cls_patch_mean"),
+    "vit_msn": Family("vit.", (MASK_TOKEN,), {"pooling": "cls"}),
+    "ijepa": Family("ijepa.", (MASK_TOKEN, POOLER), {"pooling": "mean", "use_cls_token": False}),
+    "dinov2": Family("dinov2.", (MASK_TOKEN,), {"pooling": "cls"}, {"pooling": "cls_patch_mean"}),
     "dinov2_with_registers": Family(
         "dinov2_with_registers.",
         (MASK_TOKEN,),
         {"pooling": "cls", "interpolate_antialias": True},
-        classifier_pooling="cls_patch_mean",
+        {"pooling": "cls_patch_mean"},
     ),
     "dinov3_vit": Family(
         "",
         (MASK_TOKEN,),
         {"pooling": "cls", "use_absolute_position_embeddings": False, "rope_coordinates": "centered"},
     ),
+    # Its classifier sees patches before the final norm.
+    "clip": Family(
+        "vision_model.",
+        TEXT,
+        {"pooling": "cls", "norm_before_pooling": False, "patch_bias": False, "use_embedding_norm": True},
+        {"pooling": "patch_mean", "use_final_norm": False},
+    ),
+    # Also SigLIP 2 at a fixed resolution. Its classifier sees the mean.
+    "siglip": Family(
+        "vision_model.", TEXT, {"pooling": "attention", "use_cls_token": False}, {"pooling": "patch_mean"}
+    ),
 }
+FAMILIES["clip_vision_model"] = FAMILIES["clip"]
+FAMILIES["siglip_vision_model"] = FAMILIES["siglip"]
+
+# Families that people ask for, and why they are no points of the space of `CroprViTConfig`
+REFUSED = {
+    "siglip2": "it takes sequences of patches with a mask and a grid per image (NaFlex) instead of images; fixed-"
+    "resolution checkpoints of SigLIP 2 are of type 'siglip' and convert",
+    "aimv2": "it normalises by RMSNorm, also after the patch embedding and before positions are added, where a Cropr "
+    "ViT has LayerNorm before the blocks alone",
+}
+REFUSED |= {f"{name}_vision_model": reason for name, reason in REFUSED.items()}
 
 # Fields with the same name and meaning as ours, where a family has them.
 SAME_FIELDS = (
@@ -102,14 +129,17 @@ SAME_FIELDS = (
     "out_features",
 )
 
-LAYER = r"(?:layers|encoder\.layer|model\.layer)\.(\d+)\."
+LAYER = r"(?:layers|encoder\.layers?|model\.layer)\.(\d+)\."
 RULES: tuple[Rule, ...] = (
-    (r"embeddings\.cls_token", "embeddings.cls_token"),
+    (r"embeddings\.(?:cls_token|class_embedding)", "embeddings.cls_token"),
     (r"embeddings\.(?:register_tokens|distillation_token)", "embeddings.register_tokens"),
-    (r"embeddings\.position_embeddings", "embeddings.position_embeddings"),
-    (r"embeddings\.patch_embeddings\.(?:projection\.)?(weight|bias)", r"embeddings.patch_embeddings.\1"),
-    (LAYER + r"(?:layernorm_before|norm1)\.(weight|bias)", r"layers.\1.layernorm_before.\2"),
-    (LAYER + r"(?:layernorm_after|norm2)\.(weight|bias)", r"layers.\1.layernorm_after.\2"),
+    (r"embeddings\.(?:position_embeddings|position_embedding\.weight)", "embeddings.position_embeddings"),
+    (r"embeddings\.patch_embeddings?\.(?:projection\.)?(weight|bias)", r"embeddings.patch_embeddings.\1"),
+    (r"pre_layrnorm\.(weight|bias)", r"embeddings.layernorm.\1"),
+    (LAYER + r"(?:layernorm_before|norm1|layer_norm1)\.(weight|bias)", r"layers.\1.layernorm_before.\2"),
+    (LAYER + r"(?:layernorm_after|norm2|layer_norm2)\.(weight|bias)", r"layers.\1.layernorm_after.\2"),
+    (LAYER + r"self_attn\.([qkv])_proj\.(weight|bias)", r"layers.\1.attention.\2_proj.\3"),
+    (LAYER + r"self_attn\.out_proj\.(weight|bias)", r"layers.\1.attention.o_proj.\2"),
     (LAYER + r"attention\.(?:q_proj|attention\.query)\.(weight|bias)", r"layers.\1.attention.q_proj.\2"),
     (LAYER + r"attention\.(?:k_proj|attention\.key)\.(weight|bias)", r"layers.\1.attention.k_proj.\2"),
     (LAYER + r"attention\.(?:v_proj|attention\.value)\.(weight|bias)", r"layers.\1.attention.v_proj.\2"),
@@ -120,7 +150,15 @@ RULES: tuple[Rule, ...] = (
     (LAYER + r"mlp\.up_proj\.(weight|bias)", r"layers.\1.mlp.up_proj.\2"),
     (LAYER + r"mlp\.(?:down_proj|weights_out)\.(weight|bias)", r"layers.\1.mlp.down_proj.\2"),
     (LAYER + r"mlp\.weights_in\.(weight|bias)", (r"layers.\1.mlp.gate_proj.\2", r"layers.\1.mlp.up_proj.\2")),
-    (r"(?:layernorm|norm)\.(weight|bias)", r"layernorm.\1"),
+    (r"(?:layernorm|norm|post_layernorm)\.(weight|bias)", r"layernorm.\1"),
+    (r"visual_projection\.weight", "visual_projection.weight"),
+    (r"head\.probe", "pooler.probe"),
+    (
+        r"head\.attention\.in_proj_(weight|bias)",
+        (r"pooler.q_proj.\1", r"pooler.k_proj.\1", r"pooler.v_proj.\1"),
+    ),
+    (r"head\.attention\.out_proj\.(weight|bias)", r"pooler.o_proj.\1"),
+    (r"head\.(?:mlp\.)?(layernorm|fc[12])\.(weight|bias)", r"pooler.\1.\2"),
     (r"classifier\.(weight|bias)", r"classifier.\1"),
 )
 # The plain MLP of DINOv3 has the names of a gated one.
@@ -136,8 +174,8 @@ def describe_transformers(source: PreTrainedModel) -> SourceDescription:
     Raises:
         `ValueError`: when its family or patch shape is not supported.
     """
-    config = source.config
-    family = find_family(config)
+    family = find_family(source.config)
+    config = getattr(source.config, "vision_config", source.config)
     fields: dict[str, Any] = {"norm_before_pooling": True, **family.fields}
     fields |= {name: getattr(config, name) for name in SAME_FIELDS if hasattr(config, name)}
     if hasattr(config, "qkv_bias"):
@@ -147,12 +185,16 @@ def describe_transformers(source: PreTrainedModel) -> SourceDescription:
     if hasattr(config, "attention_dropout"):
         fields["attention_probs_dropout_prob"] = config.attention_dropout
     fields |= image_fields(_pair(config.image_size), _pair(config.patch_size))
+    if not getattr(config, "vision_use_head", True):
+        fields["pooling"] = "patch_mean"
+    projection = getattr(source, "visual_projection", None)
+    fields["projection_dim"] = None if projection is None else projection.out_features
     classifier = getattr(source, "classifier", None)
     labels: dict[str, Any] = {}
     if isinstance(classifier, nn.Linear):
-        labels = {name: copy(getattr(config, name)) for name in ("id2label", "problem_type")}
+        labels = {name: copy(getattr(source.config, name)) for name in ("id2label", "problem_type")}
         labels["num_labels"] = classifier.out_features
-        fields["pooling"] = family.classifier_pooling or fields["pooling"]
+        fields |= family.classifier_fields
     return SourceDescription(
         fields,
         RULES if fields.get("use_gated_mlp") else PLAIN_MLP_RULES + RULES,
@@ -168,6 +210,11 @@ def find_family(config: PreTrainedConfig) -> Family:
     Raises:
         `ValueError`: when it is not supported.
     """
+    if config.model_type in REFUSED:
+        raise ValueError(
+            f"The source is a model of type {config.model_type!r}, which a Cropr ViT does not support: "
+            f"{REFUSED[config.model_type]}."
+        )
     if config.model_type not in FAMILIES:
         raise ValueError(
             f"The source is a model of type {config.model_type!r}; conversion supports {', '.join(FAMILIES)} of "

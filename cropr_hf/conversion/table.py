@@ -49,6 +49,7 @@ class SourceDescription:
         dropped: patterns of names that the target has no place for.
         prefix: what stands before the names of the backbone when the source has a task head.
         interleaved_rotary: whether the rotation pairs the channels (2 i, 2 i + 1) instead of (i, i + d / 2).
+        column_first_rotary: whether the first half of the pairs turns with the column instead of the row.
         labels: `num_labels` of its classifier, and `id2label` and the like where known; empty without a classifier.
     """
 
@@ -57,6 +58,7 @@ class SourceDescription:
     dropped: tuple[str, ...] = ()
     prefix: str = ""
     interleaved_rotary: bool = False
+    column_first_rotary: bool = False
     labels: dict[str, Any] = field(default_factory=dict)
 
     def drops(self, name: str) -> bool:
@@ -81,17 +83,24 @@ def convert_weights(
         source: the whole state dict of the source.
         description: describes the source; `description.fields["image_size"]` is the image size of its position table.
         config: describes the target; patch kernels are resampled to its `patch_size`, and the position table to its
-            grid of patches; prefix tokens and a final norm that it does not have are left out.
+            grid of patches; prefix tokens, a final norm, and pooling layers that it does not have are left out.
 
     Raises:
         `ValueError`: when a source weight is neither used nor on the list of dropped ones.
     """
     weights = rename_weights(source, description)
-    if description.interleaved_rotary:
+    for name in (CLS_TOKEN, POSITIONS):  # (D,) and (tokens, D) in CLIP
+        if name in weights:
+            weights[name] = weights[name].view(1, -1, weights[name].shape[-1])
+    steps = (
+        (description.interleaved_rotary, half_rotary_layout),
+        (description.column_first_rotary, rows_first_layout),
+    )
+    for is_needed, change_layout in steps:
         weights |= {
-            name: half_rotary_layout(tensor, config.num_attention_heads)
+            name: change_layout(tensor, config.num_attention_heads)
             for name, tensor in weights.items()
-            if ROTATED.fullmatch(name) and len(tensor) == config.hidden_size  # the audit reports another size
+            if is_needed and ROTATED.fullmatch(name) and len(tensor) == config.hidden_size  # the audit reports others
         }
     native = CroprViTConfig(**description.fields, token_reducer=None)
     fold_prefix_positions(weights, native.num_patches)
@@ -101,10 +110,15 @@ def convert_weights(
     kept = {
         CLS_TOKEN: config.use_cls_token,
         REGISTER_TOKENS: config.num_register_tokens > 0,
-        "layernorm.weight": config.use_final_norm,
-        "layernorm.bias": config.use_final_norm,
+        "layernorm": config.use_final_norm,
+        "pooler": config.pooling == "attention",
+        "visual_projection": config.projection_dim is not None,
     }
-    weights = {name: tensor for name, tensor in weights.items() if kept.get(name, True)}
+    weights = {
+        name: tensor
+        for name, tensor in weights.items()
+        if kept.get(name, True) and kept.get(name.partition(".")[0], True)
+    }
     kernel = weights.get(PATCH_KERNEL)
     if kernel is not None and kernel.shape[-1] == native.patch_size and native.patch_size != config.patch_size:
         weights[PATCH_KERNEL] = resample_patch_kernel(kernel, config.patch_size)
@@ -168,6 +182,16 @@ def half_rotary_layout(rows: torch.Tensor, num_heads: int) -> torch.Tensor:
     """
     # (H * d, ...) -> (H, d / 2, 2, ...) -> (H, 2, d / 2, ...) -> (H * d, ...)
     return rows.unflatten(0, (num_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def rows_first_layout(rows: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """In half rotary layout, exchanges the pairs that turn with the column, the first half, and with the row.
+
+    Args:
+        rows: weight (H * d, D) or bias (H * d,) of a query or key projection.
+    """
+    # (H * d, ...) -> (H, first or second of a pair, column or row, d / 4, ...) -> (H * d, ...)
+    return rows.unflatten(0, (num_heads, 2, 2, -1)).flip(2).flatten(0, 3)
 
 
 def fold_prefix_positions(weights: Weights, num_patches: int) -> None:

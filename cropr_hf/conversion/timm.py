@@ -11,7 +11,8 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Descriptions of models of timm: `vit_*` and `deit*` (class `VisionTransformer`), `eva02_*` (class `Eva`).
+"""Descriptions of models of timm: `vit_*` and `deit*` (class `VisionTransformer`), `eva02_*`, `vit_*_dinov3*`,
+`vit_pe_core_*` and `vit_pe_spatial_*` (class `Eva`).
 
 The live module is read instead of a config, since timm has none. Read in the source of timm 1.0.20 and 1.0.31
 (`timm/models/vision_transformer.py`, `deit.py`, `eva.py`, `timm/layers/`). Nothing here imports timm but `load_timm`.
@@ -35,6 +36,7 @@ RULES: tuple[Rule, ...] = (
     (r"(?:reg|dist)_token", "embeddings.register_tokens"),
     (r"pos_embed", "embeddings.position_embeddings"),
     (r"patch_embed\.proj\.(weight|bias)", r"embeddings.patch_embeddings.\1"),
+    (r"norm_pre\.(weight|bias)", r"embeddings.layernorm.\1"),
     (BLOCK + r"norm1\.(weight|bias)", r"layers.\1.layernorm_before.\2"),
     (BLOCK + r"norm2\.(weight|bias)", r"layers.\1.layernorm_after.\2"),
     (
@@ -47,6 +49,12 @@ RULES: tuple[Rule, ...] = (
     (BLOCK + r"(?:gamma_([12])|ls([12])\.gamma)", r"layers.\1.layer_scale\2\3.lambda1"),
     (BLOCK + r"mlp\.norm\.(weight|bias)", r"layers.\1.mlp.norm.\2"),
     (r"(?:norm|fc_norm)\.(weight|bias)", r"layernorm.\1"),
+    (r"attn_pool\.latent", "pooler.probe"),
+    (r"attn_pool\.q\.(weight|bias)", r"pooler.q_proj.\1"),
+    (r"attn_pool\.kv\.(weight|bias)", (r"pooler.k_proj.\1", r"pooler.v_proj.\1")),
+    (r"attn_pool\.proj\.(weight|bias)", r"pooler.o_proj.\1"),
+    (r"attn_pool\.norm\.(weight|bias)", r"pooler.layernorm.\1"),
+    (r"attn_pool\.mlp\.fc([12])\.(weight|bias)", r"pooler.fc\1.\2"),
     (r"head\.(weight|bias)", r"classifier.\1"),
 )
 MLP_RULES: dict[str, tuple[Rule, ...]] = {
@@ -87,13 +95,15 @@ def describe_timm(source: nn.Module) -> SourceDescription:
             "`vit_*`, `deit*` or `eva02_*` model."
         )
     distilled = class_name == DISTILLED
-    block = model.blocks[0]
+    block, rope = model.blocks[0], getattr(model, "rope", None)
     fields = {
         "hidden_size": model.embed_dim,
         "num_hidden_layers": len(model.blocks),
         "num_attention_heads": block.attn.num_heads,
         "layer_norm_eps": block.norm1.eps,
         "num_channels": model.patch_embed.proj.in_channels,
+        "patch_bias": model.patch_embed.proj.bias is not None,
+        "use_embedding_norm": not _is_absent(model.norm_pre),
         "proj_bias": block.attn.proj.bias is not None,
         "use_cls_token": model.cls_token is not None,
         "num_register_tokens": 1 if distilled else _length(model.reg_token),
@@ -101,17 +111,19 @@ def describe_timm(source: nn.Module) -> SourceDescription:
         "interpolate_antialias": True,
         "layerscale_value": _layer_scale(block),
         "norm_before_pooling": not _is_absent(model.norm),
-        "pooling": _pooling(model),
+        "use_final_norm": not (_is_absent(model.norm) and _is_absent(model.fc_norm)),
+        **_pooling_fields(model),
         **image_fields(model.patch_embed.img_size, model.patch_embed.patch_size),
         **_query_key_value_biases(block.attn),
         **_mlp_fields(block.mlp),
-        **_rotary_fields(getattr(model, "rope", None)),
+        **_rotary_fields(rope),
     }
     return SourceDescription(
         fields,
         MLP_RULES[type(block.mlp).__name__] + RULES,
         dropped=(DISTILLED_HEADS,) if distilled else (),
-        interleaved_rotary=getattr(model, "rope", None) is not None and not getattr(block.attn, "rotate_half", False),
+        interleaved_rotary=rope is not None and not getattr(block.attn, "rotate_half", False),
+        column_first_rotary=rope is not None and rope.grid_indexing == "xy",
         labels={} if distilled else _labels(model),
     )
 
@@ -127,7 +139,6 @@ def find_unsupported_parts(model: Any) -> list[str]:
     checks = {
         "another patch embedding than one convolution": type(model.patch_embed).__name__ != "PatchEmbed"
         or not _is_absent(model.patch_embed.norm),
-        "a norm before the blocks (`norm_pre`)": not _is_absent(model.norm_pre),
         "norms of queries and keys (`qk_norm`)": any(not _is_absent(attn.q_norm) for attn in attentions),
         "a norm inside attention (`scale_attn_norm`, `scale_attn_inner`)": any(
             not _is_absent(getattr(attn, "norm", None)) for attn in attentions
@@ -145,9 +156,9 @@ def find_unsupported_parts(model: Any) -> list[str]:
         "another activation": any(_activation(mlp) is None for mlp in mlps),
         "norms that are not a LayerNorm, or differ in `eps`": len({norm.eps for norm in norms}) != 1
         or not all(isinstance(block.norm1, nn.LayerNorm) for block in model.blocks),
-        "no final norm, or two (`norm` and `fc_norm`)": _is_absent(model.norm) == _is_absent(model.fc_norm),
-        "attention pooling": getattr(model, "attn_pool", None) is not None,
-        f"the pooling {model.global_pool!r}": model.global_pool not in ("token", "avg", "")
+        "two final norms (`norm` and `fc_norm`)": not (_is_absent(model.norm) or _is_absent(model.fc_norm)),
+        "attention pooling of another kind": model.global_pool == "map" and not _is_known_attention_pooling(model),
+        f"the pooling {model.global_pool!r}": model.global_pool not in ("token", "avg", "map", "")
         or (model.global_pool == "" and linear_head),
         "rotary positions of another kind": not _is_known_rotary(getattr(model, "rope", None), attentions[0]),
     }
@@ -167,6 +178,33 @@ def _layer_scale(block: Any) -> float | None:
     if getattr(block, "gamma_1", None) is None and _is_absent(getattr(block, "ls1", None)):
         return None
     return getattr(block, "init_values", None) or getattr(getattr(block, "ls1", None), "init_values", None) or 1e-5
+
+
+def _pooling_fields(model: Any) -> dict[str, Any]:
+    if model.global_pool != "map":
+        return {"pooling": _pooling(model)}
+    return {
+        "pooling": "attention",
+        "pooling_num_heads": model.attn_pool.num_heads,
+        "pooling_intermediate_size": model.attn_pool.mlp.fc1.out_features,
+    }
+
+
+def _is_known_attention_pooling(model: Any) -> bool:
+    """Whether one probe attends to all tokens, and an MLP like those of the blocks follows."""
+    pool = model.attn_pool
+    if type(pool).__name__ != "AttentionPoolLatent" or pool.latent_len != 1 or pool.pos_embed is not None:
+        return False
+    # `Eva` pools all tokens, `VisionTransformer` the patches alone unless it is told otherwise.
+    sees_all = type(model).__name__ == "Eva" or model.pool_include_prefix or model.num_prefix_tokens == 0
+    is_complete = isinstance(pool.q, nn.Linear) and pool.mlp is not None and isinstance(pool.norm, nn.LayerNorm)
+    return (
+        sees_all
+        and is_complete
+        and _is_absent(pool.q_norm)
+        and _is_absent(pool.k_norm)
+        and _activation(pool.mlp) == _activation(model.blocks[0].mlp)
+    )
 
 
 def _pooling(model: Any) -> str:
@@ -208,7 +246,7 @@ def _is_known_rotary(rope: Any, attention: Any) -> bool:
         return True
     if kind not in ("RotaryEmbeddingCat", "RotaryEmbeddingDinoV3"):
         return False
-    if rope.grid_indexing != "ij" or rope.grid_offset != 0:
+    if rope.grid_offset != 0 and kind != "RotaryEmbeddingCat":
         return False
     # timm 1.0.20 can rotate halves by angles that are laid out for pairs.
     if getattr(rope, "rotate_half", False) != getattr(attention, "rotate_half", False):
@@ -227,6 +265,7 @@ def _rotary_fields(rope: Any) -> dict[str, Any]:
     return {
         "rope_theta": float(rope.temperature),
         "rope_coordinates": "index",
+        "rope_offset": float(rope.grid_offset),
         "rope_reference_grid": int(rope.ref_feat_shape[0]),
     }
 

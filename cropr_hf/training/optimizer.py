@@ -13,12 +13,12 @@ from ..modeling_cropr_vit import CroprViTPreTrainedModel
 # Where a parameter of the base model stands; block 0 is the embeddings, L + 1 what comes after the blocks.
 EMBEDDINGS = re.compile(r"embeddings\..+")
 BLOCK = re.compile(r"layers\.(\d+)\..+")
-AFTER_BLOCKS = re.compile(r"(layernorm|token_reducers)\..+")
-NEVER_DECAYED = ("cls_token", "register_tokens", "position_embeddings")
+AFTER_BLOCKS = re.compile(r"(layernorm|token_reducers|pooler|visual_projection)\..+")
+NEVER_DECAYED = ("cls_token", "register_tokens", "position_embeddings", "probe")
 
 
 def layer_of(name: str, model: CroprViTPreTrainedModel) -> int:
-    """Depth of a parameter: 0 for embeddings, 1 to L for blocks, L + 1 for the final norm, Cropr modules and heads.
+    """Depth of a parameter: 0 for embeddings, 1 to L for blocks, L + 1 for what comes after them and for heads.
 
     Raises:
         `ValueError`: for a parameter of the base model that stands in none of them.
@@ -42,8 +42,8 @@ def layer_decay_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups whose learning rate falls by `layer_decay` per block from the head down to the embeddings.
 
-    Cropr modules count as the head. One-dimensional parameters (biases, norms, layer scale), prefix tokens and
-    positions have no weight decay; queries do, as in the reference code of the paper.
+    Cropr modules count as the head. One-dimensional parameters (biases, norms, layer scale), prefix tokens, positions
+    and the probe of attention pooling have no weight decay; queries do, as in the reference code of the paper.
 
     Args:
         model: any `CroprViT*` model, also one that PEFT wrapped.
