@@ -182,6 +182,8 @@ TEXT: dict[str, Any] = {
     "num_attention_heads": 2,
     "intermediate_size": 16,
     "vocab_size": 20,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
 }
 CLIP = CLIPConfig(vision_config=TOWER, text_config=TEXT, projection_dim=12, num_labels=NUM_LABELS)
 SIGLIP = SiglipConfig(vision_config=TOWER, text_config=TEXT, num_labels=NUM_LABELS)
