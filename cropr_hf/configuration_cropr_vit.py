@@ -626,10 +626,11 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(
                 f"`hidden_size` {self.hidden_size} is not divisible by `scorer_num_heads` {self.scorer_num_heads}."
             )
-        if self.aggregator_mlp_ratio is not None and self.hidden_size * self.aggregator_mlp_ratio < 1:
+        ratio = self.aggregator_mlp_ratio
+        if ratio is not None and not (1 <= self.hidden_size * ratio and ratio <= 1000):
             raise ValueError(
-                f"`aggregator_mlp_ratio` is {self.aggregator_mlp_ratio}, which leaves the MLP no channel; give a "
-                "larger one, such as 4.0, or `None` for no MLP."
+                f"`aggregator_mlp_ratio` is {ratio}; it must give the MLP a channel or more, and be at most 1000, such "
+                "as 4.0; `None` is no MLP."
             )
 
 
