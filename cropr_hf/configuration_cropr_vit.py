@@ -629,8 +629,8 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
         ratio = self.aggregator_mlp_ratio
         if ratio is not None and not (1 <= self.hidden_size * ratio and ratio <= 1000):
             raise ValueError(
-                f"`aggregator_mlp_ratio` is {ratio}; it must give the MLP a channel or more, and be at most 1000, such "
-                "as 4.0; `None` is no MLP."
+                f"`aggregator_mlp_ratio` is {ratio}; it must give the MLP a channel or more, and be at most 1000, "
+                "such as 4.0; `None` is no MLP."
             )
 
 
