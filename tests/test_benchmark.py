@@ -221,7 +221,8 @@ def test_run_records_what_it_measured():
     assert "| cropr |" in table and "multiply-add bound" in table
 
 
-@pytest.mark.parametrize("image_size", [224, pytest.param([160, 320], marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("image_size", [224, [160, 320]])
 def test_the_smaller_image_costs_nearly_as_much_as_the_pruned_model(image_size):
     fields = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 48}
     config = CroprViTConfig(**fields, image_size=image_size, patch_size=32, pruning_rate=20)
