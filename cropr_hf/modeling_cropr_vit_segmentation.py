@@ -161,10 +161,11 @@ class CroprViTForSemanticSegmentation(CroprViTPreTrainedModel):
             labels: (B, label height, label width).
             patch_labels: (B, rows * columns).
         """
-        ignored = self.config.semantic_loss_ignore_index
-        presence = map_presence(labels, self.num_labels, ignored)
-        is_labelled = (labels != ignored).flatten(1).any(dim=1)
         has_patches, of_image = self.config.query_counts
+        if of_image:
+            ignored = self.config.semantic_loss_ignore_index
+            presence = map_presence(labels, self.num_labels, ignored)
+            is_labelled = (labels != ignored).flatten(1).any(dim=1)
         losses = []
         for logits in outputs.auxiliary_logits or ():
             of_patches = logits.shape[1] - of_image

@@ -34,6 +34,7 @@ from measure import shortened, turns
 from transformers.utils import logging as transformers_logging
 
 from cropr_hf import CroprViTConfig
+from cropr_hf.files import write_json
 from cropr_hf.reducer_cropr import aggregate_tokens
 from cropr_hf.speed.benchmark import BenchmarkArguments, pruning_candidates, run
 from cropr_hf.speed.instruments import library_versions, machine_name, operation_times, peak_memory
@@ -450,7 +451,7 @@ def run_part(part: Part, setup: Setup) -> None:
             result = attempt(job)
         result = {"name": job.name, "seconds": round(time.monotonic() - begin, 1), **result}
         results.append(result)
-        write(setup.folder / f"{part.name}.json", results)
+        write_json(setup.folder / f"{part.name}.json", results)
         logger.info("%s: %s: %s, %.1f s", part.name, job.name, result["status"], result["seconds"])
         gc.collect()
         if setup.device == "cuda":
@@ -466,13 +467,6 @@ def attempt(job: Job) -> dict[str, Any]:
     except Exception:
         logger.exception(job.name)
         return {"status": FAILED, "traceback": traceback.format_exc()}
-
-
-def write(path: Path, content: Any) -> None:
-    """Replaces a file at once: whoever is stopped leaves the old one or the new one."""
-    draft = path.with_suffix(".part")
-    draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    draft.replace(path)
 
 
 def supervise(part: Part, setup: Setup, start_method: str) -> dict[str, Any]:
@@ -539,10 +533,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     start_method, summary = find_start_method(setup.device), {}
     chosen = [part for part in PARTS if part.name in args.parts]
     for part in chosen:
-        write(setup.folder / f"{part.name}.json", [])  # nothing of another run
+        write_json(setup.folder / f"{part.name}.json", [])  # nothing of another run
     for part in chosen:
         summary[part.name] = supervise(part, setup, start_method)
-        write(setup.folder / "summary.json", summary)
+        write_json(setup.folder / "summary.json", summary)
         logger.info("%s took %.0f s; %.0f s are left", part.name, summary[part.name]["seconds"], setup.left)
     failed = [name for name, result in summary.items() if result["status"] == FAILED]
     logger.info("%.0f s in all; failed: %s", time.monotonic() - begin, ", ".join(failed) or "nothing")
