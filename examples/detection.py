@@ -427,6 +427,8 @@ def train(model_class: Any, recipe: type[CocoArguments], task: str, arguments: l
         data_collator=collate,
         processing_class=processor,
         coco_metrics=coco_metrics,
-        optimizer_cls_and_kwargs=layer_decay_optimizer(model, training_args, training_args.layer_decay),
+        optimizer_cls_and_kwargs=layer_decay_optimizer(
+            model, training_args, training_args.layer_decay, training_args.backbone_learning_rate
+        ),
     )
     return run(trainer, model_args, data_args)

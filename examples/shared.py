@@ -143,6 +143,9 @@ class RecipeArguments(TrainingArguments):
     do_train: bool = HfArg(default=True, help="Whether to train, or only to evaluate.")
     weight_decay: float = HfArg(default=0.05, help="Of matrices; vectors, prefix tokens and positions have none.")
     layer_decay: float = HfArg(default=0.75, help="Factor of the learning rate per block, from the head down.")
+    backbone_learning_rate: float | None = HfArg(
+        default=None, help="Peak learning rate of the last block, if not --learning_rate times --layer_decay."
+    )
     max_grad_norm: float = HfArg(default=0.0, help="Largest norm of the gradient; 0 is no limit.")
     pruning_curriculum: float = HfArg(
         default=0.0, help="Share of the training over which pruning grows from nothing; 0 is off."

@@ -325,7 +325,9 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         compute_metrics=lambda p: accuracy.compute(
             predictions=np.argmax(p.predictions, axis=1), references=p.label_ids
         ),
-        optimizer_cls_and_kwargs=layer_decay_optimizer(model, training_args, training_args.layer_decay),
+        optimizer_cls_and_kwargs=layer_decay_optimizer(
+            model, training_args, training_args.layer_decay, training_args.backbone_learning_rate
+        ),
     )
     return run(trainer, model_args, data_args)
 

@@ -459,7 +459,9 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         processing_class=processor,
         preprocess_logits_for_metrics=predicted_classes,
         compute_metrics=compute_metrics,
-        optimizer_cls_and_kwargs=layer_decay_optimizer(model, training_args, training_args.layer_decay),
+        optimizer_cls_and_kwargs=layer_decay_optimizer(
+            model, training_args, training_args.layer_decay, training_args.backbone_learning_rate
+        ),
     )
     return run(trainer, model_args, data_args, augmentation)
 

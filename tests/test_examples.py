@@ -194,6 +194,7 @@ class TestTrainImageClassification:
         assert cropr_hf.CroprViTConfig.from_pretrained(tmp_path).use_auxiliary_heads is False
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("task", "fields"),
     [

@@ -192,7 +192,8 @@ def killed_everywhere(action: Callable[[Path], Any], old: Path, folder: Path) ->
 
 
 @can_fork
-@pytest.mark.parametrize("has_links", [True, pytest.param(False, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("has_links", [True, False])
 def test_killed_while_files_move(has_links, folder, tmp_path, monkeypatch):
     def act(folder: Path) -> None:
         if not has_links:
@@ -357,6 +358,7 @@ def test_a_killed_checkpoint_leaves_one_to_resume_from(tmp_path):
 
 
 @can_fork
+@pytest.mark.full
 def test_a_reader_beside_a_writer_never_gets_a_mixture(models, expected, tmp_path):
     models[OLD].save_pretrained(tmp_path)
     writer = os.fork()

@@ -91,6 +91,7 @@ def test_what_fails_is_recorded_and_the_others_go_on(script, setup):
     assert good["status"] == "done" and good["record"] == {"answer": 42}
 
 
+@pytest.mark.full
 def test_parts_that_fail_die_or_hang_do_not_stop_the_next(script, tmp_path, monkeypatch):
     parts = {
         "fails": [script.Job("job", 1, fail)],
@@ -135,6 +136,7 @@ def test_outcomes_of_tests(script, setup, code, output, expected, monkeypatch):
             script.run_tests(setup, Path("tests/a.py"))
 
 
+@pytest.mark.full
 def test_batches_are_halved_until_they_fit(script, monkeypatch):
     def run(arguments):
         if arguments.batch_size > 64:

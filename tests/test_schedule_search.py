@@ -174,6 +174,7 @@ class TestFindSchedule:
                 target = (0.5 + prefix + 0.01 * 8 * 256) / (0.5 + prefix + 0.01 * sum(tokens))
                 assert find_schedule(model, target, shape="constant", pixel_values=PIXELS).schedule == kept
 
+    @pytest.mark.full
     def test_without_a_shape_a_constant_rate_must_leave_a_tenth(self, clock):
         model = deep_model()
         assert find_schedule(model, 1.3, pixel_values=PIXELS).shape == "constant"

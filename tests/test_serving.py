@@ -861,6 +861,7 @@ class TestLoadTest:
         assert result["requests"] == 100 and result["errors"] == {"503": 2}
         assert load_test.summarise(record["results"]["Cropr"]["rounds"][:1])["latency_ms"]["p99"] is None
 
+    @pytest.mark.full
     def test_two_servers(self, example, build, monkeypatch, capsys):
         load_test, started = example("load_test"), []
         with running(build()[0]) as url:

@@ -98,6 +98,18 @@ class TestLayerDecay:
             assert (group["lr"], group["weight_decay"]) == (rate, decay), name
         assert groups[0]["lr"] == 1.0  # the rate that the Trainer logs
 
+    def test_the_backbone_can_have_a_rate_of_its_own(self):
+        model = tiny_model()
+        groups = layer_decay_groups(model, 1.0, 0.1, 0.5, backbone_learning_rate=0.01)
+        rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+        parameters = dict(model.named_parameters())
+        expected = {"classifier.weight": 1.0, "cropr_vit.token_reducers.1.router.scorer.queries": 1.0}
+        expected |= {f"cropr_vit.layers.{block}.mlp.fc2.weight": 0.01 * 0.5 ** (3 - block) for block in range(4)}
+        expected |= {"cropr_vit.embeddings.patch_embeddings.weight": 0.01 * 0.5**4}
+        assert {name: rates[id(parameters[name])] for name in expected} == expected
+        with pytest.raises(ValueError, match="`backbone_learning_rate` is -1"):
+            layer_decay_groups(model, 1.0, 0.1, 0.5, backbone_learning_rate=-1)
+
     def test_pooling_layers_are_at_the_depth_of_the_head(self):
         model = tiny_model(pooling="attention", projection_dim=12)
         names = ("pooler.probe", "pooler.q_proj.weight", "visual_projection.weight")

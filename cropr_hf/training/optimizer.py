@@ -38,7 +38,11 @@ def layer_of(name: str, model: CroprViTPreTrainedModel) -> int:
 
 
 def layer_decay_groups(
-    model: CroprViTPreTrainedModel, learning_rate: float, weight_decay: float, layer_decay: float
+    model: CroprViTPreTrainedModel,
+    learning_rate: float,
+    weight_decay: float,
+    layer_decay: float,
+    backbone_learning_rate: float | None = None,
 ) -> list[dict[str, Any]]:
     """Parameter groups whose learning rate falls by `layer_decay` per block from the head down to the embeddings.
 
@@ -50,6 +54,8 @@ def layer_decay_groups(
         learning_rate: of the head, at the peak of the schedule.
         weight_decay: of all other parameters.
         layer_decay: factor per block in (0, 1]; 1 is no decay.
+        backbone_learning_rate: of the last block, from which it falls towards the embeddings; `learning_rate *
+            layer_decay` by default. In a short training new modules need far more than pretrained blocks.
 
     Returns:
         Groups, the head's first (the Trainer logs the rate of the first). Frozen parameters are in none.
@@ -59,7 +65,11 @@ def layer_decay_groups(
     """
     if not 0 < layer_decay <= 1:
         raise ValueError(f"`layer_decay` is {layer_decay}; it must be in (0, 1], where 1 is no decay.")
-    for argument, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
+    if backbone_learning_rate is None:
+        backbone_learning_rate = learning_rate * layer_decay
+    numbers = {"learning_rate": learning_rate, "weight_decay": weight_decay}
+    numbers["backbone_learning_rate"] = backbone_learning_rate
+    for argument, value in numbers.items():
         if not 0 <= value < math.inf:
             raise ValueError(f"`{argument}` is {value}; it must be a finite number, 0 or more.")
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
@@ -73,7 +83,7 @@ def layer_decay_groups(
         decayed = parameter.ndim > 1 and not name.endswith(NEVER_DECAYED)
         group = {
             "params": [],
-            "lr": learning_rate * layer_decay ** (last - layer),
+            "lr": learning_rate if layer == last else backbone_learning_rate * layer_decay ** (last - 1 - layer),
             "weight_decay": weight_decay if decayed else 0.0,
         }
         groups.setdefault((layer, decayed), group)["params"].append(parameter)
@@ -81,9 +91,14 @@ def layer_decay_groups(
 
 
 def layer_decay_optimizer(
-    model: CroprViTPreTrainedModel, args: TrainingArguments, layer_decay: float
+    model: CroprViTPreTrainedModel,
+    args: TrainingArguments,
+    layer_decay: float,
+    backbone_learning_rate: float | None = None,
 ) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
-    """AdamW with layer-wise decay for `Trainer(optimizer_cls_and_kwargs=...)`, from the usual training arguments."""
-    groups = layer_decay_groups(model, args.learning_rate, args.weight_decay, layer_decay)
+    """AdamW with layer-wise decay for `Trainer(optimizer_cls_and_kwargs=...)`, from the usual training arguments; see
+    `layer_decay_groups`.
+    """
+    groups = layer_decay_groups(model, args.learning_rate, args.weight_decay, layer_decay, backbone_learning_rate)
     kwargs = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     return torch.optim.AdamW, {"params": groups, **kwargs}
