@@ -20,6 +20,7 @@ from transformers import AutoImageProcessor, HfArgumentParser, PreTrainedConfig,
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, cached_file
 
 from .arguments import DTYPES, parse_config, parse_device
+from .comparison import Comparison, Runner, comparison_table
 from .configuration_cropr_vit import CroprViTConfig
 from .detection_heads import training_memory
 from .files import check_file, replacing, write_json
@@ -139,6 +140,13 @@ def _sweep_settings(texts: Sequence[str]) -> dict[str, list[Any]]:
             parser = HfArgumentParser(BenchmarkArguments)  # type: ignore[arg-type]
             settings[name] = [getattr(parser.parse_args([f"--{name}", value]), name) for value in settings[name]]
     return settings
+
+
+def compare(args: Namespace) -> str:
+    """Trains and measures methods alike, beside what one would do instead; goes on where it was stopped."""
+    output_dir = args.output_dir or str(Path("outputs", Path(args.file).stem))
+    record = Runner(Comparison.from_file(args.file), output_dir)()
+    return f"{comparison_table(record)}\n\n{output_dir} holds the record, this table, and a picture."
 
 
 def export(args: Namespace) -> str:
@@ -429,6 +437,10 @@ def build_parser() -> ArgumentParser:
         help="arguments that take several values in turn, such as batch_size=1,8 dtype=float32,bfloat16",
     )
     command.add_argument("--plot", help="picture of speed-ups and bounds to write")
+
+    command = add(compare, "compare", "examples/comparisons/digits_classification.yaml")
+    command.add_argument("file", help="YAML file that says what is compared; see docs/methods.md")
+    command.add_argument("--output_dir", help="folder for runs and results (default: outputs/ and the file's name)")
 
     command = add(
         schedule, "schedule", "outputs/published --target_speedup 2.0 --calibration photos --save outputs/fast"

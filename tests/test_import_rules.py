@@ -59,6 +59,7 @@ ROOMS = [
     {"speed"},
     {"publishing"},
     {"training"},
+    {"comparison"},
     {"cli"},
     {"__init__"},
 ]

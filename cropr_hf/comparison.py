@@ -1,0 +1,566 @@
+"""Methods compared: each trained and measured alike, beside what one would do instead, from one file.
+
+    cropr-hf compare examples/comparisons/digits.yaml
+
+`docs/methods.md` explains the file. Each run has a folder, so that an interrupted comparison goes on where it was.
+"""
+
+import difflib
+import itertools
+import json
+import os
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import cache, partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import logging
+
+from .arguments import DTYPES, parse_device
+from .configuration_cropr_vit import CroprViTConfig
+from .files import replacing, source_name, write_file, write_json
+from .publishing.model_card import read_record
+from .speed.alternatives import COMPILED, SMALLER_IMAGE, SMALLER_MODEL, smaller_image
+from .speed.benchmark import UNPRUNED
+from .speed.cost import head_multiply_adds, multiply_adds
+from .speed.instruments import library_versions, machine_name
+from .speed.plots import plot_tradeoff
+from .speed.tables import markdown_table
+from .speed.timing import check_rounds, compare
+from .tasks import find_task
+from .token_reduction import TOKEN_REDUCERS, find_token_reducer
+
+
+logger = logging.get_logger(__name__)
+
+RECORD, TABLE, PICTURE = "comparison.json", "comparison.md", "comparison.png"
+SHARE = "multiply_adds"  # of a budget: the share of the unpruned model's multiply-adds
+BUDGETS = (SHARE, "pruning_rate", "pruning_schedule")
+OWN_ARGUMENTS = ("output_dir", "seed", "token_reducer", "last_layer_fusion", *BUDGETS)
+
+
+@dataclass
+class Speed:
+    """How speed is measured, once all runs are there: in one process, in turns.
+
+    Attributes:
+        batch_sizes: images per call.
+        dtypes: types of weights and inputs.
+        compiled: whether each model is timed compiled as well.
+        device: where.
+        min_rounds, max_rounds, tolerance: see `cropr_hf.speed.timing.compare`.
+    """
+
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 8])
+    dtypes: list[str] = field(default_factory=lambda: ["float32"])
+    compiled: bool = True
+    device: str = "cpu"
+    min_rounds: int = 7
+    max_rounds: int = 40
+    tolerance: float = 0.01
+
+    def __post_init__(self) -> None:
+        check_rounds(self.min_rounds, self.max_rounds, self.tolerance)
+        parse_device(self.device)
+        for name, allowed in {"dtypes": DTYPES, "batch_sizes": None}.items():
+            for value in getattr(self, name):
+                is_right = value in allowed if allowed else isinstance(value, int) and value > 0
+                if not is_right:
+                    choice = f"choose among {', '.join(allowed)}" if allowed else "give whole numbers, 1 or more"
+                    raise ValueError(f"`speed.{name}` has {value!r}; {choice}.")
+
+
+@dataclass
+class Comparison:
+    """What is compared: the file of `cropr-hf compare`.
+
+    Attributes:
+        train: a training script that writes a stripped model with its record, such as those in `examples`; or a whole
+            command (`accelerate launch ...`).
+        evaluate: an evaluation script whose last line is a JSON object of numbers.
+        methods: of the registry, by name, with arguments of `train` that only they have.
+        budgets: by name, one of `multiply_adds` (share of the unpruned model's, in (0, 1)), `pruning_rate` and
+            `pruning_schedule`. A share becomes for each method the rate that comes nearest.
+        seeds: of the trainings.
+        arguments: of `train`, for all runs.
+        pruned: of `train`, for all runs that prune.
+        evaluation: arguments of `evaluate`.
+        metrics: which of its numbers to show, the first in the picture; all by default.
+        smaller_model: a model for the row of that name; left out by default.
+        off_the_shelf: whether methods that need no training are also measured on the unpruned checkpoint as it is.
+        speed: see `Speed`.
+    """
+
+    train: str
+    evaluate: str
+    methods: dict[str, dict[str, Any]]
+    budgets: dict[str, dict[str, Any]]
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    arguments: dict[str, Any] = field(default_factory=dict)
+    pruned: dict[str, Any] = field(default_factory=dict)
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    metrics: list[str] = field(default_factory=list)
+    smaller_model: str | None = None
+    off_the_shelf: bool = True
+    speed: Speed = field(default_factory=Speed)
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike) -> "Comparison":
+        """Reads YAML.
+
+        Raises:
+            `ValueError`: for what is not a field, a method that is not registered, or a value that makes no sense.
+        """
+        try:
+            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not valid YAML: {error}") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"{path} holds no comparison; write lines of the form `field: value`, such as `train:`.")
+        _check_names(path, content, [item.name for item in fields(cls)])
+        missing = [name for name in ("train", "evaluate", "methods", "budgets") if not content.get(name)]
+        if missing:
+            raise ValueError(f"{path} has no {', '.join(missing)}; a comparison needs them.")
+        if isinstance(content["methods"], list):
+            content["methods"] = dict.fromkeys(content["methods"])
+        content["methods"] = {name: given or {} for name, given in content["methods"].items()}
+        speed = content.get("speed") or {}
+        _check_names(f"`speed` of {path}", speed, [item.name for item in fields(Speed)])
+        return cls(**content | {"speed": Speed(**speed)})
+
+    def __post_init__(self) -> None:
+        for name in self.methods:
+            find_token_reducer(CroprViTConfig(token_reducer=name, reducer_config=None))
+        for name, budget in self.budgets.items():
+            if not isinstance(budget, dict) or len(budget) != 1 or not {*budget} <= {*BUDGETS}:
+                raise ValueError(f"The budget {name!r} is {budget!r}; give one of {', '.join(BUDGETS)}.")
+            share = budget.get(SHARE, 0.5)
+            if not isinstance(share, (int, float)) or not 0 < share < 1:
+                raise ValueError(f"The budget {name!r} has {SHARE} {share!r}; it is a share in (0, 1), such as 0.5.")
+        for group in (self.arguments, self.pruned, *self.methods.values()):
+            for name in OWN_ARGUMENTS:
+                if name in group and not (name == "last_layer_fusion" and group is not self.arguments):
+                    raise ValueError(f"The arguments have {name!r}, which the comparison itself sets; leave it out.")
+        if not self.seeds or len({*self.seeds}) < len(self.seeds):
+            raise ValueError(f"`seeds` is {self.seeds}; give one or more different numbers.")
+
+
+def _check_names(what: Any, given: Mapping[str, Any], known: Sequence[str]) -> None:
+    for name in given:
+        if name not in known:
+            near = " or ".join(difflib.get_close_matches(str(name), known)) or f"one of {', '.join(known)}"
+            raise ValueError(f"{what} has {name!r}, which is not a field of it; did you mean {near}?")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model: trained with one seed, or taken off the shelf.
+
+    Attributes:
+        method: name of a method, or of a reference.
+        budget: its name; `None` where there is none to meet.
+        seed: of the training.
+        trained: `False` for a method on the unpruned checkpoint of that seed.
+        arguments: of `train`, or what `evaluate` changes in that checkpoint.
+    """
+
+    method: str
+    budget: str | None
+    seed: int
+    trained: bool
+    arguments: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        parts = [self.method, self.budget, None if self.trained else "off the shelf", f"seed {self.seed}"]
+        return re.sub(r"\W+", "_", " ".join(part for part in parts if part is not None))
+
+
+class Runner:
+    """Trains, evaluates and measures what a `Comparison` says.
+
+    Args:
+        comparison: what.
+        output_dir: where runs, record, table and picture go.
+    """
+
+    def __init__(self, comparison: Comparison, output_dir: str | os.PathLike):
+        self.comparison, self.output_dir = comparison, Path(output_dir)
+
+    def __call__(self) -> dict[str, Any]:
+        """Does what is not done yet, writes the results, and returns the record.
+
+        Raises:
+            `ValueError`: when a folder of this output has other settings or other data.
+            `RuntimeError`: when a script fails; its output is in the folder of the run.
+        """
+        runs: list[Run] = []
+        records: list[dict[str, Any]] = []
+        for seed in self.comparison.seeds:
+            unpruned = self.unpruned(seed)
+            records.append(self.finished(unpruned))
+            others = list(self.others(seed))
+            for run in logging.tqdm(others, desc=f"Runs with seed {seed}"):
+                records.append(self.finished(run))
+                check_alike(records)
+            runs = runs or [unpruned, *others]
+        record = {"comparison": shown(asdict(self.comparison)), "runs": shown(records)}
+        models: dict[str, Run] = {}
+        for run in runs:  # of a method that is also there off the shelf, which is as fast, the trained one
+            models.setdefault(name_of(run.method, run.budget), run)
+        record |= self.measured(models)
+        write_json(self.output_dir / RECORD, record)
+        write_file(self.output_dir / TABLE, comparison_table(record) + "\n")
+        if find_spec("matplotlib") is not None:
+            with replacing(self.output_dir / PICTURE) as draft:
+                plot_tradeoff(tradeoff_curves(record)).savefig(draft, dpi=110, format="png")
+        return record
+
+    # Which runs there are
+
+    def unpruned(self, seed: int) -> Run:
+        """The run that the others are compared with."""
+        return Run(UNPRUNED, None, seed, True, {"token_reducer": "none"})
+
+    def others(self, seed: int) -> Iterator[Run]:
+        """All other runs of a seed; budgets are shares of what the unpruned model costs."""
+        comparison, none = self.comparison, {"token_reducer": "none"}
+        unpruned = CroprViTConfig.from_pretrained(self.folder(self.unpruned(seed)) / "model")
+        for budget, given in comparison.budgets.items():
+            for method, own in comparison.methods.items():
+                arguments = comparison.pruned | own
+                # What decides, beside the budget, which tokens there are.
+                fusion = {name: arguments[name] for name in ("last_layer_fusion",) if name in arguments}
+                pruning = {"token_reducer": method, **fusion, **pruning_of(unpruned, method, given, fusion)}
+                yield Run(method, budget, seed, True, arguments | pruning)
+                if comparison.off_the_shelf and not TOKEN_REDUCERS[method].learns:
+                    yield Run(method, budget, seed, False, pruning)
+                if method == next(iter(comparison.methods)):
+                    size = smaller_image(_pruned_config(unpruned, pruning)).input_size[0]
+                    yield Run(SMALLER_IMAGE, budget, seed, True, none | {"image_size": size})
+        if comparison.smaller_model is not None:
+            yield Run(SMALLER_MODEL, None, seed, True, none | {"model_name_or_path": comparison.smaller_model})
+
+    # One run
+
+    def finished(self, run: Run) -> dict[str, Any]:
+        """The record of a run, which is trained and evaluated if that is not done."""
+        comparison, folder = self.comparison, self.folder(run)
+        arguments = comparison.arguments | run.arguments if run.trained else run.arguments
+        command = {"train": comparison.train, "arguments": arguments, "evaluate": comparison.evaluate}
+        command |= {"evaluation": comparison.evaluation, "data": data_of(arguments, comparison.evaluation)}
+        done = folder / "run.json"
+        if done.exists():
+            record = json.loads(done.read_text(encoding="utf-8"))
+            check_same(record["command"], json.loads(json.dumps(command)), folder)
+            return record
+        folder.mkdir(parents=True, exist_ok=True)
+        model = self.model(run)
+        record = {"method": run.method, "budget": run.budget, "seed": run.seed, "trained": run.trained}
+        if run.trained:
+            settings = arguments | {"seed": run.seed, "output_dir": str(model)}
+            call(comparison.train, settings, folder / "train.log")
+            record |= training_of(model)
+        changes = {} if run.trained else run.arguments
+        settings = comparison.evaluation | changes | {"model_name_or_path": str(model)}
+        record["metrics"] = numbers_in(call(comparison.evaluate, settings, folder / "evaluate.log"))
+        missing = [name for name in comparison.metrics if name not in record["metrics"]]
+        if missing or not record["metrics"]:
+            raise ValueError(
+                f"{comparison.evaluate} printed {', '.join(record['metrics']) or 'no number'} for {run.name}, and not "
+                f"{', '.join(missing) or 'a JSON object in its last line'}; correct `metrics` or `evaluation`."
+            )
+        write_json(done, record | {"command": command})
+        return record | {"command": command}
+
+    def folder(self, run: Run) -> Path:
+        """Where a run is."""
+        return self.output_dir / "runs" / run.name
+
+    def model(self, run: Run) -> Path:
+        """Where its model is: off the shelf it is the unpruned one of that seed."""
+        return self.folder(run if run.trained else self.unpruned(run.seed)) / "model"
+
+    # Speed
+
+    def measured(self, runs: Mapping[str, Run]) -> dict[str, Any]:
+        """The sections `machine`, `versions`, `models` and `speed` of the record.
+
+        Times are of one process on one machine: those that are there are kept if nothing has changed, else all are
+        taken anew.
+        """
+        speed, device = self.comparison.speed, parse_device(self.comparison.speed.device)
+        facts = {"machine": machine_name(device), "versions": library_versions(), "settings": asdict(speed)}
+        facts["models"] = {name: self.load(run)[1] for name, run in runs.items()}
+        file = self.output_dir / "speed.json"
+        stored = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        if {name: stored.get(name) for name in facts} != json.loads(json.dumps(facts)):
+            settings = itertools.product(speed.dtypes, speed.batch_sizes)
+            stored = {**facts, "speed": [self.timed(runs, dtype, batch_size) for dtype, batch_size in settings]}
+            write_json(file, stored)
+        return {name: stored[name] for name in ("machine", "versions", "models", "speed")}
+
+    def timed(self, runs: Mapping[str, Run], dtype: str, batch_size: int) -> dict[str, Any]:
+        """Images per second of all models, and how much faster than the unpruned one each is, in one process."""
+        speed, calls = self.comparison.speed, {}
+        torch.compiler.reset()
+        for name, run in runs.items():
+            model = self.load(run)[0].eval().to(speed.device, getattr(torch, dtype))
+            shape = (batch_size, model.config.num_channels, *model.config.input_size)
+            pixel_values = torch.randn(shape, device=speed.device, dtype=model.dtype)
+            calls[name] = partial(model, pixel_values)
+            if speed.compiled:
+                is_detector = find_task(type(model).__name__)[1].is_detector  # type: ignore[index]
+                calls[f"{name}, {COMPILED}"] = partial(torch.compile(model, fullgraph=not is_detector), pixel_values)
+        with torch.inference_mode():
+            timings = compare(
+                calls, UNPRUNED, speed.min_rounds, speed.max_rounds, speed.tolerance, torch.device(speed.device)
+            )
+        results = {
+            name: {"images_per_second": batch_size / each.median, "speedup": each.speedup, "spread": each.spread}
+            for name, each in timings.items()
+        }
+        return {"dtype": dtype, "batch_size": batch_size, "results": results}
+
+    def load(self, run: Run) -> tuple[Any, dict[str, Any]]:
+        """The model of a run, with what is to be known about it."""
+        folder = self.model(run)
+        changes = {} if run.trained else {"pruning_rate": None, "pruning_schedule": None, **run.arguments}
+        task = find_task((CroprViTConfig.from_pretrained(folder).architectures or [""])[0])
+        if task is None:
+            raise ValueError(f"{folder} holds no `CroprViT*` model; `train` must write one.")
+        model = task[1].model_class.from_pretrained(folder, use_auxiliary_heads=False, **changes)
+        config = model.config
+        with torch.no_grad():
+            head = head_multiply_adds(model.eval(), {"pixel_values": torch.zeros(1, 3, *config.input_size)})
+        facts = {
+            "patches": config.num_patches,
+            "patches_left": config.kept_patches()[-1] if config.token_reducer else config.num_patches,
+            "multiply_adds": multiply_adds(config) + head,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        }
+        return model, facts
+
+
+def name_of(method: str, budget: str | None) -> str:
+    """What a row is called."""
+    return method if budget is None else f"{method}, {budget}"
+
+
+def _pruned_config(unpruned: CroprViTConfig, pruning: Mapping[str, Any]) -> CroprViTConfig:
+    return CroprViTConfig(**unpruned.to_dict() | {"pruning_rate": None, "pruning_schedule": None} | dict(pruning))
+
+
+def pruning_of(
+    unpruned: CroprViTConfig, method: str, budget: Mapping[str, Any], fusion: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The arguments by which a method meets a budget: what that gives, or the rate that comes nearest to a share.
+
+    Raises:
+        `ValueError`: when the strongest rate of the method does not reach the share.
+    """
+    if SHARE not in budget:
+        return dict(budget)
+    target = round(budget[SHARE] * multiply_adds(unpruned))
+
+    def cost(rate: int) -> int:
+        try:
+            return -multiply_adds(_pruned_config(unpruned, {"token_reducer": method, **fusion, "pruning_rate": rate}))
+        except ValueError:  # more than there is to remove
+            return 0
+
+    rates = range(1, unpruned.num_patches)
+    possible = rates[: bisect_left(rates, 0, key=cost)]
+    above = bisect_left(possible, -target, key=cost)
+    if above == len(possible):
+        least = -cost(possible[-1]) / multiply_adds(unpruned) if possible else 1
+        raise ValueError(
+            f"{method} removes at most {1 - least:.0%} of the multiply-adds by a constant rate, but the budget leaves "
+            f"{budget[SHARE]:.0%}; give a larger share, or a `pruning_schedule`."
+        )
+    return {"pruning_rate": min(possible[max(0, above - 1) : above + 1], key=lambda rate: abs(cost(rate) + target))}
+
+
+# Scripts and what they leave
+
+
+def call(script: str, settings: Mapping[str, Any], log: Path) -> str:
+    """Runs a script in a process of its own, and returns what it prints."""
+    words = shlex.split(script)
+    command = ([sys.executable] if words[0].endswith(".py") else []) + words
+    for name, value in settings.items():
+        if isinstance(value, list):
+            command += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            command.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+    with open(log, "w", encoding="utf-8") as errors:
+        process = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+        errors.write(process.stdout)
+    if process.returncode != 0:
+        last = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()][-1:] or ["no output"]
+        raise RuntimeError(
+            f"{script} failed with exit code {process.returncode}; all that it said is in {log}: {last[0]}"
+        )
+    return process.stdout
+
+
+def numbers_in(printed: str) -> dict[str, float]:
+    """The numbers in the JSON object of the last line; none where there is no such line."""
+    try:
+        found = json.loads((printed.strip().splitlines() or [""])[-1])
+    except ValueError:
+        return {}
+    return {name: value for name, value in found.items() if isinstance(value, (int, float))}
+
+
+def training_of(folder: Path) -> dict[str, Any]:
+    """What the record of a training and the last line of its log say."""
+    known = read_record(folder).get("training", {})
+    names = ("dataset", "num_examples", "num_steps", "minutes", "machine", "versions", "commit")
+    facts = {name: known[name] for name in names if name in known}
+    state = folder / TRAINER_STATE_NAME
+    history = json.loads(state.read_text(encoding="utf-8"))["log_history"] if state.exists() else []
+    last: dict[str, Any] = next((entry for entry in reversed(history) if "loss" in entry), {})
+    losses = {name: float(value) for name, value in last.items() if name.endswith("loss") or "_loss_" in name}
+    return {"training": facts, "losses": losses}
+
+
+def data_of(*settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Files and bytes in the folders that settings name: other pictures under the same name are other data."""
+    values = {name: value for group in settings for name, value in group.items()}
+    return {
+        name: _folder_size(value) for name, value in values.items() if isinstance(value, str) and Path(value).is_dir()
+    }
+
+
+@cache  # each run asks
+def _folder_size(folder: str) -> dict[str, int]:
+    sizes = [file.stat().st_size for file in Path(folder).rglob("*") if file.is_file()]
+    return {"files": len(sizes), "bytes": sum(sizes)}
+
+
+def check_same(stored: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
+    """Raises `ValueError` when a run in a folder is not the one that is wanted."""
+    changed = [name for name in wanted if stored.get(name) != wanted[name]]
+    for name in changed:
+        before, now = stored.get(name), wanted[name]
+        if isinstance(before, dict):
+            parts = [part for part in {**before, **now} if before.get(part) != now.get(part)]
+            before, now = ({part: each.get(part) for part in parts} for each in (before, now))
+        raise ValueError(
+            f"{folder} has a run with another `{name}`: {before}, now {now}. Choose another output folder, or remove "
+            "that one to train anew."
+        )
+
+
+def check_alike(records: Sequence[Mapping[str, Any]]) -> None:
+    """Raises `ValueError` when trainings saw unlike data, so that their metrics cannot be compared."""
+    seen: dict[str, Any] = {}
+    for record in records:
+        training = record.get("training", {})
+        for name in ("dataset", "num_examples"):
+            first = seen.setdefault(name, training.get(name)) if name in training else None
+            if name in training and training[name] != first:
+                raise ValueError(
+                    f"The run of {record['method']} with seed {record['seed']} was trained on {training[name]} "
+                    f"({name}), others on {first}; compare trainings on the same data."
+                )
+
+
+def shown(value: Any) -> Any:
+    """A copy in which local folders and files go by their names, without commands that were run."""
+    if isinstance(value, Mapping):
+        return {name: shown(each) for name, each in value.items() if name != "command"}
+    if isinstance(value, (list, tuple)):
+        return [shown(each) for each in value]
+    return source_name(value) if isinstance(value, str) and (os.path.isabs(value) or Path(value).is_dir()) else value
+
+
+# Tables and pictures
+
+
+def comparison_table(record: Mapping[str, Any]) -> str:
+    """The record as a Markdown table: a row per model; metrics of trained and untrained methods in columns apart."""
+    runs, metrics = record["runs"], record["comparison"]["metrics"] or list(record["runs"][0]["metrics"])
+    kinds = {True: "", False: ", off the shelf"} if any(not run["trained"] for run in runs) else {True: ""}
+    columns = ["model", "patches left", "G multiply-adds"]
+    columns += [f"{metric.replace('_', ' ')}{title}, %" for title in kinds.values() for metric in metrics]
+    for setting in record["speed"]:
+        columns.append(f"speed-up, {setting['dtype']}, batch {setting['batch_size']}")
+        columns += ["compiled"] if record["comparison"]["speed"]["compiled"] else []
+    rows = []
+    for name, facts in record["models"].items():
+        own = [run for run in runs if name_of(run["method"], run["budget"]) == name]
+        cells = [
+            title_of(name),
+            f"{facts['patches_left']} of {facts['patches']}",
+            f"{facts['multiply_adds'] / 1e9:.2f}",
+        ]
+        for trained in kinds:
+            for metric in metrics:
+                cells.append(mean_and_deviation([run["metrics"][metric] for run in own if run["trained"] == trained]))
+        for setting in record["speed"]:
+            for kind in ("", f", {COMPILED}"):
+                if (result := setting["results"].get(name + kind)) is not None:
+                    cells.append(f"{result['speedup']:.2f} ± {result['spread']:.2f}")
+        rows.append(cells)
+    return f"{markdown_table(columns, rows)}\n\n{circumstances(record)}"
+
+
+def title_of(name: str) -> str:
+    """What people call a method, with its budget."""
+    method, comma, budget = name.partition(", ")
+    return (TOKEN_REDUCERS[method].label if method in TOKEN_REDUCERS else method) + comma + budget
+
+
+def mean_and_deviation(values: Sequence[float]) -> str:
+    """Of shares, in percent; the standard deviation is that of the seeds."""
+    if not values:
+        return "–"
+    mean = f"{100 * statistics.mean(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ± {100 * statistics.stdev(values):.1f}"
+
+
+def circumstances(record: Mapping[str, Any]) -> str:
+    """On what it was trained, how often, and where times were taken."""
+    trainings = [run["training"] for run in record["runs"] if run["trained"]]
+    seeds, images = len(record["comparison"]["seeds"]), trainings[0].get("num_examples")
+    where = ", ".join(dict.fromkeys(each.get("machine", "an unknown machine") for each in trainings))
+    versions = ", ".join(f"{name} {record['versions'][name].split('+')[0]}" for name in ("torch", "transformers"))
+    return (
+        f"*Mean and standard deviation of {seeds} seed{'s' if seeds > 1 else ''}; {images} training images, "
+        f"{trainings[0].get('num_steps')} steps, on {where}. Speed-ups: {record['machine']}, {versions}, in turns "
+        "in one process.*"
+    )
+
+
+def tradeoff_curves(record: Mapping[str, Any], setting: int = -1) -> dict[str, list[dict[str, Any]]]:
+    """Points for `cropr_hf.plot_tradeoff`: a curve per method, trained and off the shelf, and one per reference.
+
+    Args:
+        record: of a comparison.
+        setting: index of the setting of speed; the last by default.
+    """
+    runs, results = record["runs"], record["speed"][setting]["results"]
+    metrics = record["comparison"]["metrics"] or list(runs[0]["metrics"])
+    curves: dict[str, list[dict[str, Any]]] = {}
+    for name in record["models"]:
+        for trained in (True, False):
+            own = [run for run in runs if name_of(run["method"], run["budget"]) == name and run["trained"] == trained]
+            if own:
+                title = title_of(own[0]["method"]) + ("" if trained else ", off the shelf")
+                means = {metric: statistics.mean(run["metrics"][metric] for run in own) for metric in metrics[:1]}
+                curves.setdefault(title, []).append({**results[name], "metrics": means})
+    return curves

@@ -1,0 +1,249 @@
+"""Methods compared from one file: which runs there are, what is resumed, what is refused, and the table."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+from common import TINY, tiny_config
+
+from cropr_hf import CroprViTConfig, CroprViTForImageClassification, comparison
+from cropr_hf.cli import main
+from cropr_hf.comparison import Comparison, Runner, pruning_of, tradeoff_curves
+from cropr_hf.publishing.model_card import class_name, model_facts, write_record
+from cropr_hf.speed.cost import multiply_adds, unpruned_config
+
+
+SPEED = {"batch_sizes": [1, 2], "compiled": False, "min_rounds": 3, "max_rounds": 3}
+CONTENT = {
+    "train": "train.py",
+    "evaluate": "evaluate.py",
+    "methods": ["cropr", "random", "tome"],
+    "budgets": {"half": {"pruning_schedule": [12, 8, 4, 4, 4]}},
+    "seeds": [0, 1],
+    "arguments": {"model_name_or_path": "source", "image_size": 32},
+    "pruned": {"last_layer_fusion": False},
+    "metrics": ["accuracy"],
+    "smaller_model": "smaller",
+    "speed": SPEED,
+}
+# In the order in which they run; off the shelf means without a training.
+NAMES = ["unpruned", "cropr", "smaller image", "random", "random off the shelf", "tome", "tome off the shelf"]
+NAMES += ["smaller model"]
+
+
+class Scripts:
+    """In place of processes: saves tiny models as a training script does, and makes accuracies up."""
+
+    def __init__(self):
+        self.calls, self.stop_after, self.num_examples, self.metrics = [], None, 64, {"accuracy": 0.5, "kept": 0.25}
+
+    def __call__(self, script, settings, log):
+        if self.stop_after is not None and len(self.calls) == self.stop_after:
+            raise KeyboardInterrupt
+        self.calls.append((script, dict(settings)))
+        if script == "evaluate.py":
+            number = len([name for name, _ in self.calls if name == script])
+            return "a line before\n" + json.dumps(
+                {**self.metrics, "accuracy": self.metrics["accuracy"] + number / 100}
+            )
+        reducer = None if settings["token_reducer"] == "none" else settings["token_reducer"]
+        fields = {name: settings[name] for name in ("image_size", "last_layer_fusion") if name in settings}
+        if settings["model_name_or_path"] == "smaller":
+            fields["num_hidden_layers"] = 2
+        fields |= {"pruning_rate": None, "pruning_schedule": settings.get("pruning_schedule")}
+        config = CroprViTConfig(**{**TINY, **fields, "token_reducer": reducer})
+        folder = Path(settings["output_dir"])
+        model = CroprViTForImageClassification(config)
+        model.save_pretrained(folder)
+        facts = {"dataset": "pictures", "num_examples": self.num_examples, "num_steps": 4, "machine": "a machine"}
+        write_record(folder, {"model": model_facts(config, class_name(model)), "training": facts})
+        logs = [{"loss": 2.5, "main_loss": 1.5, "auxiliary_loss_1": "1.0"}, {"train_loss": 3.0}]
+        (folder / "trainer_state.json").write_text(json.dumps({"log_history": logs}))
+        return ""
+
+    def counts(self):
+        return Counter(script for script, _ in self.calls)
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    scripts = Scripts()
+    monkeypatch.setattr(comparison, "call", scripts)
+    return scripts
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name="file.yaml", **changes):
+        path = tmp_path / name
+        path.write_text(yaml.safe_dump({**CONTENT, **changes}))
+        return str(path)
+
+    return write
+
+
+def test_every_run_is_trained_or_taken_and_evaluated_once_though_interrupted(scripts, write, tmp_path, capsys):
+    arguments = ["compare", write(), "--output_dir", str(tmp_path / "out")]
+    scripts.stop_after = 7
+    assert main(arguments) == 130
+    assert not (tmp_path / "out" / "comparison.json").exists()
+    scripts.stop_after = None
+    assert main(arguments) == 0
+    # Six of eight runs of each seed are trained; the seventh call was a training whose evaluation was cut off.
+    assert scripts.counts() == {"train.py": 2 * 6 + 1, "evaluate.py": 2 * 8}
+    record = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    named = [f"{run['method']}{'' if run['trained'] else ' off the shelf'}" for run in record["runs"]]
+    assert named == 2 * NAMES and [run["seed"] for run in record["runs"]] == [0] * 8 + [1] * 8
+    assert record["runs"][0]["losses"] == {"loss": 2.5, "main_loss": 1.5, "auxiliary_loss_1": 1.0}
+    table = (tmp_path / "out" / "comparison.md").read_text()
+    assert table in capsys.readouterr().out + "\n"
+    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[:-2]]
+    assert header[3:5] == ["accuracy, %", "accuracy, off the shelf, %"]
+    cells = {row[0]: row[1:] for row in rows}
+    assert [*cells] == [
+        "unpruned",
+        "Cropr, half",
+        "smaller image, half",
+        "random, half",
+        "ToMe, half",
+        "smaller model",
+    ]
+    assert cells["Cropr, half"][0] == "4 of 16" and cells["Cropr, half"][3] == "–" != cells["ToMe, half"][3]
+    assert cells["unpruned"][2] == "55.0 ± 5.7"  # 51 and 59: first and ninth of the evaluations
+    assert "2 seeds; 64 training images, 4 steps, on a machine" in table
+    assert (tmp_path / "out" / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    curves = tradeoff_curves(record)
+    assert curves["ToMe"] != curves["ToMe, off the shelf"] and curves["unpruned"][0]["speedup"] == 1
+
+    again = len(scripts.calls)
+    assert main(arguments) == 0 and len(scripts.calls) == again
+
+
+def test_what_scripts_are_told(scripts, write, tmp_path):
+    Runner(Comparison.from_file(write(seeds=[3])), tmp_path / "out")()
+    trainings = [settings for script, settings in scripts.calls if script == "train.py"]
+    assert {settings["seed"] for settings in trainings} == {3}
+    first, cropr, image = trainings[:3]
+    assert first["token_reducer"] == "none" and "last_layer_fusion" not in first
+    assert (cropr["token_reducer"], cropr["last_layer_fusion"]) == ("cropr", False)
+    assert cropr["pruning_schedule"] == [12, 8, 4, 4, 4]
+    assert image["token_reducer"] == "none" and image["image_size"] == 24  # 9 of 16 patches
+    taken = [settings for _, settings in scripts.calls if settings.get("token_reducer") == "tome"][-1]
+    assert taken["model_name_or_path"] == str(tmp_path / "out" / "runs" / "unpruned_seed_3" / "model")
+    assert "output_dir" not in taken and taken["pruning_schedule"] == [12, 8, 4, 4, 4]
+
+
+def test_other_settings_or_data_are_refused(scripts, write, tmp_path, monkeypatch):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "a.jpg").write_text("a")
+    given = {**CONTENT["arguments"], "train_dir": str(photos)}
+    Runner(Comparison.from_file(write(arguments=given, seeds=[0])), tmp_path / "out")()
+    with pytest.raises(ValueError, match=r"another `arguments`: \{'image_size': 32\}, now \{'image_size': 40\}"):
+        Runner(Comparison.from_file(write(arguments={**given, "image_size": 40})), tmp_path / "out")()
+    (photos / "b.jpg").write_text("b")
+    comparison._folder_size.cache_clear()
+    with pytest.raises(ValueError, match=r"another `data`: .*'files': 1.*'files': 2"):
+        Runner(Comparison.from_file(write(arguments=given)), tmp_path / "out")()
+    (photos / "b.jpg").unlink()
+    comparison._folder_size.cache_clear()
+    scripts.num_examples = 65  # of a new seed
+    with pytest.raises(ValueError, match=r"seed 1 was trained on 65 \(num_examples\), others on 64"):
+        Runner(Comparison.from_file(write(arguments=given)), tmp_path / "out")()
+
+
+def test_times_of_another_machine_are_not_kept(scripts, write, tmp_path, monkeypatch):
+    runner = Runner(Comparison.from_file(write(seeds=[0])), tmp_path)
+    first = runner()
+    assert runner()["speed"] == first["speed"]
+    monkeypatch.setattr(comparison, "machine_name", lambda device: "another machine")
+    second = runner()
+    assert second["machine"] == "another machine" and second["speed"] != first["speed"]
+    assert second["runs"] == first["runs"]
+
+
+def test_a_share_becomes_the_rate_that_comes_nearest():
+    unpruned = unpruned_config(tiny_config())
+    whole = multiply_adds(unpruned)
+
+    def cost(method, rate):
+        return multiply_adds(CroprViTConfig(**unpruned.to_dict() | {"token_reducer": method, "pruning_rate": rate}))
+
+    for method, rate in (("cropr", 2), ("tome", 3)):
+        share = cost(method, rate) / whole
+        for nearby in (share - 0.005, share, share + 0.005):
+            assert pruning_of(unpruned, method, {"multiply_adds": nearby}, {}) == {"pruning_rate": rate}
+    with pytest.raises(ValueError, match="cropr removes at most .* leaves 1%; give a larger share"):
+        pruning_of(unpruned, "cropr", {"multiply_adds": 0.01}, {})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": ["cropr"]}, "'method', which is not a field of it; did you mean methods"),
+        ({"methods": ["tom"]}, "Unknown token reducer 'tom'; did you mean 'tome'"),
+        ({"methods": None}, "has no methods"),
+        ({"budgets": {"half": {"rate": 8}}}, "The budget 'half' is"),
+        ({"budgets": {"half": {"multiply_adds": 2}}}, r"multiply_adds 2; it is a share in \(0, 1\)"),
+        ({"seeds": [0, 0]}, r"`seeds` is \[0, 0\]"),
+        ({"arguments": {"seed": 1}}, "'seed', which the comparison itself sets"),
+        ({"speed": {"batch_size": 1}}, "'batch_size', which is not a field of it; did you mean batch_sizes"),
+        ({"speed": {"batch_sizes": [0]}}, "`speed.batch_sizes` has 0"),
+        ({"speed": {"dtypes": ["float"]}}, "`speed.dtypes` has 'float'; choose among float32"),
+        ({"speed": {"min_rounds": 1}}, "`min_rounds` 1"),
+    ],
+)
+def test_wrong_files(changes, message, write, tmp_path, capsys):
+    assert main(["compare", write(**changes), "--output_dir", str(tmp_path / "out")]) == 1
+    with pytest.raises(ValueError, match=message):
+        Comparison.from_file(write(**changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_no_comparison(tmp_path):
+    for text, message in {"- a": "holds no comparison", "a: [": "not valid YAML"}.items():
+        (tmp_path / "file.yaml").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            Comparison.from_file(tmp_path / "file.yaml")
+
+
+def test_a_metric_that_is_not_printed(scripts, write, tmp_path):
+    with pytest.raises(ValueError, match=r"printed accuracy, kept for unpruned_seed_0, and not mean_iou"):
+        Runner(Comparison.from_file(write(metrics=["mean_iou"])), tmp_path)()
+
+
+def test_scripts_run_in_processes_and_say_why_they_fail(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("import sys\nprint(sys.argv[1:])\nsys.exit(3 if '--fails=True' in sys.argv else 0)\n")
+    settings = {"rates": [1, 2], "config": {"a": 1}, "nothing": None, "name": "b c"}
+    printed = comparison.call(str(script), settings, tmp_path / "log")
+    assert printed == "['--rates', '1', '2', '--config={\"a\": 1}', '--name=b c']\n"
+    assert comparison.call(f"{sys.executable} {script}", {}, tmp_path / "log") == "[]\n"
+    with pytest.raises(RuntimeError, match=r"exit code 3; all that it said is in .*log: \['--fails=True'\]"):
+        comparison.call(str(script), {"fails": True}, tmp_path / "log")
+    assert comparison.numbers_in('{"a": 1}\n{"accuracy": 0.5, "name": "b"}\n') == {"accuracy": 0.5}
+    assert comparison.numbers_in("nothing") == comparison.numbers_in("") == {}
+
+
+@pytest.mark.full
+def test_with_the_scripts_of_the_examples(tmp_path):
+    root = Path(__file__).resolve().parents[1]
+    content = yaml.safe_load((root / "examples" / "comparisons" / "digits_classification.yaml").read_text())
+    content["arguments"] |= {"max_train_samples": 64, "max_eval_samples": 32, "use_cpu": True}
+    content["evaluation"]["max_eval_samples"] = 64
+    content |= {"seeds": [0], "methods": ["tome"], "smaller_model": None, "speed": SPEED}
+    content["budgets"] = dict([next(iter(content["budgets"].items()))])
+    (tmp_path / "file.yaml").write_text(yaml.safe_dump(content))
+    command = [sys.executable, "-m", "cropr_hf.cli", "compare", str(tmp_path / "file.yaml")]
+    result = subprocess.run(
+        [*command, "--output_dir", str(tmp_path / "out")], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    record = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert [run["method"] for run in record["runs"]] == ["unpruned", "tome", "tome", "smaller image"]
+    assert all(0 <= run["metrics"]["accuracy"] <= 1 for run in record["runs"])
+    assert str(tmp_path) not in json.dumps(record)
