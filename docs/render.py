@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cropr_hf.comparison import comparison_table
 from cropr_hf.speed.alternatives import ALTERNATIVES
 from cropr_hf.speed.benchmark import RANDOM, UNPRUNED
 from cropr_hf.speed.plots import plot_benchmark, plot_cost
@@ -402,7 +403,8 @@ PAGES: dict[str, dict[str, tuple[Callable[..., str], list[str]]]] = {
         "methods": (
             partial(format_sweep, names=["size", "pruning_rate", "batch_size", "token_reducer"]),
             ["speed/methods"],
-        )
+        ),
+        "garments_classification": (comparison_table, ["comparisons/garments_classification"]),
     },
     "docs/schedules.md": {"budgets": (budgets_table, ["speed/budgets"]), "shapes": (shapes_table, ["speed/shapes"])},
 }
