@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache, partial
 from importlib.util import find_spec
@@ -30,6 +30,7 @@ from transformers.utils import logging
 from .arguments import DTYPES, parse_device
 from .configuration_cropr_vit import CroprViTConfig
 from .files import replacing, source_name, write_file, write_json
+from .publishing.export import export_model
 from .publishing.model_card import read_record
 from .speed.alternatives import COMPILED, SMALLER_IMAGE, SMALLER_MODEL, smaller_image
 from .speed.benchmark import UNPRUNED
@@ -45,6 +46,7 @@ from .token_reduction import TOKEN_REDUCERS, find_token_reducer
 logger = logging.get_logger(__name__)
 
 RECORD, TABLE, PICTURE = "comparison.json", "comparison.md", "comparison.png"
+ONNX, ONNX_NAME = "ONNX", "model.onnx"
 SHARE = "multiply_adds"  # of a budget: the share of the unpruned model's multiply-adds
 BUDGETS = (SHARE, "pruning_rate", "pruning_schedule")
 OWN_ARGUMENTS = ("output_dir", "seed", "token_reducer", "last_layer_fusion", *BUDGETS)
@@ -99,6 +101,7 @@ class Comparison:
         metrics: which of its numbers to show, the first in the picture; all by default.
         smaller_model: a model for the row of that name; left out by default.
         off_the_shelf: whether methods that need no training are also measured on the unpruned checkpoint as it is.
+        exported: whether models of the first seed are also written as ONNX, and that file is evaluated and timed.
         speed: see `Speed`.
     """
 
@@ -113,6 +116,7 @@ class Comparison:
     metrics: list[str] = field(default_factory=list)
     smaller_model: str | None = None
     off_the_shelf: bool = True
+    exported: bool = False
     speed: Speed = field(default_factory=Speed)
 
     @classmethod
@@ -265,25 +269,46 @@ class Runner:
         if done.exists():
             record = json.loads(done.read_text(encoding="utf-8"))
             check_same(record["command"], json.loads(json.dumps(command)), folder)
-            return record
+        else:
+            record = self.trained(run) | {"command": command}
+            write_json(done, record)
+        if comparison.exported and run.seed == comparison.seeds[0] and "file" not in record:
+            record["file"] = self.exported(run)
+            write_json(done, record)
+        return record
+
+    def trained(self, run: Run) -> dict[str, Any]:
+        """Trains a run, unless it is one off the shelf, and evaluates it."""
+        comparison, folder = self.comparison, self.folder(run)
         folder.mkdir(parents=True, exist_ok=True)
         model = self.model(run)
-        record = {"method": run.method, "budget": run.budget, "seed": run.seed, "trained": run.trained}
+        record: dict[str, Any] = {"method": run.method, "budget": run.budget, "seed": run.seed, "trained": run.trained}
         if run.trained:
-            settings = arguments | {"seed": run.seed, "output_dir": str(model)}
+            settings = comparison.arguments | run.arguments | {"seed": run.seed, "output_dir": str(model)}
             call(comparison.train, settings, folder / "train.log")
             record |= training_of(model)
-        changes = {} if run.trained else run.arguments
-        settings = comparison.evaluation | changes | {"model_name_or_path": str(model)}
-        record["metrics"] = numbers_in(call(comparison.evaluate, settings, folder / "evaluate.log"))
-        missing = [name for name in comparison.metrics if name not in record["metrics"]]
-        if missing or not record["metrics"]:
+        record["metrics"] = metrics = self.evaluated(run, {} if run.trained else run.arguments, "evaluate.log")
+        missing = [name for name in comparison.metrics if name not in metrics]
+        if missing or not metrics:
             raise ValueError(
-                f"{comparison.evaluate} printed {', '.join(record['metrics']) or 'no number'} for {run.name}, and not "
+                f"{comparison.evaluate} printed {', '.join(metrics) or 'no number'} for {run.name}, and not "
                 f"{', '.join(missing) or 'a JSON object in its last line'}; correct `metrics` or `evaluation`."
             )
-        write_json(done, record | {"command": command})
-        return record | {"command": command}
+        return record
+
+    def evaluated(self, run: Run, changes: Mapping[str, Any], log: str) -> dict[str, float]:
+        """What the evaluation script finds, with arguments that are changed."""
+        settings = self.comparison.evaluation | dict(changes) | {"model_name_or_path": str(self.model(run))}
+        return numbers_in(call(self.comparison.evaluate, settings, self.folder(run) / log))
+
+    def exported(self, run: Run) -> dict[str, Any]:
+        """Writes the model of a run as ONNX; the metrics of that file, or why there is none."""
+        file = self.folder(run) / ONNX_NAME
+        try:
+            export_model(self.load(run)[0], file)
+        except (ValueError, RuntimeError) as error:  # what draws by chance, and what ONNX has no operator for
+            return {"error": shown(str(error).partition("\n")[0])}
+        return {"metrics": self.evaluated(run, {"exported": str(file)}, "evaluate_file.log")}
 
     def folder(self, run: Run) -> Path:
         """Where a run is."""
@@ -314,7 +339,8 @@ class Runner:
 
     def timed(self, runs: Mapping[str, Run], dtype: str, batch_size: int) -> dict[str, Any]:
         """Images per second of all models, and how much faster than the unpruned one each is, in one process."""
-        speed, calls = self.comparison.speed, {}
+        speed = self.comparison.speed
+        calls: dict[str, Callable[[], Any]] = {}
         torch.compiler.reset()
         for name, run in runs.items():
             model = self.load(run)[0].eval().to(speed.device, getattr(torch, dtype))
@@ -324,6 +350,9 @@ class Runner:
             if speed.compiled:
                 is_detector = find_task(type(model).__name__)[1].is_detector  # type: ignore[index]
                 calls[f"{name}, {COMPILED}"] = partial(torch.compile(model, fullgraph=not is_detector), pixel_values)
+            file = self.folder(run) / ONNX_NAME
+            if self.comparison.exported and dtype == "float32" and file.exists():
+                calls[f"{name}, {ONNX}"] = onnx_call(file, pixel_values)
         with torch.inference_mode():
             timings = compare(
                 calls, UNPRUNED, speed.min_rounds, speed.max_rounds, speed.tolerance, torch.device(speed.device)
@@ -416,6 +445,16 @@ def call(script: str, settings: Mapping[str, Any], log: Path) -> str:
     return process.stdout
 
 
+def onnx_call(file: Path, pixel_values: torch.Tensor) -> Callable[[], Any]:
+    """A call of ONNX Runtime, on the device of the pixels."""
+    import onnxruntime
+
+    on_gpu = pixel_values.device.type == "cuda"
+    provider = "CUDAExecutionProvider" if on_gpu else "CPUExecutionProvider"
+    session = onnxruntime.InferenceSession(file, providers=[provider])
+    return partial(session.run, None, {"pixel_values": pixel_values.cpu().numpy()})
+
+
 def numbers_in(printed: str) -> dict[str, float]:
     """The numbers in the JSON object of the last line; none where there is no such line."""
     try:
@@ -497,9 +536,11 @@ def comparison_table(record: Mapping[str, Any]) -> str:
     kinds = {True: "", False: ", off the shelf"} if any(not run["trained"] for run in runs) else {True: ""}
     columns = ["model", "patches left", "G multiply-adds"]
     columns += [f"{metric.replace('_', ' ')}{title}, %" for title in kinds.values() for metric in metrics]
+    files = [f"{metrics[0].replace('_', ' ')} of the {ONNX} file, %"] if record["comparison"]["exported"] else []
+    columns += files
     for setting in record["speed"]:
         columns.append(f"speed-up, {setting['dtype']}, batch {setting['batch_size']}")
-        columns += ["compiled"] if record["comparison"]["speed"]["compiled"] else []
+        columns += [kind for kind in (COMPILED, ONNX) if f"{UNPRUNED}, {kind}" in setting["results"]]
     rows = []
     for name, facts in record["models"].items():
         own = [run for run in runs if name_of(run["method"], run["budget"]) == name]
@@ -511,10 +552,15 @@ def comparison_table(record: Mapping[str, Any]) -> str:
         for trained in kinds:
             for metric in metrics:
                 cells.append(mean_and_deviation([run["metrics"][metric] for run in own if run["trained"] == trained]))
+        if files:
+            found = next((run["file"].get("metrics") for run in own if run["trained"] and "file" in run), None)
+            cells.append("–" if found is None else f"{100 * found[metrics[0]]:.1f}")
         for setting in record["speed"]:
-            for kind in ("", f", {COMPILED}"):
-                if (result := setting["results"].get(name + kind)) is not None:
-                    cells.append(f"{result['speedup']:.2f} ± {result['spread']:.2f}")
+            results = setting["results"]
+            for kind in ("", f", {COMPILED}", f", {ONNX}"):
+                if UNPRUNED + kind in results:
+                    result = results.get(name + kind)
+                    cells.append("–" if result is None else f"{result['speedup']:.2f} ± {result['spread']:.2f}")
         rows.append(cells)
     return f"{markdown_table(columns, rows)}\n\n{circumstances(record)}"
 
@@ -541,8 +587,8 @@ def circumstances(record: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {record['versions'][name].split('+')[0]}" for name in ("torch", "transformers"))
     return (
         f"*Mean and standard deviation of {seeds} seed{'s' if seeds > 1 else ''}; {images} training images, "
-        f"{trainings[0].get('num_steps')} steps, on {where}. Speed-ups: {record['machine']}, {versions}, in turns "
-        "in one process.*"
+        f"{trainings[0].get('num_steps')} steps, on {where}. Speed-ups are over the unpruned model as it is, in turns "
+        f"in one process: {record['machine']}, {versions}.*"
     )
 
 
