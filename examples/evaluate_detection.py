@@ -17,7 +17,8 @@ account (the figures for boxes leave `maskness_threshold` out):
     python examples/evaluate_detection.py --model_name_or_path outputs/coco_masks --device cuda --config \\
         '{"nms_method": "linear", "nms_threshold": 0.6, "score_threshold": 0.0, "maskness_threshold": 0.5}'
 
-It prints one line of JSON: COCO's metrics, and the share of the patches of objects that are kept to the end.
+It prints one line of JSON: COCO's metrics, and the share of the patches that are kept to the end, of those that boxes
+of objects touch and of all.
 """
 
 import json
@@ -29,6 +30,7 @@ import torch
 from coco import CocoMetrics, annotations, label_names
 from datasets import Dataset
 from detection import DIGITS, FILES, DataArguments, detections, load_source, picture_of, prepare_split
+from evaluation import KeptPatches
 from shared import record_evaluation
 from torchvision.ops import box_convert
 from transformers import (
@@ -106,26 +108,15 @@ class Detector:
         )
 
 
-class KeptPatches:
-    """Which share of the patches that objects' boxes touch is kept to the end: how well a pruner finds objects."""
-
-    def __init__(self, config: Any, box_format: str):
-        self.config, self.box_format = config, box_format
-        self.kept = self.total = 0
-
-    def add(self, rows: list[dict[str, Any]], outputs: Any, sizes: list[tuple[int, int]]) -> None:
-        """Counts in a batch; `sizes` as `Detector.forward` returns them."""
-        kept = outputs.pruned_after_block.cpu() == self.config.num_hidden_layers
-        for row, size, patches in zip(rows, sizes, kept.unflatten(1, self.config.grid_size)):
-            touched = torch.zeros_like(patches)
-            for left, top, right, bottom in objects_of(row, self.box_format, size)["boxes"] / self.config.patch_size:
-                touched[int(top) : int(bottom.ceil()), int(left) : int(right.ceil())] = True
-            self.kept += int((patches & touched).sum())
-            self.total += int(touched.sum())
-
-    def compute(self) -> dict[str, float]:
-        """The share, -1 without objects, as COCO's metrics have it."""
-        return {"object_patches_kept": self.kept / self.total if self.total else -1.0}
+def touched_patches(
+    rows: list[dict[str, Any]], box_format: str, sizes: list[tuple[int, int]], config: Any
+) -> torch.Tensor:
+    """Which patches (B, rows, columns) the boxes of objects touch; `sizes` as `Detector.forward` returns them."""
+    touched = torch.zeros(len(rows), *config.grid_size, dtype=torch.bool)
+    for row, size, patches in zip(rows, sizes, touched):
+        for left, top, right, bottom in objects_of(row, box_format, size)["boxes"] / config.patch_size:
+            patches[int(top) : int(bottom.ceil()), int(left) : int(right.ceil())] = True
+    return touched
 
 
 def objects_of(row: dict[str, Any], box_format: str, size: tuple[int, int]) -> dict[str, torch.Tensor]:
@@ -159,14 +150,15 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     detector = Detector(args)
     images = load_split(args, data_args, detector.masks)
     metrics = CocoMetrics(images, detector.masks, data_args.box_format)
-    names = list(detector.model.config.id2label.values())
+    config = detector.model.config
+    names = list(config.id2label.values())
     if names != label_names(images):
         raise ValueError(f"The model knows the categories {names}, the data set has {label_names(images)}.")
-    patches = KeptPatches(detector.model.config, data_args.box_format)
+    patches = KeptPatches(config.num_hidden_layers)
     for start in logging.tqdm(range(0, len(images), args.batch_size), desc="Evaluation"):
         rows = list(images.select(range(start, min(start + args.batch_size, len(images)))))
         outputs, sizes = detector.forward([picture_of(row)[0] for row in rows])
-        patches.add(rows, outputs, sizes)
+        patches.add(outputs.pruned_after_block, touched_patches(rows, data_args.box_format, sizes, config))
         found = detections(outputs, detector.processor, [(row["height"], row["width"]) for row in rows])
         for row, objects in zip(rows, found):
             metrics.add(row["image_id"], objects)

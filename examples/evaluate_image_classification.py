@@ -10,21 +10,32 @@
         --dataset_name cluttered_digits --split test --picture outputs/digits/pruning.png
 
 It prints one line of JSON with the accuracy. Classes are compared by their names, so that a folder with some of the
-model's classes will do.
+model's classes will do. With label maps it also says how well the model finds objects: which share of their patches
+it keeps to the end (those at least half covered), and of all patches, which is what chance would keep of objects:
+
+    python examples/evaluate_image_classification.py --model_name_or_path outputs/dinov2_garments \\
+        --dataset_name outputs/garments/classification --split validation \\
+        --object_maps outputs/garments/segmentation/annotations/validation
 """
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import evaluate
+import numpy as np
 import torch
 from datasets import ClassLabel, Dataset
+from evaluation import KeptPatches, PublishedArguments, covered_patches
+from PIL import Image
 from shared import (
     CLUTTERED_DIGITS,
+    check_upright,
     class_numbers,
     keep_encoded,
     load_hub_data,
+    read_file,
     read_picture,
     record_evaluation,
     shortened,
@@ -35,12 +46,14 @@ from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
 import cropr_hf  # noqa: F401 (registers the models with the Auto classes)
+from cropr_hf import CroprViTConfig
 from cropr_hf.files import finite
+from cropr_hf.images import orientation, upright
 from cropr_hf.visualization import plot_pruning
 
 
 @dataclass
-class Arguments:
+class Arguments(PublishedArguments):
     """What to evaluate on what."""
 
     model_name_or_path: str = HfArg(default="outputs/image_classification", help="Folder or Hub id of a classifier.")
@@ -48,16 +61,22 @@ class Arguments:
     dataset_config_name: str | None = HfArg(default=None, help="Configuration of that data set.")
     split: str = HfArg(default="test", help="Split of the data set.")
     max_eval_samples: int = HfArg(default=2000, help="Images to use at most.")
+    object_maps: str | None = HfArg(
+        default=None, help="Folder of label maps, NAME.png for the image NAME.jpg, in which 0 is background."
+    )
     image_column_name: str = HfArg(default="image", help="Column of the images.")
     label_column_name: str = HfArg(default="label", help="Column of the classes.")
     batch_size: int = HfArg(default=64, help="Images per step.")
-    device: str = HfArg(default="cpu", help="Where to run.")
     seed: int = HfArg(default=0, help="Of the drawn images.")
-    picture: str | None = HfArg(default=None, help="A PNG file for a picture of what was pruned.")
     picture_images: int = HfArg(default=8, help="Images in that picture.")
-    update_record: bool = HfArg(
-        default=False, help="Whether to add the result to the record and the card of that folder."
-    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.object_maps is not None and self.exported is not None:
+            raise ValueError(
+                "--object_maps asks which patches are kept, and a file of --exported does not say; leave out one of "
+                "them."
+            )
 
 
 def load_images(args: Arguments) -> Dataset:
@@ -95,14 +114,69 @@ def references(images: Dataset, column: str, known: dict[int, str]) -> list[int]
     return [numbers[label] for label in labels]
 
 
+class ObjectMaps:
+    """Label maps of image files, and which patches of objects a model keeps.
+
+    Args:
+        folder: of the maps, with the stems of the images' names.
+        processor: of the images, which takes the maps the same way.
+        config: of the model.
+
+    Raises:
+        `ValueError`: for another model than a Cropr ViT.
+    """
+
+    def __init__(self, folder: str, processor: Any, config: Any):
+        if config.model_type != CroprViTConfig.model_type:
+            raise ValueError(
+                f"--object_maps asks which patches are kept, and a model of type {config.model_type!r} does not say; "
+                "leave it out."
+            )
+        self.folder, self.processor, self.patch_size = Path(folder), processor, config.patch_size
+        self.kept = KeptPatches(config.num_hidden_layers)
+
+    def read(self, value: Any) -> Image.Image:
+        """What is an object, white on black, in an image of an image column.
+
+        Raises:
+            `ValueError`: when the image has no map, or one of another size.
+        """
+        image, name = read_file(value)
+        path = self.folder / f"{Path(name).stem}.png"
+        if not path.is_file():
+            raise ValueError(f"{name} has no label map {path}; add it, or leave the image out.")
+        labels, _ = read_file({"bytes": None, "path": str(path)})
+        turned = orientation(labels) > 1
+        labels = upright(labels)
+        check_upright(image, name, labels.size, f"the label map {path}", turned)
+        numbers = np.array(labels)
+        if numbers.ndim != 2:
+            raise ValueError(f"{path} has the mode {labels.mode}; a label map has one number per pixel: convert it.")
+        return Image.fromarray(np.uint8(255 * (numbers != 0))).convert("RGB")
+
+    def add(self, values: list, pruned_after_block: torch.Tensor) -> None:
+        """Counts in a batch of images of an image column."""
+        maps = [self.read(value) for value in values]
+        pixels = self.processor(maps, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
+        self.kept.add(pruned_after_block, covered_patches(pixels[:, 0] / 255, self.patch_size))
+
+
 @torch.inference_mode()
-def predict(model: Any, processor: Any, images: list, args: Arguments) -> torch.Tensor:
-    """Predicted classes (images,)."""
+def predict(
+    model: Any, processor: Any, images: list, args: Arguments, object_maps: ObjectMaps | None = None
+) -> torch.Tensor:
+    """Predicted classes (images,); `object_maps` count which patches are kept."""
     predictions = []
     for start in logging.tqdm(range(0, len(images), args.batch_size), desc="Evaluation"):
-        batch = [read_picture(image) for image in images[start : start + args.batch_size]]
-        pixel_values = processor(batch, return_tensors="pt")["pixel_values"].to(args.device)
-        predictions.append(model(pixel_values).logits.argmax(dim=-1).cpu())
+        values = images[start : start + args.batch_size]
+        pictures = [read_picture(value) for value in values]
+        pixel_values = processor(pictures, return_tensors="pt")["pixel_values"].to(args.device)
+        if object_maps is None:
+            outputs = model(pixel_values)
+        else:
+            outputs = model(pixel_values, output_pruning=True)
+            object_maps.add(values, outputs.pruned_after_block)
+        predictions.append(outputs.logits.argmax(dim=-1).cpu())
     return torch.cat(predictions)
 
 
@@ -126,15 +200,17 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     """Evaluates and returns the metrics; `arguments` are those of the command line."""
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(arguments)
     images = load_images(args)
-    model = AutoModelForImageClassification.from_pretrained(args.model_name_or_path, trust_remote_code=False)
-    model.to(args.device)
+    model = args.load(AutoModelForImageClassification)
     labels = references(images, args.label_column_name, model.config.id2label)
     pictures = list(images[args.image_column_name])
     processor = AutoImageProcessor.from_pretrained(args.model_name_or_path, trust_remote_code=False)
-    predictions = predict(model, processor, pictures, args)
+    object_maps = None if args.object_maps is None else ObjectMaps(args.object_maps, processor, model.config)
+    predictions = predict(model, processor, pictures, args, object_maps)
     if args.picture is not None:
         save_picture(model, processor, pictures, labels, args)
     metrics = evaluate.load(ACCURACY).compute(predictions=predictions, references=labels)
+    if object_maps is not None:
+        metrics |= object_maps.kept.compute()
     if args.update_record:
         record_evaluation(args.model_name_or_path, args, args.split, len(labels), metrics)
     return metrics

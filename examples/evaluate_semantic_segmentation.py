@@ -15,7 +15,9 @@ As in the paper, each image is resized to fit into the input, whose rest is fill
         --dataset_name cluttered_digits --split test --picture outputs/digit_maps/segmentation.png
 
 It prints one line of JSON with the mean intersection over union. Classes are compared by their names, where the data
-set has them: `--id2label`, or `id2label.json` in `--data_dir`.
+set has them: `--id2label`, or `id2label.json` in `--data_dir`. Where one is `background`, and windows do not slide, it
+also says which share of the patches of objects (those at least half covered) the model keeps to the end, and of all
+patches, which is what chance would keep of objects.
 """
 
 import json
@@ -28,6 +30,7 @@ import evaluate
 import numpy as np
 import torch
 from datasets import Dataset
+from evaluation import KeptPatches, PublishedArguments, covered_patches
 from shared import class_numbers, record_evaluation, shortened
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
@@ -45,13 +48,15 @@ from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
 import cropr_hf  # noqa: F401 (registers the models with the Auto classes)
+from cropr_hf import CroprViTConfig
 from cropr_hf.files import finite
+from cropr_hf.modeling_cropr_vit_segmentation import upsample
 from cropr_hf.sliding_window import sliding_window_logits
 from cropr_hf.visualization import plot_segmentation
 
 
 @dataclass
-class EvaluationArguments:
+class EvaluationArguments(PublishedArguments):
     """Which model to evaluate, and how."""
 
     model_name_or_path: str = HfArg(
@@ -60,22 +65,27 @@ class EvaluationArguments:
     split: str = HfArg(default="validation", help="Split of the data set.")
     stride: int | None = HfArg(default=None, help="Step of sliding windows in pixels, if they are to slide.")
     batch_size: int = HfArg(default=8, help="Windows per forward pass.")
-    device: str = HfArg(default="cpu", help="Where to run.")
     seed: int = HfArg(default=0, help="Of the drawn images.")
     picture: str | None = HfArg(default=None, help="A PNG file for a picture of predictions and of what was pruned.")
     picture_images: int = HfArg(default=6, help="Images in that picture.")
-    update_record: bool = HfArg(
-        default=False, help="Whether to add the result to the record and the card of that folder."
-    )
 
 
 class Segmenter:
-    """A model with what turns images into its input."""
+    """A model with what turns images into its input.
 
-    def __init__(self, args: EvaluationArguments):
-        self.args = args
-        model = AutoModelForSemanticSegmentation.from_pretrained(args.model_name_or_path, trust_remote_code=False)
-        self.model = model.to(args.device)
+    Attributes:
+        background: number of the class of that name, if there is one.
+        ignore_index: label of pixels that do not count.
+        kept: which patches of objects are kept; `None` where the model does not say, or there is no background.
+    """
+
+    def __init__(self, args: EvaluationArguments, ignore_index: int):
+        self.args, self.ignore_index = args, ignore_index
+        self.model = args.load(AutoModelForSemanticSegmentation)
+        config = self.model.config
+        self.background = {name: number for number, name in config.id2label.items()}.get("background")
+        says = config.model_type == CroprViTConfig.model_type and args.exported is None and args.stride is None
+        self.kept = KeptPatches(config.num_hidden_layers) if says and self.background is not None else None
         self.processor = AutoImageProcessor.from_pretrained(args.model_name_or_path, trust_remote_code=False)
         self.size = (self.processor.size["height"], self.processor.size["width"])
         self.fill = fill_values(self.processor, self.model.config.semantic_loss_ignore_index)
@@ -95,12 +105,20 @@ class Segmenter:
         pixels = F.to_dtype(image, torch.float32, scale=True)
         return F.normalize(pixels, self.processor.image_mean, self.processor.image_std)[None].to(self.args.device)
 
-    def label_map(self, image: Any) -> torch.Tensor:
-        """The class of each pixel of a picture, (height, width)."""
+    @torch.inference_mode()
+    def label_map(self, image: Any, labels: np.ndarray) -> torch.Tensor:
+        """The class of each pixel of a picture, (height, width); `kept` counts by the right classes in `labels`."""
         image = tv_tensors.Image(image)
         resized = self.resize(image, covers=self.args.stride is not None)
         pixel_values = self.normalize(fill_up(self.size, self.fill, resized))
-        logits = sliding_window_logits(self.model, pixel_values, self.size, self.args.stride, self.args.batch_size)
+        if self.kept is None:
+            logits = sliding_window_logits(self.model, pixel_values, self.size, self.args.stride, self.args.batch_size)
+        else:
+            outputs = self.model(pixel_values, output_pruning=True)
+            logits = upsample(outputs.logits, self.size)
+            objects = np.isin(labels, [self.background, self.ignore_index], invert=True)
+            shown = fill_up(self.size, {tv_tensors.Mask: 0}, self.resize(tv_tensors.Mask(np.uint8(objects)[None])))
+            self.kept.add(outputs.pruned_after_block, covered_patches(shown, self.model.config.patch_size))
         height, width = resized.shape[-2:]
         logits = torch.nn.functional.interpolate(logits[..., :height, :width], image.shape[-2:], mode="bilinear")
         return logits.argmax(dim=1)[0].cpu()
@@ -122,7 +140,7 @@ class Segmenter:
             label_names=config.id2label,
             clear_labels=[
                 config.semantic_loss_ignore_index,
-                *(index for index, name in config.id2label.items() if name == "background"),
+                *([] if self.background is None else [self.background]),
             ],
         )
 
@@ -181,19 +199,21 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     """Evaluates and returns the metrics; `arguments` are those of the command line."""
     args, data_args = HfArgumentParser((EvaluationArguments, DataArguments)).parse_args_into_dataclasses(arguments)
     split = load_split(args, data_args)
-    segmenter = Segmenter(args)
+    segmenter = Segmenter(args, data_args.ignore_index)
     known = segmenter.model.config.id2label
     mean_iou, references = evaluate.load(MEAN_IOU), References(data_args, known)
 
     for row in logging.tqdm(split, desc="Evaluation"):
         image, labels = references.pair(row)
-        mean_iou.add_batch(predictions=[segmenter.label_map(image)], references=[labels])
+        mean_iou.add_batch(predictions=[segmenter.label_map(image, labels)], references=[labels])
     if args.picture is not None:
         pairs = [references.pair(row) for row in split.take(min(args.picture_images, len(split)))]
         segmenter.picture(*zip(*pairs)).savefig(args.picture, dpi=110)
     scores = mean_iou.compute(num_labels=len(known), ignore_index=data_args.ignore_index)
     warn_of_absent_classes(scores, [*known.values()])
     metrics = {name: score for name, score in scores.items() if not name.startswith("per_category")}
+    if segmenter.kept is not None:
+        metrics |= segmenter.kept.compute()
     if args.update_record:
         settings = {} if args.stride is None else {"stride": args.stride}
         record_evaluation(args.model_name_or_path, data_args, args.split, len(split), metrics, settings)

@@ -12,7 +12,8 @@ import json
 import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
+from dataclasses import fields as dataclass_fields
 from functools import partial
 from io import BytesIO
 from itertools import pairwise
@@ -56,16 +57,17 @@ RECIPE_ENDINGS = (".yaml", ".yml", ".json")
 EVA02 = "timm/eva02_large_patch14_224.mim_m38m"
 
 
-@dataclass
-class ModelArguments:
-    """Which model to start from, and how it prunes."""
+def given_fields(args: Any, names: Sequence[str]) -> dict[str, Any]:
+    """Those fields of an instance that are not `None`."""
+    return {name: value for name in names if (value := getattr(args, name)) is not None}
 
-    model_name_or_path: str = HfArg(
-        default="facebook/vit-mae-large", help="A ViT of a supported family, or a Cropr checkpoint."
-    )
-    image_processor_name: str | None = HfArg(default=None, help="Image processor, if not that of the model.")
+
+@dataclass(kw_only=True)
+class PruningArguments:
+    """How a model prunes."""
+
     token_reducer: str | None = HfArg(
-        default=None, help="'cropr' (default for an unpruned source), 'random' or 'none'."
+        default=None, help="'cropr' (default for an unpruned source to train), 'random', 'tome' or 'none'."
     )
     pruning_rate: int | None = HfArg(default=None, help="Patch tokens removed per module (R).")
     pruning_schedule: list[int] | None = HfArg(
@@ -74,6 +76,24 @@ class ModelArguments:
     last_layer_fusion: bool | None = HfArg(
         default=None, help="Put pruned tokens back before the last block (default)."
     )
+
+    def overrides(self) -> dict[str, Any]:
+        """Fields of the configuration that are given."""
+        fields = given_fields(self, [each.name for each in dataclass_fields(PruningArguments)])
+        if self.token_reducer == "none":  # the unpruned baseline of a recipe: how that would prune does not matter
+            fields = {name: value for name, value in fields.items() if not name.startswith("pruning_")}
+            fields["token_reducer"] = None
+        return fields
+
+
+@dataclass
+class ModelArguments(PruningArguments):
+    """Which model to start from, and how it prunes."""
+
+    model_name_or_path: str = HfArg(
+        default="facebook/vit-mae-large", help="A ViT of a supported family, or a Cropr checkpoint."
+    )
+    image_processor_name: str | None = HfArg(default=None, help="Image processor, if not that of the model.")
     image_size: int | None = HfArg(default=None, help="Input size in pixels, if not that of the source.")
     patch_size: int | None = HfArg(default=None, help="Patch size in pixels, if not that of the source.")
     drop_path_rate: float = HfArg(default=0.2, help="Stochastic depth of the last but one block.")
@@ -89,17 +109,13 @@ class ModelArguments:
     token: str | None = HfArg(default=None, help="Hub token for private models and data sets.")
 
     def overrides(self) -> dict[str, Any]:
-        """Fields of the configuration that are given."""
-        given = ("token_reducer", "pruning_rate", "pruning_schedule", "last_layer_fusion", "image_size", "patch_size")
-        fields = {name: getattr(self, name) for name in given if getattr(self, name) is not None}
-        if self.token_reducer == "none":  # the unpruned baseline of a recipe: how that would prune does not matter
-            fields = {name: value for name, value in fields.items() if not name.startswith("pruning_")}
-            fields["token_reducer"] = None
+        """See `PruningArguments.overrides`."""
+        fields = super().overrides() | given_fields(self, ["image_size", "patch_size"])
         return fields | {"drop_path_rate": self.drop_path_rate, "label_smoothing": self.label_smoothing}
 
     def hub(self) -> dict[str, str]:
         """Those of `revision` and `token` that are given."""
-        return {name: value for name in ("revision", "token") if (value := getattr(self, name)) is not None}
+        return given_fields(self, ["revision", "token"])
 
 
 @dataclass
@@ -214,7 +230,7 @@ def read_recipe(path: str, parser: HfArgumentParser) -> list[str]:
         recipe = yaml.safe_load(file)
     if not isinstance(recipe, dict):
         raise ValueError(f"{path} is not a recipe; write lines of the form `argument: value`.")
-    known = [each.name for group in parser.dataclass_types for each in fields(group) if each.init]
+    known = [each.name for group in parser.dataclass_types for each in dataclass_fields(group) if each.init]
     words: list[str] = []
     for name, value in recipe.items():
         if name not in known:

@@ -16,6 +16,7 @@ from PIL import Image
 from test_examples import EXAMPLES, digits_command, history, losses
 from torchvision.ops import box_convert
 from transformers import (
+    AutoConfig,
     AutoImageProcessor,
     AutoModelForInstanceSegmentation,
     AutoModelForObjectDetection,
@@ -209,7 +210,9 @@ class TestEvaluation:
         arguments += ["--max_eval_samples", "4", "--picture", str(tmp_path / "found.png"), "--picture_threshold", "0"]
         scores = example("evaluate_detection").main(arguments)
         expected = json.loads((trained / "eval_results.json").read_text())
-        assert 0 < scores.pop("object_patches_kept") < 1
+        kept, chance = scores.pop("object_patches_kept"), scores.pop("patches_kept")
+        config = AutoConfig.from_pretrained(trained)
+        assert 0 < kept < 1 and chance == pytest.approx(config.kept_patches()[-1] / config.num_patches)
         assert len(scores) == 12 and scores == pytest.approx({name: expected[f"eval_{name}"] for name in scores})
         with Image.open(tmp_path / "found.png") as picture:
             assert picture.format == "PNG"
@@ -217,15 +220,15 @@ class TestEvaluation:
     def test_patches_of_objects_are_counted_by_hand(self, example):
         """4 x 6 patches of 8 pixels, of which the input shows 4 x 3; a box over two of them, and one over four."""
         script = example("evaluate_detection")
-        config = SimpleNamespace(num_hidden_layers=5, grid_size=(4, 6), patch_size=8)
-        patches = script.KeptPatches(config, "xywh")
-        assert patches.compute() == {"object_patches_kept": -1.0}
+        config = SimpleNamespace(grid_size=(4, 6), patch_size=8)
+        patches = script.KeptPatches(num_blocks=5)
+        assert patches.compute() == {"object_patches_kept": -1.0, "patches_kept": -1.0}
         objects = {"bbox": [[2.0, 2.0, 26.0, 10.0], [16.0, 32.0, 25.0, 32.0]], "category": [0, 1]}
         row = {"image_id": 0, "width": 48, "height": 64, "objects": objects}  # twice the size of the input
         block = torch.tensor([[5, 2, 3, 1, 1, 1], [1, 5, 5, 5, 5, 5], [1, 1, 5, 1, 1, 1], [5, 5, 1, 1, 1, 1]])
-        patches.add([row], SimpleNamespace(pruned_after_block=block.view(1, 24)), [(32, 24)])
+        patches.add(block.view(1, 24), script.touched_patches([row], "xywh", [(32, 24)], config))
         # Columns 0 and 1 of row 0, of which one is kept; columns 1 and 2 of rows 2 and 3, of which two are
-        assert patches.compute() == {"object_patches_kept": 3 / 6}
+        assert patches.compute() == {"object_patches_kept": 3 / 6, "patches_kept": 9 / 24}
 
     @pytest.mark.full
     def test_it_finds_what_the_pipeline_finds(self, example, tiny_vit, tmp_path):

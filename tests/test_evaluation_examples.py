@@ -1,0 +1,321 @@
+"""The evaluation scripts: patches of objects that are kept, other methods than the folder's, exported files."""
+
+import json
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from transformers import AutoConfig, SegformerImageProcessor, ViTImageProcessor
+
+import cropr_hf
+from cropr_hf.cli import main as command_line
+from cropr_hf.publishing.model_card import read_record
+
+
+CLASSES = ["background", "ape", "bee"]
+SCHEDULE = [30, 9, 9, 9]  # of 36 patches
+needs_onnx = pytest.mark.skipif(
+    any(find_spec(name) is None for name in ("onnx", "onnxruntime", "onnxscript")), reason="ONNX is not installed"
+)
+
+
+def label_map(index: int) -> np.ndarray:
+    """96 x 96 pixels, of which some whole patches of 16, which become 8, are objects."""
+    patches = np.random.default_rng(index).integers(0, 3, (6, 6), np.uint8)
+    return np.kron(patches, np.ones((16, 16), np.uint8))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Five images, by class and with label maps."""
+    folder = tmp_path_factory.mktemp("data")
+    for index in range(5):
+        pixels = np.random.default_rng(index).integers(0, 255, (96, 96, 3), np.uint8)
+        for split in ("training", "validation"):
+            places = [folder / "maps" / "images" / split, folder / "classes" / split.removesuffix("ing")]
+            places[1] = places[1] / CLASSES[1 + index % 2]
+            for place in places:
+                place.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(place / f"{index}.png")
+            maps = folder / "maps" / "annotations" / split
+            maps.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(label_map(index)).save(maps / f"{index}.png")
+    (folder / "maps" / "id2label.json").write_text(json.dumps(dict(enumerate(CLASSES))))
+    return folder
+
+
+def publish(folder: Path, model_class, tiny_vit: str, **fields) -> Path:
+    names = {"id2label": dict(enumerate(CLASSES)), "label2id": {name: index for index, name in enumerate(CLASSES)}}
+    model = model_class.from_vit(tiny_vit, **{"pruning_schedule": SCHEDULE, **names, **fields})
+    processor = SegformerImageProcessor if "Segmentation" in model_class.__name__ else ViTImageProcessor
+    model.save_pretrained(folder, beside=processor(size={"height": 48, "width": 48}).save_pretrained)
+    return folder
+
+
+UNPRUNED = {"token_reducer": None, "pruning_schedule": None}
+
+
+@pytest.fixture(scope="module")
+def classifier(tiny_vit, tmp_path_factory) -> Path:
+    return publish(tmp_path_factory.mktemp("pruned"), cropr_hf.CroprViTForImageClassification, tiny_vit)
+
+
+@pytest.fixture(scope="module")
+def unpruned(tiny_vit, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("unpruned")
+    return publish(folder, cropr_hf.CroprViTForImageClassification, tiny_vit, **UNPRUNED)
+
+
+@pytest.fixture(scope="module")
+def segmenter(tiny_vit, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("segmenter")
+    return publish(folder, cropr_hf.CroprViTForSemanticSegmentation, tiny_vit)
+
+
+@pytest.fixture(scope="module")
+def classify(example, data):
+    """Measures a folder on the images by class, with further arguments."""
+
+    def run(folder, *arguments, maps=True):
+        words = ["--model_name_or_path", str(folder), "--dataset_name", str(data / "classes")]
+        words += ["--split", "validation", "--batch_size", "3"]
+        words += ["--object_maps", str(data / "maps" / "annotations" / "validation")] if maps else []
+        return example("evaluate_image_classification").main([*words, *map(str, arguments)])
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def segment(example, data):
+    """Measures a folder on the label maps, with further arguments."""
+
+    def run(folder, *arguments):
+        words = ["--model_name_or_path", str(folder), "--data_dir", str(data / "maps")]
+        return example("evaluate_semantic_segmentation").main([*words, *map(str, arguments)])
+
+    return run
+
+
+def kept_by_hand(model, processor, data: Path) -> dict[str, float]:
+    """The metrics, patch by patch."""
+    kept, chance = [], []
+    for index in range(5):
+        image = Image.open(data / "maps" / "images" / "validation" / f"{index}.png")
+        with torch.no_grad():
+            outputs = model(processor(image, return_tensors="pt")["pixel_values"], output_pruning=True)
+        for patch, block in enumerate(outputs.pruned_after_block[0].tolist()):
+            row, column = divmod(patch, 6)
+            chance.append(block == model.config.num_hidden_layers)
+            if label_map(index)[16 * row, 16 * column]:
+                kept.append(chance[-1])
+    return {"object_patches_kept": np.mean(kept), "patches_kept": np.mean(chance)}
+
+
+class TestKeptPatches:
+    def test_patches_are_counted_by_hand(self, example):
+        script = example("evaluation")
+        patches = script.KeptPatches(num_blocks=4)
+        assert patches.compute() == {"object_patches_kept": -1.0, "patches_kept": -1.0}
+        objects = torch.tensor([[[True, True, False], [True, False, False]]])
+        patches.add(torch.tensor([[4, 3, 4, 1, 1, 4]]), objects)
+        patches.add(torch.tensor([[4, 4, 4, 4, 4, 4]]), ~objects)
+        assert patches.compute() == {"object_patches_kept": 4 / 6, "patches_kept": 9 / 12}
+
+    def test_half_a_patch_is_enough(self, example):
+        objects = torch.zeros(1, 4, 8)
+        objects[0, :2, :4] = 1  # half of the first patch
+        objects[0, :, 4:] = 0.49
+        assert example("evaluation").covered_patches(objects, 4).tolist() == [[[True, False]]]
+
+    def test_of_a_classifier_and_its_split(self, classify, classifier, data):
+        metrics = classify(classifier, "--max_eval_samples", "100", "--update_record", "True")
+        loaded = cropr_hf.CroprViTForImageClassification.from_pretrained(classifier)
+        expected = kept_by_hand(loaded, ViTImageProcessor.from_pretrained(classifier), data)
+        assert {name: metrics[name] for name in expected} == pytest.approx(expected)
+        assert expected["patches_kept"] == 9 / 36
+        (evaluation,) = read_record(classifier)["evaluations"]
+        assert evaluation["num_examples"] == 5 and evaluation["metrics"] == pytest.approx(metrics)
+        assert classify(classifier, maps=False).keys() == {"accuracy"}
+
+    def test_an_unpruned_model_keeps_everything(self, classify, unpruned):
+        metrics = classify(unpruned)
+        assert metrics["object_patches_kept"] == metrics["patches_kept"] == 1.0
+
+    def test_maps_are_cut_as_images_are(self, example, data):
+        """The middle half of the image, twice as large as the input would have it."""
+        processor = ViTImageProcessor(
+            size={"shortest_edge": 96}, do_center_crop=True, crop_size={"height": 48, "width": 48}
+        )
+        config = cropr_hf.CroprViTConfig.from_size("tiny", image_size=48, patch_size=16, token_reducer=None)
+        maps = example("evaluate_image_classification").ObjectMaps(
+            str(data / "maps" / "annotations" / "validation"), processor, config
+        )
+        file = {"bytes": None, "path": str(data / "maps" / "images" / "validation" / "1.png")}
+        maps.add([file], torch.full((1, 9), config.num_hidden_layers))
+        inside = label_map(1)[24:72, 24:72] != 0
+        shares = inside.reshape(3, 16, 3, 16).mean(axis=(1, 3))
+        assert maps.kept.counts.tolist() == [(shares >= 0.5).sum(), (shares >= 0.5).sum(), 9, 9]
+
+    def test_wrong_maps_are_named(self, example, classify, classifier, tmp_path, data):
+        with pytest.raises(ValueError, match=r"[0-4]\.png has no label map .*nowhere.[0-4]\.png; add it"):
+            classify(classifier, "--object_maps", tmp_path / "nowhere", maps=False)
+        for index in range(5):
+            Image.new("L", (96, 95)).save(tmp_path / f"{index}.png")
+        with pytest.raises(ValueError, match=r"\.png has 96 x 96 pixels, but the label map .*\.png those of 95 x 96"):
+            classify(classifier, "--object_maps", tmp_path, maps=False)
+        for index in range(5):
+            Image.new("RGB", (96, 96)).save(tmp_path / f"{index}.png")
+        with pytest.raises(ValueError, match=r"\.png has the mode RGB; a label map has one number per pixel"):
+            classify(classifier, "--object_maps", tmp_path, maps=False)
+        with pytest.raises(ValueError, match="a model of type 'vit' does not say"):
+            example("evaluate_image_classification").ObjectMaps("", None, SimpleNamespace(model_type="vit"))
+
+    def test_of_a_segmenter(self, segment, segmenter, data):
+        metrics = segment(segmenter)
+        loaded = cropr_hf.CroprViTForSemanticSegmentation.from_pretrained(segmenter)
+        # Bilinear as the script resizes, not as the image processor does
+        script = sys.modules["evaluate_semantic_segmentation"]
+        args = script.EvaluationArguments(str(segmenter))
+        own = script.Segmenter(args, 255)
+
+        def processor(image, return_tensors):
+            return {"pixel_values": own.normalize(own.fit(script.tv_tensors.Image(image)))}
+
+        expected = kept_by_hand(loaded, processor, data)
+        assert {name: metrics[name] for name in expected} == pytest.approx(expected)
+        windows = segment(segmenter, "--stride", "24")
+        assert "mean_iou" in windows and "patches_kept" not in windows
+
+    def test_ignored_and_filled_pixels_are_no_objects(self, example, segmenter):
+        script = example("evaluate_semantic_segmentation")
+        own = script.Segmenter(script.EvaluationArguments(str(segmenter)), 255)
+        labels = np.full((48, 96), 255)  # half of the input, in which it is 24 pixels high
+        labels[:, :48] = 1
+        own.label_map(Image.new("RGB", (96, 48)), labels)
+        assert own.kept.counts.tolist()[0] == 9 and own.kept.counts.tolist()[2] == 36
+
+    def test_without_a_class_for_the_background_nothing_is_said(self, example, segmenter, monkeypatch):
+        script = example("evaluate_semantic_segmentation")
+        model = cropr_hf.CroprViTForSemanticSegmentation.from_pretrained(segmenter, id2label={0: "a", 1: "b", 2: "c"})
+        monkeypatch.setattr(script.EvaluationArguments, "load", lambda *_: model)
+        assert script.Segmenter(script.EvaluationArguments(str(segmenter)), 255).kept is None
+
+
+class TestOtherMethods:
+    @pytest.mark.parametrize(("method", "schedule"), [("tome", [30, 20, 12, 10]), ("random", [30, 12, 12, 12])])
+    def test_an_unpruned_folder_is_pruned_off_the_shelf(self, classify, unpruned, method, schedule):
+        """ToMe acts in the last block as well, since by default it brings nothing back; random pruning does."""
+        metrics = classify(unpruned, "--token_reducer", method, "--pruning_schedule", *schedule)
+        assert metrics["patches_kept"] == pytest.approx(12 / 36)  # into the last block
+
+    def test_a_segmenter_brings_all_patches_back(self, segment, segmenter):
+        metrics = segment(segmenter, "--token_reducer", "tome", "--pruning_schedule", 30, 20, 12, 12)
+        assert metrics["patches_kept"] == pytest.approx(12 / 36)
+
+    def test_another_rate_and_no_pruning(self, classify, classifier):
+        kept = AutoConfig.from_pretrained(classifier, pruning_rate=4).kept_patches()[-1]
+        assert classify(classifier, "--pruning_rate", 4)["patches_kept"] == pytest.approx(kept / 36)
+        assert classify(classifier, "--token_reducer", "none")["patches_kept"] == 1.0
+
+    def test_what_cannot_be_is_refused(self, classify, segment, classifier, unpruned, segmenter, tiny_vit, tmp_path):
+        with pytest.raises(ValueError, match=r"'cropr' needs training, and .*unpruned.* \(.*None\); .* random, tome"):
+            classify(unpruned, "--token_reducer", "cropr", "--pruning_rate", 4)
+        with pytest.raises(ValueError, match=r"--update_record notes .* not with --token_reducer, --pruning_rate;"):
+            classify(unpruned, "--token_reducer", "tome", "--pruning_rate", 4, "--update_record", "True")
+        with pytest.raises(ValueError, match=r"--update_record notes .* not with --exported;"):
+            segment(segmenter, "--exported", "model.onnx", "--update_record", "True")
+        with pytest.raises(ValueError, match=r"holds no Cropr ViT, so that pruning_rate cannot be changed"):
+            classify(tiny_vit, "--pruning_rate", 4)
+        with pytest.raises(ValueError, match=r"leave out --pruning_rate, --picture, or --exported"):
+            segment(segmenter, "--exported", "model.onnx", "--pruning_rate", 4, "--picture", "a.png")
+        with pytest.raises(ValueError, match=r"--object_maps asks which patches are kept, and a file of --exported"):
+            classify(classifier, "--exported", "model.onnx")
+        for name in ("model.onnx", "config.json"):
+            with pytest.raises(ValueError, match=rf"--exported is .*{name}; name a file that is there and ends with"):
+                segment(segmenter, "--exported", (tmp_path if name == "model.onnx" else segmenter) / name)
+
+
+class Brightness(nn.Module):
+    """Logits that are the means of the channels."""
+
+    def forward(self, pixel_values):
+        return {"logits": pixel_values.mean(dim=(2, 3))}
+
+
+class TestExportedFiles:
+    CONFIG = SimpleNamespace(num_labels=3)
+
+    def check(self, model, fixed: int):
+        images = torch.rand(5, 3, 8, 8)
+        with torch.no_grad():
+            torch.testing.assert_close(model(images).logits, images.mean(dim=(2, 3)))
+        assert model.shape[1:] == [3, 8, 8] and (model.shape[0] == fixed or not isinstance(model.shape[0], int))
+        with pytest.raises(ValueError, match=r"takes images of .* \(3, 8, 8\), but .* makes \(3, 8, 9\)"):
+            model(torch.rand(2, 3, 8, 9))
+        model.config = SimpleNamespace(num_labels=4)
+        with pytest.raises(ValueError, match=r"computes \{'logits': \(\d, 3\)\}, not logits of the 4 classes"):
+            model(images)
+
+    @pytest.mark.parametrize("fixed", [None, 2])
+    def test_programs_of_any_and_of_fixed_batches(self, example, tmp_path, fixed):
+        shapes = ({0: torch.export.Dim("batch", min=1)},) if fixed is None else None
+        program = torch.export.export(Brightness(), (torch.rand(2, 3, 8, 8),), dynamic_shapes=shapes, strict=False)
+        torch.export.save(program, tmp_path / "model.pt2")
+        self.check(example("evaluation").ExportedModel(str(tmp_path / "model.pt2"), self.CONFIG, "cpu"), 2)
+
+    @needs_onnx
+    @pytest.mark.parametrize("fixed", [None, 2])
+    def test_onnx_of_any_and_of_fixed_batches(self, example, tmp_path, fixed):
+        import onnx
+        from onnx import TensorProto, helper
+
+        node = helper.make_node("ReduceMean", ["pixel_values", "axes"], ["logits"], keepdims=0)
+        graph = helper.make_graph(
+            [node],
+            "brightness",
+            [helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, [fixed or "batch", 3, 8, 8])],
+            [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [fixed or "batch", 3])],
+            [helper.make_tensor("axes", TensorProto.INT64, [2], [2, 3])],
+        )
+        opset = [helper.make_opsetid("", 20)]
+        onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=10), tmp_path / "model.onnx")
+        script = example("evaluation")
+        self.check(script.ExportedModel(str(tmp_path / "model.onnx"), self.CONFIG, "cpu"), 2)
+        with pytest.raises(ValueError, match=r"--device is cuda, but .* runs on the CPU"):
+            script.ExportedModel(str(tmp_path / "model.onnx"), self.CONFIG, "cuda")
+
+    def test_a_classifier_as_a_program_of_two_images_predicts_what_the_folder_does(
+        self, example, classify, classifier, tmp_path, monkeypatch
+    ):
+        self.compare(example("evaluate_image_classification"), classify, classifier, tmp_path / "m.pt2", monkeypatch)
+
+    @needs_onnx
+    @pytest.mark.full
+    @pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+    def test_a_segmenter_as_a_file(self, example, segment, segmenter, tmp_path, suffix):
+        file = tmp_path / f"model{suffix}"
+        assert command_line(["export", str(segmenter), str(file)]) == 0
+        expected = segment(segmenter)
+        metrics = segment(segmenter, "--exported", file)
+        assert metrics == pytest.approx({name: expected[name] for name in metrics}, nan_ok=True)
+        assert "patches_kept" not in metrics and "mean_iou" in metrics
+        assert "mean_iou" in segment(segmenter, "--exported", file, "--stride", 24)
+
+    @needs_onnx
+    @pytest.mark.full
+    def test_a_classifier_as_onnx(self, example, classify, classifier, tmp_path, monkeypatch):
+        self.compare(example("evaluate_image_classification"), classify, classifier, tmp_path / "m.onnx", monkeypatch)
+
+    @staticmethod
+    def compare(script, classify, classifier, file, monkeypatch):
+        assert command_line(["export", str(classifier), str(file), "--batch_size", "2"]) == 0
+        predictions, predict = [], script.predict
+        monkeypatch.setattr(script, "predict", lambda *args: predictions.append(predict(*args)) or predictions[-1])
+        assert classify(classifier, "--exported", file, maps=False) == classify(classifier, maps=False)
+        assert torch.equal(*predictions)
