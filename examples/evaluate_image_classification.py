@@ -52,6 +52,9 @@ from cropr_hf.images import orientation, upright
 from cropr_hf.visualization import plot_pruning
 
 
+logger = logging.get_logger(__name__)
+
+
 @dataclass
 class Arguments(PublishedArguments):
     """What to evaluate on what."""
@@ -73,10 +76,8 @@ class Arguments(PublishedArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.object_maps is not None and self.exported is not None:
-            raise ValueError(
-                "--object_maps asks which patches are kept, and a file of --exported does not say; leave out one of "
-                "them."
-            )
+            logger.warning("--object_maps is left out: an exported file does not say which patches it keeps.")
+            self.object_maps = None
 
 
 def load_images(args: Arguments) -> Dataset:

@@ -234,8 +234,6 @@ class TestOtherMethods:
             classify(tiny_vit, "--pruning_rate", 4)
         with pytest.raises(ValueError, match=r"leave out --pruning_rate, --picture, or --exported"):
             segment(segmenter, "--exported", "model.onnx", "--pruning_rate", 4, "--picture", "a.png")
-        with pytest.raises(ValueError, match=r"--object_maps asks which patches are kept, and a file of --exported"):
-            classify(classifier, "--exported", "model.onnx")
         for name in ("model.onnx", "config.json"):
             with pytest.raises(ValueError, match=rf"--exported is .*{name}; name a file that is there and ends with"):
                 segment(segmenter, "--exported", (tmp_path if name == "model.onnx" else segmenter) / name)
@@ -317,5 +315,5 @@ class TestExportedFiles:
         assert command_line(["export", str(classifier), str(file), "--batch_size", "2"]) == 0
         predictions, predict = [], script.predict
         monkeypatch.setattr(script, "predict", lambda *args: predictions.append(predict(*args)) or predictions[-1])
-        assert classify(classifier, "--exported", file, maps=False) == classify(classifier, maps=False)
+        assert classify(classifier, "--exported", file) == classify(classifier, maps=False)
         assert torch.equal(*predictions)
