@@ -422,7 +422,9 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any):
         settle_labels(self, kwargs.get("num_labels"))
-        if self.token_reducer is not None and self.pruning_rate is None and self.pruning_schedule is None:
+        # Other methods may have fields that say how much they prune, and no rate.
+        is_cropr = self.token_reducer == type(self).token_reducer
+        if is_cropr and self.pruning_rate is None and self.pruning_schedule is None:
             self.pruning_rate = DEFAULT_PRUNING_RATE
         if self.auxiliary_task == "patches" and self.num_queries == type(self).num_queries:  # which nobody chose
             self.num_queries = None

@@ -33,7 +33,7 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 from torch.nn import functional as F
 
-from .configuration_cropr_vit import CroprViTConfig, check_finite
+from .configuration_cropr_vit import DEFAULT_PRUNING_RATE, CroprViTConfig, check_finite
 from .token_schedule import check_pruning, kept_by_constant_rate, pruning_blocks
 
 
@@ -135,6 +135,8 @@ class TokenState:
         slots: (B, T0), where in `hidden_states` each token of the unpruned sequence went by merging, or `None`.
         pruned: the patch tokens that left the sequence, in the order in which they did.
         restored: whether they are back.
+        num_unplaced: tokens that a method made and that have no place in the image, in the sequence or pruned; their
+            index is the first that no place has.
         grid_size: rows and columns of the patches before pruning; what has one query per patch needs it.
         keeps_pruned_states: whether `pruned` has the hidden states, which fusion needs.
         auxiliary_logits: (B, N, C) by the block that the auxiliary head follows, in training.
@@ -152,6 +154,7 @@ class TokenState:
     slots: torch.Tensor | None = None
     pruned: tuple[PrunedTokens, ...] = ()
     restored: bool = False
+    num_unplaced: int = 0
     grid_size: tuple[int, int] | None = None
     keeps_pruned_states: bool = True
     auxiliary_logits: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -184,6 +187,14 @@ class TokenState:
         return self.columns.get(KEY_BIAS)
 
     @property
+    def num_places(self) -> int:
+        """Tokens of the unpruned sequence."""
+        if self.slots is not None:
+            return self.slots.shape[1]
+        pruned = 0 if self.restored else sum(tokens.token_indices.shape[1] for tokens in self.pruned)
+        return self.hidden_states.shape[1] + pruned - self.num_unplaced
+
+    @property
     def is_whole(self) -> bool:
         """Whether every token of the unpruned sequence is there."""
         return self.restored or len(self.pruned) == 0
@@ -207,6 +218,31 @@ class TokenState:
             columns=dict(zip(self.columns, columns)),
             pruned=(*self.pruned, PrunedTokens(block, places.gather(1, pruned), *set_aside)),
         )
+
+    def append(self, tokens: torch.Tensor) -> TokenState:
+        """Adds tokens (B, E, D) that stand at no place of the image: they are not rotated, and go when all tokens come
+        back.
+
+        Raises:
+            `ValueError`: beside columns, of which they have no values.
+        """
+        if self.columns:
+            raise ValueError(f"New tokens have no {', '.join(self.columns)}; a method does one or the other.")
+        batch_size, count = tokens.shape[:2]
+        index, tables = self.num_places, self.rotary_tables
+        if not self.num_unplaced:
+            tables = {
+                name: (F.pad(cos, (0, 0, 0, 1), value=1.0), F.pad(sin, (0, 0, 0, 1)))
+                for name, (cos, sin) in tables.items()
+            }
+        indices = self.token_indices.expand(batch_size, -1)
+        state = self.updated(
+            hidden_states=torch.cat([self.hidden_states, tokens], dim=1),
+            token_indices=torch.cat([indices, indices.new_full((batch_size, count), index)], dim=1),
+            rotary_tables=tables,
+            num_unplaced=self.num_unplaced + count,
+        )
+        return state.updated(rotations=state._rotations_of(state.token_indices))
 
     def merge(
         self,
@@ -257,10 +293,15 @@ class TokenState:
             indices = torch.arange(self.slots.shape[1], device=self.slots.device)[None]
         else:
             states, indices = self._fused()
+        tables = self.rotary_tables
+        if self.num_unplaced:
+            tables = {name: (cos[:, :-1], sin[:, :-1]) for name, (cos, sin) in tables.items()}
         return self.updated(
             hidden_states=states,
             token_indices=indices,
-            rotations=self.rotary_tables,
+            rotary_tables=tables,
+            rotations=tables,
+            num_unplaced=0,
             columns={},
             slots=None,
             pruned=tuple(PrunedTokens(tokens.block, tokens.token_indices) for tokens in self.pruned),
@@ -277,6 +318,8 @@ class TokenState:
             states.append(tokens.hidden_states)
             indices.append(tokens.token_indices)
         restored, order = torch.cat(indices, dim=1).sort(dim=1)
+        if self.num_unplaced:  # they sort last
+            restored, order = restored[:, : self.num_places], order[:, : self.num_places]
         (fused,) = gather_tokens(order, torch.cat(states, dim=1))
         return fused, restored
 
@@ -285,19 +328,17 @@ class TokenState:
 
     def pruning_map(self, num_blocks: int) -> torch.Tensor:
         """Block after which each patch left, `num_blocks` if it never did: (B, patches in raster order)."""
-        batch_size, length = self.hidden_states.shape[:2]
-        if not self.is_whole:
-            length += sum(tokens.token_indices.shape[1] for tokens in self.pruned)
-        blocks = self.token_indices.new_full((batch_size, length), num_blocks)
+        # One more than there are places, for tokens that have none.
+        blocks = self.token_indices.new_full((len(self.hidden_states), self.num_places + 1), num_blocks)
         for tokens in self.pruned:
             blocks = blocks.scatter(1, tokens.token_indices, tokens.block)
-        return blocks[:, self.num_prefix_tokens :]
+        return blocks[:, self.num_prefix_tokens : -1]
 
     def padding_of_tokens(self) -> torch.Tensor | None:
         """`padding` of the tokens in the sequence: (B, T)."""
         if self.padding is None or self.is_whole:
             return self.padding
-        return self.padding.gather(1, self.token_indices)
+        return F.pad(self.padding, (0, 1)).gather(1, self.token_indices)
 
 
 @dataclass
@@ -421,7 +462,12 @@ class TokenReducer(nn.Module):
         return kept_by_constant_rate(config, pruning_blocks(config, cls), num_patches, rate)
 
     @classmethod
-    def reachable_counts(cls, num_patches: int, kept: Sequence[int]) -> list[int]:
+    def kept_by_default(cls, config: CroprViTConfig, num_patches: int) -> list[int]:
+        """The same where the configuration has neither rate nor schedule: by fields of the method, if it has such."""
+        return cls.kept_by_rate(config, num_patches, DEFAULT_PRUNING_RATE)
+
+    @classmethod
+    def reachable_counts(cls, config: CroprViTConfig, num_patches: int, kept: Sequence[int]) -> list[int]:
         """The counts that the method can reach nearest to `kept`, patch tokens left after each block."""
         return list(kept)
 

@@ -14,7 +14,8 @@
 """Token counts as arithmetic: how many patch tokens a method leaves after each block, and how they tile into windows.
 
 No torch here: a configuration, a benchmark and a model card count alike. A *method* below is a `TokenReducer` class,
-of which only the class methods that count are called: `blocks`, `kept_by_rate` and `reachable_counts`.
+of which only the class methods that count are called: `blocks`, `kept_by_rate`, `kept_by_default` and
+`reachable_counts`.
 
 Symbols: L blocks, numbered from 1.
 """
@@ -48,15 +49,17 @@ def kept_patches(config: Any, method: Any, num_patches: int | None = None, pruni
     num_patches = config.num_patches if num_patches is None else num_patches
     if pruning is None:
         pruning = config.pruning_rate if config.pruning_schedule is None else config.pruning_schedule
-    if method is None or pruning is None:
+    if method is None:
         return [num_patches] * config.num_hidden_layers
-    if isinstance(pruning, int):
+    if pruning is None:
+        kept = method.kept_by_default(config, num_patches)
+    elif isinstance(pruning, int):
         if pruning < 0:
             raise ValueError(f"The pruning rate is {pruning}; it must be 0 or more patch tokens per module.")
         kept = method.kept_by_rate(config, num_patches, pruning)
     else:
         kept = _kept_by_schedule(num_patches, list(pruning), config.num_hidden_layers, pruning_blocks(config, method))
-    reached = method.reachable_counts(num_patches, kept)
+    reached = method.reachable_counts(config, num_patches, kept)
     for block, (wanted, possible) in enumerate(zip(kept, reached), start=1):
         if wanted != possible:
             raise ValueError(

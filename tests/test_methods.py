@@ -80,7 +80,7 @@ class AttentiveReducer(TokenReducer):
         return state.prune(*select_tokens(scores, num_keep, state.num_prefix_tokens), self.block)
 
 
-METHODS = ["cropr", "random", "tome", "attentive"]
+METHODS = ["cropr", "random", "tome", "evit", "attentive"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -168,7 +168,9 @@ def test_folders_give_the_same_outputs_and_keep_the_settings(method, fusion, tmp
         torch.manual_seed(0)
         outputs.append(candidate(make_images()).logits)
     assert torch.equal(*outputs)
-    package = {"tome": "cropr_hf", "attentive": AttentiveReducer.__module__.partition(".")[0]}.get(method)
+    package = {"tome": "cropr_hf", "evit": "cropr_hf", "attentive": AttentiveReducer.__module__.partition(".")[0]}.get(
+        method
+    )
     assert loaded.config.reducer_package == package
     other = CroprViTForImageClassification.from_pretrained(tmp_path, token_reducer=None)
     assert other.config.reducer_package is None and other.config.pruning_rate is None
@@ -217,7 +219,8 @@ def test_graphs_have_no_break(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_pruning_maps_show_what_left_where(method):
-    model = make_model(CroprViTModel, config_of(method))
+    settings = {"fuse_tokens": False} if method == "evit" else None  # new tokens are no patches; see `test_evit.py`
+    model = make_model(CroprViTModel, config_of(method, reducer_config=settings))
     blocks = model(make_images(), output_pruning=True).pruned_after_block
     kept = model.config.kept_patches()
     for block, count in enumerate(kept[:-1], start=1):
@@ -278,8 +281,11 @@ def test_multiply_adds_count_what_the_method_runs(method):
         lengths = [tokens + 1 for tokens in entering]
         products += sum(-(-length // 2) * (length // 2) * head_size for length in lengths)
         products += (kept[-1] + 1) * config.hidden_size
-    if method == "attentive":  # attention of the CLS token, once more
-        products += sum((entering[block - 1] + 1) * config.hidden_size for block in (2, 4))
+    acts = {"attentive": (2, 4), "evit": (2, 3, 4)}.get(method, ())
+    for block in acts:  # attention of the CLS token, once more
+        products += (entering[block - 1] + 1) * config.hidden_size
+    if method == "evit":  # the sum of what leaves, one more than there are fewer
+        products += sum((entering[block - 1] - kept[block - 1] + 1) * config.hidden_size for block in acts)
     assert multiply_adds(config) - multiply_adds(config, attention=False) == products
     assert multiply_adds(unpruned_config(config)) > multiply_adds(config)
 

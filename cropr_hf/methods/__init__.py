@@ -13,7 +13,8 @@
 # limitations under the License.
 """Token reduction methods besides that of the paper, a file each; importing this folder registers them."""
 
+from .evit import EViTConfig, EViTReducer
 from .tome import ToMeConfig, ToMeReducer
 
 
-__all__ = ["ToMeConfig", "ToMeReducer"]
+__all__ = ["EViTConfig", "EViTReducer", "ToMeConfig", "ToMeReducer"]

@@ -169,10 +169,10 @@ class ToMeReducer(TokenReducer):
             if block in blocks:
                 remaining -= min(int(first + rise * (block - 1) / gaps), remaining // 2)
             kept.append(remaining)
-        return cls.reachable_counts(num_patches, round_up(config, kept, num_patches))
+        return cls.reachable_counts(config, num_patches, round_up(config, kept, num_patches))
 
     @classmethod
-    def reachable_counts(cls, num_patches: int, kept: Sequence[int]) -> list[int]:
+    def reachable_counts(cls, config: CroprViTConfig, num_patches: int, kept: Sequence[int]) -> list[int]:
         """See `TokenReducer.reachable_counts`: a block merges at most half of its patch tokens."""
         reached, left = [], num_patches
         for wanted in kept:

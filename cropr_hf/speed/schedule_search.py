@@ -226,6 +226,7 @@ class _Costs:
         fusion: whether the last block has all tokens.
         counts: numbers of patch tokens that a schedule may keep, ascending; the last one is all.
         aligned: whether the first module removes one token more.
+        config: of the model.
         method: of the model.
     """
 
@@ -236,6 +237,7 @@ class _Costs:
     fusion: bool
     counts: np.ndarray
     aligned: bool
+    config: CroprViTConfig
     method: type[TokenReducer]
 
     @property
@@ -268,7 +270,7 @@ class _Costs:
         for block in range(1, len(self.kinds) + 1):
             remaining = int(after.get(block, remaining))
             schedule.append(remaining)
-        return self.method.reachable_counts(self.num_patches, schedule)
+        return self.method.reachable_counts(self.config, self.num_patches, schedule)
 
     def constant(self, rate: float) -> list[int]:
         """As much after every module, as `CroprViTConfig.kept_patches` has it for whole numbers."""
@@ -309,7 +311,7 @@ def _time_blocks(model: Any, pixel_values: torch.Tensor, counts: np.ndarray, tim
     by_the_paper = method.kept_by_rate.__func__ is TokenReducer.kept_by_rate.__func__  # type: ignore[attr-defined]
     aligned = by_the_paper and config.align_first_module and config.use_cls_token
     fusion = bool(config.last_layer_fusion)
-    return _Costs(unpruned, times, kinds, config.pruning_blocks, fusion, counts, aligned, method)
+    return _Costs(unpruned, times, kinds, config.pruning_blocks, fusion, counts, aligned, config, method)
 
 
 def _pruned_to(state: TokenState, count: int) -> TokenState:
