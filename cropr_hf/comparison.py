@@ -49,7 +49,11 @@ RECORD, TABLE, PICTURE = "comparison.json", "comparison.md", "comparison.png"
 ONNX, ONNX_NAME = "ONNX", "model.onnx"
 SHARE = "multiply_adds"  # of a budget: the share of the unpruned model's multiply-adds
 BUDGETS = (SHARE, "pruning_rate", "pruning_schedule")
-OWN_ARGUMENTS = ("output_dir", "seed", "token_reducer", "last_layer_fusion", *BUDGETS)
+OWN_ARGUMENTS = ("output_dir", "seed", "token_reducer", *BUDGETS)
+# What the fields of a file hold, where a slip is likely.
+KINDS: dict[str, type] = {"methods": dict, "budgets": dict, "arguments": dict, "pruned": dict, "evaluation": dict}
+KINDS |= {"speed": dict, "seeds": list, "metrics": list}
+WORDS: dict[type, str] = {dict: "names and values, `name: value`", list: "a list, `[first, second]`"}
 
 
 @dataclass
@@ -138,8 +142,12 @@ class Comparison:
             raise ValueError(f"{path} has no {', '.join(missing)}; a comparison needs them.")
         if isinstance(content["methods"], list):
             content["methods"] = dict.fromkeys(content["methods"])
+        content = {name: value for name, value in content.items() if value is not None}
+        for name, kind in KINDS.items():
+            if not isinstance(content.get(name, kind()), kind):
+                raise ValueError(f"`{name}` of {path} is {content[name]!r}; write {WORDS[kind]}.")
         content["methods"] = {name: given or {} for name, given in content["methods"].items()}
-        speed = content.get("speed") or {}
+        speed = content.get("speed", {})
         _check_names(f"`speed` of {path}", speed, [item.name for item in fields(Speed)])
         return cls(**content | {"speed": Speed(**speed)})
 
@@ -152,12 +160,17 @@ class Comparison:
             share = budget.get(SHARE, 0.5)
             if not isinstance(share, (int, float)) or not 0 < share < 1:
                 raise ValueError(f"The budget {name!r} has {SHARE} {share!r}; it is a share in (0, 1), such as 0.5.")
+        if len({_folder_name(name) for name in self.budgets}) < len(self.budgets):
+            raise ValueError(f"The budgets {', '.join(self.budgets)} differ in signs alone; give them other names.")
         for group in (self.arguments, self.pruned, *self.methods.values()):
-            for name in OWN_ARGUMENTS:
-                if name in group and not (name == "last_layer_fusion" and group is not self.arguments):
-                    raise ValueError(f"The arguments have {name!r}, which the comparison itself sets; leave it out.")
+            if own := [name for name in OWN_ARGUMENTS if name in group]:
+                raise ValueError(f"The arguments have {own[0]!r}, which the comparison itself sets; leave it out.")
         if not self.seeds or len({*self.seeds}) < len(self.seeds):
             raise ValueError(f"`seeds` is {self.seeds}; give one or more different numbers.")
+
+
+def _folder_name(*parts: str | None) -> str:
+    return re.sub(r"\W+", "_", " ".join(part for part in parts if part is not None))
 
 
 def _check_names(what: Any, given: Mapping[str, Any], known: Sequence[str]) -> None:
@@ -188,8 +201,7 @@ class Run:
     @property
     def name(self) -> str:
         """Of its folder."""
-        parts = [self.method, self.budget, None if self.trained else "off the shelf", f"seed {self.seed}"]
-        return re.sub(r"\W+", "_", " ".join(part for part in parts if part is not None))
+        return _folder_name(self.method, self.budget, None if self.trained else "off the shelf", f"seed {self.seed}")
 
 
 class Runner:
@@ -245,8 +257,8 @@ class Runner:
         for budget, given in comparison.budgets.items():
             for method, own in comparison.methods.items():
                 arguments = comparison.pruned | own
-                # What decides, beside the budget, which tokens there are.
-                fusion = {name: arguments[name] for name in ("last_layer_fusion",) if name in arguments}
+                given_too = comparison.arguments | arguments  # which tokens there are depends on this as well
+                fusion = {name: given_too[name] for name in ("last_layer_fusion",) if name in given_too}
                 pruning = {"token_reducer": method, **fusion, **pruning_of(unpruned, method, given, fusion)}
                 yield Run(method, budget, seed, True, arguments | pruning)
                 if comparison.off_the_shelf and not TOKEN_REDUCERS[method].learns:
