@@ -27,7 +27,7 @@ from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
 
 from .class_names import settle_labels, with_new_labels
-from .token_schedule import check_pruning, kept_patches, pruning_blocks, schedule_from_sides, window_grid
+from .token_schedule import kept_patches, pruning_blocks, schedule_from_sides, window_grid
 
 
 POOLING_MODES = ("mean", "patch_mean", "cls", "cls_patch_mean", "attention")
@@ -449,7 +449,7 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
         self.validate_queries()
         self.validate_token_reduction()
         if method is not None:
-            check_pruning(self, method)
+            method.check_pruning(self)
 
     @classmethod
     def from_size(cls, size: str, **kwargs: Any) -> "CroprViTConfig":

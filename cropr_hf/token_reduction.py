@@ -571,6 +571,11 @@ class TokenReducer(nn.Module):
                 "it to False."
             )
         check_attention(config._attn_implementation, cls.name if cls.uses_key_bias(config) else None)
+        cls.check_pruning(config)
+
+    @classmethod
+    def check_pruning(cls, config: CroprViTConfig) -> None:
+        """Raises `ValueError` for pruning that is impossible at `config.image_size`; configurations call it too."""
         check_pruning(config, cls)
 
 

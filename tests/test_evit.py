@@ -149,7 +149,7 @@ def test_dense_features_are_those_of_every_patch():
     ("fields", "message"),
     [
         ({"use_cls_token": False, "pooling": "mean"}, "'evit' needs a CLS token, but `use_cls_token` is False"),
-        ({"reducer_config": {"keep_rate": 1.5}}, "`keep_rate` is 1.5"),
+        ({"reducer_config": {"keep_rate": 0.0}}, "`keep_rate` is 0.0"),
         ({"reducer_config": {"keep_rate": 0.5}, "pruning_rate": 2}, "has a `keep_rate`, and the configuration"),
         ({"reducer_config": {"blocks": [3, 2]}}, r"`blocks` is \[3, 2\]"),
         ({"reducer_config": {"blocks": [2, 6]}}, r"has \[6\], but there are blocks 1 to 5"),

@@ -80,7 +80,7 @@ class AttentiveReducer(TokenReducer):
         return state.prune(*select_tokens(scores, num_keep, state.num_prefix_tokens), self.block)
 
 
-METHODS = ["cropr", "random", "tome", "evit", "attentive"]
+METHODS = ["cropr", "random", "tome", "evit", "ailurus", "attentive"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -168,9 +168,10 @@ def test_folders_give_the_same_outputs_and_keep_the_settings(method, fusion, tmp
         torch.manual_seed(0)
         outputs.append(candidate(make_images()).logits)
     assert torch.equal(*outputs)
-    package = {"tome": "cropr_hf", "evit": "cropr_hf", "attentive": AttentiveReducer.__module__.partition(".")[0]}.get(
-        method
-    )
+    package = {
+        **dict.fromkeys(("tome", "evit", "ailurus"), "cropr_hf"),
+        "attentive": AttentiveReducer.__module__.partition(".")[0],
+    }.get(method)
     assert loaded.config.reducer_package == package
     other = CroprViTForImageClassification.from_pretrained(tmp_path, token_reducer=None)
     assert other.config.reducer_package is None and other.config.pruning_rate is None
@@ -284,6 +285,8 @@ def test_multiply_adds_count_what_the_method_runs(method):
     acts = {"attentive": (2, 4), "evit": (2, 3, 4)}.get(method, ())
     for block in acts:  # attention of the CLS token, once more
         products += (entering[block - 1] + 1) * config.hidden_size
+    if method == "ailurus":  # the mean of representatives in the end
+        products += (kept[-1] + 1) * config.hidden_size
     if method == "evit":  # the sum of what leaves, one more than there are fewer
         products += sum((entering[block - 1] - kept[block - 1] + 1) * config.hidden_size for block in acts)
     assert multiply_adds(config) - multiply_adds(config, attention=False) == products

@@ -39,8 +39,8 @@ from tests.common import (
 
 PRUNED = [name for name in CONFIGS if name != "unpruned"]
 DETERMINISTIC = [name for name in CONFIGS if name != "random"]
-MERGING = ["tome"]  # after which a token is no longer one patch; see `test_tome.py`
-INSIDE = [*MERGING, "evit"]  # what leaves does so within a block; EViT's new tokens are no patches, see `test_evit.py`
+MERGING = ["tome", "ailurus"]  # after which a token is no longer one patch; see their own tests
+INSIDE = ["tome", "evit"]  # what leaves does so within a block; EViT's new tokens are no patches, see `test_evit.py`
 
 
 def build(task, name, **overrides):
@@ -323,7 +323,7 @@ def test_pruning_map_of_the_unpruned_model_is_full():
     assert outputs.pruned_after_block.tolist() == [[NUM_BLOCKS] * NUM_PATCHES] * 2
 
 
-@pytest.mark.parametrize("name", [name for name in PRUNED if name not in ("random", *INSIDE)])
+@pytest.mark.parametrize("name", [name for name in PRUNED if name not in ("random", *MERGING, *INSIDE)])
 @torch.no_grad()
 def test_the_model_equals_a_naive_loop_over_tokens(name):
     """In float64, so that the order of sums decides between no two tokens."""
@@ -381,7 +381,7 @@ def test_feature_maps_equal_the_embeddings_through_identity_blocks(name):
         assert torch.equal(feature_map, expected)
 
 
-@pytest.mark.parametrize("name", [name for name in PRUNED if name not in INSIDE])
+@pytest.mark.parametrize("name", [name for name in PRUNED if name not in (*MERGING, *INSIDE)])
 @torch.no_grad()
 def test_feature_maps_show_a_pruned_patch_as_it_was_when_pruned(name):
     config = tiny_config(name, out_indices=list(range(NUM_BLOCKS + 1)), apply_layernorm=False)

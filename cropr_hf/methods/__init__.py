@@ -13,8 +13,9 @@
 # limitations under the License.
 """Token reduction methods besides that of the paper, a file each; importing this folder registers them."""
 
+from .ailurus import AiluRusConfig, AiluRusReducer
 from .evit import EViTConfig, EViTReducer
 from .tome import ToMeConfig, ToMeReducer
 
 
-__all__ = ["EViTConfig", "EViTReducer", "ToMeConfig", "ToMeReducer"]
+__all__ = ["AiluRusConfig", "AiluRusReducer", "EViTConfig", "EViTReducer", "ToMeConfig", "ToMeReducer"]

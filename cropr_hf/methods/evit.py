@@ -123,8 +123,8 @@ class EViTReducer(TokenReducer):
         return [max(count, min(least, before)) for before, count in pairwise([num_patches, *kept])]
 
     @classmethod
-    def check(cls, config: CroprViTConfig) -> None:
-        """See `TokenReducer.check`."""
+    def check_pruning(cls, config: CroprViTConfig) -> None:
+        """See `TokenReducer.check_pruning`."""
         possible = super().blocks(config)
         if wrong := [block for block in cls.settings(config).blocks or [] if block not in possible]:
             raise ValueError(
@@ -136,7 +136,7 @@ class EViTReducer(TokenReducer):
                 "`reducer_config` has a `keep_rate`, and the configuration a `pruning_rate` or `pruning_schedule` as "
                 "well; give one of them."
             )
-        super().check(config)
+        super().check_pruning(config)
 
     def after_attention(self, state: TokenState, num_keep: int, facts: AttentionFacts) -> TokenState:
         """See `TokenReducer.after_attention`."""
