@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import (
@@ -33,7 +34,7 @@ from cropr_hf import (
 from cropr_hf.publishing.model_card import read_record
 from cropr_hf.training import CroprTrainer, Distillation, PruningCurriculum, layer_decay_optimizer, lora_model
 from cropr_hf.training.distillation import embedding_loss, logits_loss, tokens_loss
-from tests.common import DETECTOR, assert_close_relative
+from tests.common import DETECTOR, assert_close_relative, full
 from tests.test_training import ColouredMaps, ColouredSquares, losses, tiny_model, training_arguments
 
 
@@ -193,7 +194,13 @@ class TestClassifier:
         before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
         distillation = Distillation(logits=0.5, tokens=0.1)
         trainer = make_trainer(
-            tmp_path / "run", tiny_model(), ColouredSquares(), teacher, distillation, save_strategy="epoch"
+            tmp_path / "run",
+            tiny_model(),
+            ColouredSquares(),
+            teacher,
+            distillation,
+            save_strategy="epoch",
+            num_train_epochs=1,
         )
         trainer.train()
         names = ("main_loss", "auxiliary_loss_1", "auxiliary_loss_2", "distillation_logits", "distillation_tokens")
@@ -203,7 +210,7 @@ class TestClassifier:
         assert not losses(trainer, "distillation_embedding")
         assert not teacher.training and not any(parameter.requires_grad for parameter in teacher.parameters())
         assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
-        weights = load_file(tmp_path / "run" / "checkpoint-16" / "model.safetensors")
+        weights = load_file(tmp_path / "run" / "checkpoint-8" / "model.safetensors")
         assert weights.keys() == trainer.model.state_dict().keys()
         trainer.save_model()
         trainer.create_model_card()
@@ -335,7 +342,9 @@ class TestWithoutLabels:
         model = CroprViTModel.from_vit(tmp_path / "source", auxiliary_task="embedding", **fields)
         assert model.config.use_auxiliary_heads
         processor = ViTImageProcessor(size={"height": 32, "width": 32})
-        args = training_arguments(tmp_path / "run", num_train_epochs=8, learning_rate=3e-3)
+        args = training_arguments(
+            tmp_path / "run", num_train_epochs=5, learning_rate=5e-3, logging_steps=4, eval_strategy="no"
+        )
         trainer = CroprTrainer(
             model,
             args,
@@ -355,9 +364,9 @@ class TestWithoutLabels:
         assert before["eval_loss"] == pytest.approx(1 - before["eval_cosine"], abs=1e-5)
         random = CroprViTModel.from_vit(tmp_path / "source", token_reducer="random", **fields)
         by_chance = make_trainer(tmp_path, random, teacher=tmp_path / "source").evaluate()
-        assert after["eval_loss"] < 0.5 * min(before["eval_loss"], by_chance["eval_loss"])
+        assert after["eval_loss"] < 0.6 * min(before["eval_loss"], by_chance["eval_loss"])
         auxiliary = losses(trainer, "auxiliary_loss_1")
-        assert sum(auxiliary[-8:]) < 0.5 * sum(auxiliary[:8])
+        assert sum(auxiliary[-2:]) < 0.5 * sum(auxiliary[:2])
 
         trainer.save_model()
         config = json.loads((tmp_path / "run" / "config.json").read_text())
@@ -371,15 +380,16 @@ class TestWithoutLabels:
             assert_close_relative(published(pixels()).pooler_output, expected, 1e-4)
         extract = pipeline("image-feature-extraction", model=str(tmp_path / "run"))
         image = (pixels(1)[0].permute(1, 2, 0).clamp(0, 1) * 255).byte().numpy()
-        from PIL import Image
-
         features = extract(Image.fromarray(image), pool=True)
         assert torch.tensor(features).shape == (1, 32)
-        # It can be trained on, and start other tasks, by labels.
-        again = CroprViTModel.from_pretrained(tmp_path / "run", use_auxiliary_heads=True)
-        make_trainer(tmp_path / "again", again, teacher=tmp_path / "source", max_steps=1).train()
+
+    @pytest.mark.full
+    def test_what_was_published_learns_on_and_starts_other_tasks(self, tmp_path):
+        encoder().save_pretrained(tmp_path / "model")
+        again = CroprViTModel.from_pretrained(tmp_path / "model", use_auxiliary_heads=True)
+        make_trainer(tmp_path, again, teacher=teacher_for(CroprViTModel), max_steps=1).train()
         classifier = CroprViTForImageClassification.from_pretrained(
-            tmp_path / "run", use_auxiliary_heads=True, auxiliary_task=None, num_labels=4
+            tmp_path / "model", use_auxiliary_heads=True, auxiliary_task=None, num_labels=4
         )
         assert classifier.train()(pixels(2), labels=torch.tensor([0, 1])).loss.isfinite()
 
@@ -391,7 +401,7 @@ class TestWithoutLabels:
         for found, wanted in zip(prediction.predictions, expected):
             assert_close_relative(torch.from_numpy(found[:8]), wanted)
 
-    @pytest.mark.parametrize("reducer", ["random", "tome", None])
+    @pytest.mark.parametrize("reducer", ["tome", *full("random", None)])
     def test_methods_without_heads_learn_as_well(self, tmp_path, reducer):
         fields = {"token_reducer": reducer, "use_auxiliary_heads": False, "auxiliary_task": None}
         model = encoder(**fields, **({} if reducer else {"pruning_rate": None}))
@@ -402,6 +412,16 @@ class TestWithoutLabels:
         trainer.train()
         parts = losses(trainer, "distillation_tokens")
         assert parts[-1] < parts[0]
+
+    @pytest.mark.full
+    def test_adapters_learn_as_well(self, tmp_path):
+        pytest.importorskip("peft")
+        source = encoder()
+        trainer = make_trainer(tmp_path, lora_model(source), teacher=teacher_for(CroprViTModel), learning_rate=1e-2)
+        trainer.train()
+        parts = losses(trainer, "distillation_embedding")
+        assert sum(parts[-4:]) < sum(parts[:4]) and "auxiliary_loss_2" in trainer.state.log_history[0]
+        assert trainer.evaluate()["eval_loss"] < 1
 
     @pytest.mark.full
     def test_a_resumed_run_repeats_the_uninterrupted_one_under_bfloat16(self, tmp_path):
@@ -462,6 +482,12 @@ class TestFit:
                 lambda: teacher_for(patch_size=4),
                 Distillation(tokens=1),
                 "`patch_size` of the teacher is 4, that of the model 8",
+            ),
+            (
+                tiny_model,
+                lambda: teacher_for(norm_before_pooling=True),
+                Distillation(tokens=1),
+                "`norm_before_pooling` of the teacher is True, that of the model False",
             ),
             (
                 lambda: tiny_model(id2label=dict(enumerate("abcd"))),
@@ -565,7 +591,7 @@ def tower(kind: str):
 
 
 class TestZeroShot:
-    @pytest.mark.parametrize("kind", ["clip", "siglip"])
+    @pytest.mark.parametrize("kind", ["clip", *full("siglip")])
     def test_the_text_tower_of_the_source_fits_the_pruned_images(self, kind, tmp_path):
         source = tower(kind)
         tokens = torch.tensor([[48, 3, 5, 49], [48, 7, 2, 49], [48, 9, 11, 49]])
@@ -586,7 +612,6 @@ class TestZeroShot:
 @torch.no_grad()
 def zero_shot(source, model, tokens: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
     """As docs/fine_tune.md has it."""
-    texts = source.get_text_features(input_ids=tokens)
-    texts = F.normalize(getattr(texts, "pooler_output", texts), dim=-1)
+    texts = F.normalize(source.get_text_features(input_ids=tokens).pooler_output, dim=-1)
     images = F.normalize(model(pixel_values).pooler_output, dim=-1)
     return source.logit_scale.exp() * images @ texts.T + getattr(source, "logit_bias", 0)

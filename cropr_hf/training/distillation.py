@@ -30,8 +30,8 @@ class Distillation:
         logits: of the KL divergence from the teacher's class probabilities, times `temperature` squared; of a label
             map the mean over its pixels.
         embedding: of 1 - cosine of the two pooled embeddings.
-        tokens: of the mean squared error between the patch tokens that are left at the end (all, where they were
-            restored) and those of the teacher at the same places.
+        tokens: of the mean squared error between the patch tokens that are left in `last_hidden_state` (all, where
+            they were restored) and those of the teacher at the same places.
         temperature: by which the logits of both are divided.
 
     Raises:
@@ -153,8 +153,8 @@ class Distiller:
         self.teacher = model.requires_grad_(False).eval().to(device)
         named = teacher if isinstance(teacher, (str, os.PathLike)) else model.config.name_or_path
         self.teacher_name = source_name(named) if named else type(model).__name__
-        self._teacher_encoder = EncoderOutput()
-        self._student_encoder = EncoderOutput()
+        self._teacher_encoder = EncoderOutput(in_training=False)
+        self._student_encoder = EncoderOutput(in_training=True)
         self._teacher_encoder.watch(self.teacher)
 
     def student_inputs(self, student: CroprViTPreTrainedModel, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -183,7 +183,7 @@ class Distiller:
         encoded = outputs if self.label_free else self._student_encoder.take()
         with torch.no_grad(), autocast:
             shown = self.teacher(pixel_values=pixel_values.to(self.teacher.dtype))
-        encoded_by_teacher = self._teacher_encoder.take()
+        encoded_by_teacher = self._teacher_encoder.take() or shown
         embedding = _first(shown, "image_embeds", "pooler_output")
         embedding = _first(encoded_by_teacher, "pooler_output") if embedding is None else embedding
         parts, weights = {}, self.distillation
@@ -225,8 +225,8 @@ class Distiller:
     def _given(self, outputs: Any, name: str) -> torch.Tensor:
         if (value := _first(outputs, name)) is None:
             raise ValueError(
-                f"The teacher, {type(self.teacher).__name__}, returns no `{name}`; choose another, or set that weight "
-                "of the distillation to 0."
+                f"The teacher, {type(self.teacher).__name__}, returns no `{name}`; choose another, such as "
+                "`from_vit(source, token_reducer=None)`, or set the weight of that loss to 0."
             )
         return value
 
@@ -239,21 +239,28 @@ def _first(outputs: Any, *names: str) -> torch.Tensor | None:
 
 
 class EncoderOutput:
-    """What the encoder in a model returned last: a model with a head does not pass it on."""
+    """What the encoder in a model returned last: a model with a head does not pass it on.
 
-    def __init__(self) -> None:
+    Args:
+        in_training: whether outputs of training, or of evaluation, are kept.
+    """
+
+    def __init__(self, in_training: bool):
+        self.in_training = in_training
         self.model: PreTrainedModel | None = None
         self.output: Any = {}
 
     def watch(self, model: PreTrainedModel) -> None:
-        """Takes note of what the encoder in `model` returns from now on."""
+        """Takes note of what the encoder in `model` returns from now on, unless it is the model."""
         if model is not self.model:  # the Trainer makes a new one where it has a `model_init`
             self.model = model
-            model.base_model.register_forward_hook(self.keep)
+            if model.base_model is not model:
+                model.base_model.register_forward_hook(self.keep)
 
     def keep(self, module: nn.Module, args: Any, output: Any) -> None:
         """The hook."""
-        self.output = output
+        if module.training == self.in_training:
+            self.output = output
 
     def take(self) -> Any:
         """The output, which is kept no longer."""
@@ -322,7 +329,7 @@ def check_fit(student: CroprViTPreTrainedModel, teacher: PreTrainedModel, distil
     if distillation.embedding and not student.base_model.add_pooling_layer:
         raise ValueError(f"{type(student).__name__} has no pooled embedding; set the weight `embedding` to 0.")
     if distillation.tokens:
-        for name in ("hidden_size", "patch_size"):
+        for name in ("hidden_size", "patch_size", "norm_before_pooling"):
             if getattr(other, name, getattr(config, name)) != getattr(config, name):
                 raise ValueError(
                     f"`{name}` of the teacher is {getattr(other, name)}, that of the model {getattr(config, name)}; "

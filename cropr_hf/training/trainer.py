@@ -102,7 +102,8 @@ class CroprTrainer(Trainer):
             distilled, parts, embedding = distiller.losses(student, outputs, pixel_values, autocast)
             loss = loss + distilled
             if not model.training:  # nothing else of the outputs is worth gathering
-                outputs = {"loss": loss, "embedding": outputs["pooler_output"], "teacher_embedding": embedding}
+                outputs = {"loss": loss, "embedding": outputs["pooler_output"]}
+                outputs |= {} if embedding is None else {"teacher_embedding": embedding}
         if model.training and isinstance(outputs, dict):
             self._record(outputs, parts)
         return (loss, outputs) if return_outputs else loss
