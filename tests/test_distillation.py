@@ -342,9 +342,7 @@ class TestWithoutLabels:
         model = CroprViTModel.from_vit(tmp_path / "source", auxiliary_task="embedding", **fields)
         assert model.config.use_auxiliary_heads
         processor = ViTImageProcessor(size={"height": 32, "width": 32})
-        args = training_arguments(
-            tmp_path / "run", num_train_epochs=5, learning_rate=5e-3, logging_steps=4, eval_strategy="no"
-        )
+        args = training_arguments(tmp_path / "run", num_train_epochs=5, learning_rate=5e-3, logging_steps=4)
         trainer = CroprTrainer(
             model,
             args,

@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..configuration_cropr_vit import CroprViTConfig
 from ..modeling_cropr_vit import CroprViTModel
 from ..publishing.model_card import class_name, merge_evaluation, model_facts, read_record, write_record
 from ..saving import StrippableModel, is_checkpoint_folder
@@ -22,6 +23,10 @@ from .distillation import Distillation, Distiller
 from .ema import WeightAverage
 from .record import dataset_facts, evaluation_metrics, licence_of, training_facts
 from .streaming import TrainingStream
+
+
+def _learns_embedding(config: CroprViTConfig) -> bool:
+    return config.use_auxiliary_heads and config.auxiliary_task == "embedding"
 
 
 class CroprTrainer(Trainer):
@@ -75,7 +80,7 @@ class CroprTrainer(Trainer):
             self.can_return_loss = self.can_return_loss or self._distiller.label_free  # in evaluation without labels
         elif distillation is not None:
             raise ValueError("`distillation` says what to learn from a teacher, but there is none; give `teacher`.")
-        elif isinstance(student, CroprViTModel) and student.config.use_auxiliary_heads:
+        elif isinstance(student, CroprViTModel) and _learns_embedding(student.config):
             raise ValueError(
                 "A `CroprViTModel` has no loss of its own; its auxiliary heads learn from a teacher. Give `teacher`, "
                 "usually the unpruned source of the model."
