@@ -34,7 +34,7 @@ POOLING_MODES = ("mean", "patch_mean", "cls", "cls_patch_mean", "attention")
 ROPE_COORDINATES = ("index", "centered")
 WINDOW_ROPE_MODES = ("origin", "slot", "global")
 NMS_METHODS = ("hard", "linear")
-AUXILIARY_TASKS = (None, "patches", "presence", "both")
+AUXILIARY_TASKS = (None, "patches", "presence", "both", "embedding")
 PROBLEM_TYPES = (None, "single_label_classification", "multi_label_classification", "regression")
 DEFAULT_PRUNING_RATE = 8
 WEIGHTS_ID = "weights_id"  # in a saved configuration: of the weights beside it
@@ -196,11 +196,13 @@ def check_queries(config: Any) -> None:
     """Raises `ValueError` where fields contradict each other about what the queries predict."""
     task, number, drawn = config.auxiliary_task, config.num_queries, config.patch_queries_per_step
     if task not in AUXILIARY_TASKS:
-        raise ValueError(f"`auxiliary_task` is {task!r}; choose 'presence', 'patches' or 'both', or leave it out.")
+        raise ValueError(
+            f"`auxiliary_task` is {task!r}; choose 'presence', 'patches', 'both' or 'embedding', or leave it out."
+        )
     if _contradict(task, number):
         raise ValueError(
             f"`num_queries` is {number}, but `auxiliary_task` is {task!r}; leave one of the two out. None is one "
-            "query per patch, which 'patches' has alone; 'presence' and 'both' have a number."
+            "query per patch, which 'patches' has alone; the other tasks have a number."
         )
     if drawn is not None and not config.query_counts[0]:
         raise ValueError(
@@ -290,6 +292,8 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
             predict which classes the image shows. `"patches"`, as in the paper: one per patch predicts its class.
             `"both"`: there are queries of both kinds. `None` is `"patches"` if `num_queries` is `None`, or
             `"presence"`. (In other classes every query predicts what the whole image shows.)
+            `"embedding"` is for a `CroprViTModel` that learns without labels: `num_queries` predict the pooled
+            embedding of the teacher of a `CroprTrainer`.
         patch_queries_per_step (`int`, *optional*): queries of patches that predict in a training step, drawn anew for
             each; the loss is an unbiased estimate of that of all, whose sum stays the score. `None` is all.
         label_smoothing (`float`, in [0, 1)): of the main and the auxiliary cross-entropies. (The argument of
@@ -530,10 +534,21 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
         return self.hidden_size * (2 if self.pooling == "cls_patch_mean" else 1)
 
     @property
+    def embedding_size(self) -> int:
+        """Channels of the pooled embedding, after a projection if there is one."""
+        return self.projection_dim or self.pooled_size
+
+    @property
+    def auxiliary_size(self) -> int:
+        """Numbers that a query predicts in training."""
+        return self.embedding_size if self.auxiliary_task == "embedding" else self.num_labels or 0
+
+    @property
     def query_counts(self) -> tuple[int, int]:
         """Queries of a module, in this order: of patches (one for each of `image_size`, or none), of the image."""
         task = self.auxiliary_task or ("patches" if self.num_queries is None else "presence")
-        return (0 if task == "presence" else self.num_patches, 0 if task == "patches" else self.num_queries or 0)
+        of_patches = self.num_patches if task in ("patches", "both") else 0
+        return (of_patches, 0 if task == "patches" else self.num_queries or 0)
 
     @property
     def pruning_blocks(self) -> list[int]:

@@ -68,7 +68,10 @@ class CroprViTModelOutput(ModelOutput):
             projected. `None` in models of dense tasks.
         pruned_after_block: (B, patches), with `output_pruning=True`: the block (1 to L) after which each patch was
             pruned (or merged into another), L if it never was.
-        auxiliary_logits: one (B, N, C) per module, in training with auxiliary heads; of patches first.
+        token_indices: (B or 1, T), with `output_pruning=True`: place of each token of `last_hidden_state` in the
+            unpruned sequence, prefix tokens first.
+        auxiliary_logits: one (B, N, C) per module, in training with auxiliary heads; of patches first. Embeddings
+            (B, N, `config.embedding_size`) with the auxiliary task "embedding".
         auxiliary_patches: (n,), the patches that these are of in this step, if `config.patch_queries_per_step` draws.
         method_losses: further losses of the method, by name, in training.
         stage_states: one (B, prefix + patches, D) for each of `output_stages`: a pruned patch, which is at its place
@@ -81,6 +84,7 @@ class CroprViTModelOutput(ModelOutput):
     last_hidden_state: torch.Tensor | None = None
     pooler_output: torch.Tensor | None = None
     pruned_after_block: torch.Tensor | None = None
+    token_indices: torch.Tensor | None = None
     auxiliary_logits: tuple[torch.Tensor, ...] | None = None
     auxiliary_patches: torch.Tensor | None = None
     method_losses: dict[str, torch.Tensor] | None = None
@@ -220,6 +224,7 @@ class CroprViTPreTrainedModel(StrippableModel):
 
     def _warn_untrained(self, labels: Any | None, auxiliary_logits: tuple[torch.Tensor, ...] | None) -> None:
         """Says once, in training, that nothing trains the scorers, if that is so."""
+        self._check_auxiliary_task(labels, auxiliary_logits)
         if not self.training or torch.compiler.is_compiling():
             return
         if labels is None and auxiliary_logits is not None:
@@ -228,8 +233,20 @@ class CroprViTPreTrainedModel(StrippableModel):
                 "computes the loss (`label_smoothing_factor`, `compute_loss_func`), leave that to the model: "
                 "`config.label_smoothing`."
             )
-        learned = has_auxiliary_heads(self.config.token_reducer) and not self.config.use_auxiliary_heads
-        if labels is not None and learned:
+        if labels is not None:
+            self.warn_without_heads()
+
+    def _check_auxiliary_task(self, labels: Any | None, auxiliary_logits: tuple[torch.Tensor, ...] | None) -> None:
+        """Raises `ValueError` for labels where the auxiliary heads predict embeddings."""
+        if labels is not None and auxiliary_logits is not None and self.config.auxiliary_task == "embedding":
+            raise ValueError(
+                "`auxiliary_task` is 'embedding', which only a `CroprViTModel` learns, from a teacher; load "
+                f"{type(self).__name__} with `auxiliary_task=None` to train it by labels."
+            )
+
+    def warn_without_heads(self) -> None:
+        """Says once that a training leaves the scorers as they are, if the model has no heads that train them."""
+        if has_auxiliary_heads(self.config.token_reducer) and not self.config.use_auxiliary_heads:
             logger.warning_once(
                 "The model prunes tokens but trains without auxiliary heads, so that its scorers stay as they are. "
                 "Load it with `use_auxiliary_heads=True` to train them."
@@ -292,7 +309,7 @@ class CroprViTModel(CroprViTPreTrainedModel):
         Args:
             pixel_values: (B, channels, height, width), height and width multiples of the patch size.
             pixel_mask: (B, height, width), 0 for padding; only `config.prune_padding_first` heeds it.
-            output_pruning: also return `pruned_after_block`.
+            output_pruning: also return `pruned_after_block` and `token_indices`.
             output_stages: also return `stage_states` after these blocks (1 to L; 0 is before the first), in ascending
                 order.
             kwargs: `output_hidden_states`, `output_attentions`, and what the attention implementation takes.
@@ -324,6 +341,7 @@ class CroprViTModel(CroprViTPreTrainedModel):
             last_hidden_state=hidden_states,
             pooler_output=pooled,
             pruned_after_block=state.pruning_map(num_blocks) if output_pruning else None,
+            token_indices=state.token_indices if output_pruning else None,
             auxiliary_logits=tuple(state.auxiliary_logits.values()) or None,
             auxiliary_patches=state.auxiliary_patches,
             method_losses=state.losses or None,
@@ -460,8 +478,7 @@ class CroprViTForImageClassification(CroprViTPreTrainedModel):
         super().__init__(config)
         self.num_labels: int = config.num_labels or 0
         self.cropr_vit = CroprViTModel(config)
-        input_size = config.projection_dim or config.pooled_size
-        self.classifier = nn.Linear(input_size, self.num_labels) if self.num_labels else nn.Identity()
+        self.classifier = nn.Linear(config.embedding_size, self.num_labels) if self.num_labels else nn.Identity()
         self.post_init()
 
     @can_return_tuple
@@ -610,6 +627,7 @@ class CroprViTBackbone(BackboneMixin, CroprViTPreTrainedModel):
         if labels is not None:
             labels = labels.float()
             check_class_shares(labels, batch_size, self.config.num_labels or 0)
+            self._check_auxiliary_task(labels, auxiliary_logits)
         if labels is not None and auxiliary_logits is not None:
             return torch.stack([presence_loss(logits, labels) for logits in auxiliary_logits])
         if self.training and has_auxiliary_heads(self.config.token_reducer) and not torch.compiler.is_compiling():

@@ -17,7 +17,8 @@
 2. The parts: scorer and router, aggregator, auxiliary head.
 3. `CroprModule`, which follows a block: in inference, in training, and stripped.
 
-Symbols: B images, T tokens (prefix and patches), N queries, H heads, D hidden size, C classes.
+Symbols: B images, T tokens (prefix and patches), N queries, H heads, D hidden size, C classes (or channels of the
+embedding, for queries that predict it).
 """
 
 from __future__ import annotations
@@ -288,10 +289,10 @@ class AuxiliaryHead(nn.Module):
         super().__init__()
         of_patches, self.num_image_queries = config.query_counts
         self.norm = nn.LayerNorm(config.hidden_size, eps=NORM_EPS)
-        self.classifier = AuxiliaryClassifier(config.hidden_size, config.num_labels or 0)
+        self.classifier = AuxiliaryClassifier(config.hidden_size, config.auxiliary_size)
         self.image_classifier: nn.Module | None = None
         if of_patches and self.num_image_queries:
-            self.image_classifier = AuxiliaryClassifier(config.hidden_size, config.num_labels or 0)
+            self.image_classifier = AuxiliaryClassifier(config.hidden_size, config.auxiliary_size)
 
     def forward(self, aggregated: torch.Tensor) -> torch.Tensor:
         """(B, N, D) -> (B, N, C)"""

@@ -67,7 +67,7 @@ class PruningArguments:
     """How a model prunes."""
 
     token_reducer: str | None = HfArg(
-        default=None, help="'cropr' (default for an unpruned source to train), 'random', 'tome' or 'none'."
+        default=None, help="'cropr' (default for an unpruned source to train), another such as 'tome', or 'none'."
     )
     pruning_rate: int | None = HfArg(default=None, help="Patch tokens removed per module (R).")
     pruning_schedule: list[int] | None = HfArg(
@@ -261,8 +261,8 @@ def recipe_words(name: str, value: Any, parser: HfArgumentParser) -> list[str]:
     return words
 
 
-def load_model(model_class: Any, args: ModelArguments, label_names: list[str], **fields: Any) -> Any:
-    """A prunable model from a Cropr checkpoint or from another pretrained ViT, with one output per label.
+def load_model(model_class: Any, args: ModelArguments, label_names: list[str] | None, **fields: Any) -> Any:
+    """A prunable model from a Cropr checkpoint or from another pretrained ViT, with one output per label, if any.
 
     Raises:
         `ValueError`: when the backbone is to be frozen and to get adapters.
@@ -275,16 +275,21 @@ def load_model(model_class: Any, args: ModelArguments, label_names: list[str], *
     return model if args.lora_rank is None else lora_model(model, args.lora_rank)
 
 
-def load_whole_model(model_class: Any, args: ModelArguments, label_names: list[str], **fields: Any) -> Any:
+def load_whole_model(model_class: Any, args: ModelArguments, label_names: list[str] | None, **fields: Any) -> Any:
     """See `load_model`; all of this model is trained."""
     overrides = args.overrides() | fields
-    overrides["id2label"] = dict(enumerate(label_names))
-    overrides["label2id"] = {name: index for index, name in enumerate(label_names)}
+    if label_names is not None:
+        overrides["id2label"] = dict(enumerate(label_names))
+        overrides["label2id"] = {name: index for index, name in enumerate(label_names)}
     stored = cropr_config(args.model_name_or_path, **args.hub())
     if stored is None:
         return model_class.from_vit(args.model_name_or_path, **overrides, **args.hub())
     known = [*stored.id2label.values()]
-    if len(known) == len(label_names) and class_numbers(label_names, stored.id2label) != [*range(len(known))]:
+    if (
+        label_names is not None
+        and len(known) == len(label_names)
+        and class_numbers(label_names, stored.id2label) != [*range(len(known))]
+    ):
         logger.warning(
             f"{args.model_name_or_path} has the classes {shortened(known)}, the data set {shortened(label_names)}: "
             "the head starts from that of the model by number, and without training it answers for other classes."
@@ -464,7 +469,7 @@ def prepare_splits(images: Any, args: Any, share: float, seed: int) -> Any:
     """
     if "train" not in images:
         raise ValueError(f"The data set has no split 'train', only {', '.join(images)}; choose another.")
-    missing = {args.image_column_name, args.label_column_name} - set(images["train"].column_names or ())
+    missing = {args.image_column_name, args.label_column_name} - {None, *(images["train"].column_names or ())}
     if missing:
         raise ValueError(
             f"The data set has no column {', '.join(sorted(missing))}, only "

@@ -83,8 +83,8 @@ class ClassifierArguments(ModelArguments):
 
 
 @dataclass
-class DataArguments(StreamingArguments):
-    """Which images to train on, and how they are augmented."""
+class ImageArguments(StreamingArguments):
+    """Which images to train on, and how each is augmented."""
 
     dataset_name: str | None = HfArg(default=None, help=f"Data set id on the Hub, or '{CLUTTERED_DIGITS}'.")
     dataset_config_name: str | None = HfArg(default=None, help="Configuration of that data set.")
@@ -109,8 +109,6 @@ class DataArguments(StreamingArguments):
         default=9, help="RandAugment of timm with operations of about this magnitude (0 to 10); 0 is none."
     )
     random_erasing: float = HfArg(default=0.25, help="Probability of replacing a rectangle by noise.")
-    mixup_alpha: float = HfArg(default=0.8, help="Mixup; 0 is none.")
-    cutmix_alpha: float = HfArg(default=1.0, help="Cutmix; 0 is none. A batch gets one of the two.")
 
     def __post_init__(self) -> None:
         if self.train_dir is not None:
@@ -119,6 +117,14 @@ class DataArguments(StreamingArguments):
             raise ValueError(f"--center_crop is {self.center_crop}; it must be in (0, 1], such as 0.875.")
         if not 0 <= self.randaugment_magnitude <= 10:
             raise ValueError(f"--randaugment_magnitude is {self.randaugment_magnitude}; it must be in [0, 10].")
+
+
+@dataclass
+class DataArguments(ImageArguments):
+    """`ImageArguments`, and how images and classes are mixed."""
+
+    mixup_alpha: float = HfArg(default=0.8, help="Mixup; 0 is none.")
+    cutmix_alpha: float = HfArg(default=1.0, help="Cutmix; 0 is none. A batch gets one of the two.")
 
 
 @dataclass
@@ -137,7 +143,7 @@ class ImageNetArguments(RecipeArguments):
     per_device_eval_batch_size: int = HfArg(default=64, help="Images per process and evaluation step.")
 
 
-def load_images(args: DataArguments, token: str | None, seed: int) -> Any:
+def load_images(args: ImageArguments, token: str | None, seed: int) -> Any:
     """The splits `train` and `validation`, as data sets or streams.
 
     Raises:
@@ -212,7 +218,7 @@ def get_label_names(images: Any, column: str) -> list[str]:
     return feature.names
 
 
-def image_processor(config: CroprViTConfig, args: DataArguments, model_args: ModelArguments) -> ViTImageProcessor:
+def image_processor(config: CroprViTConfig, args: ImageArguments, model_args: ModelArguments) -> ViTImageProcessor:
     """From an image to the input of the published model, and of the evaluation here."""
     size = input_size(config)
     resize: dict[str, Any] = {"size": size}
@@ -222,7 +228,7 @@ def image_processor(config: CroprViTConfig, args: DataArguments, model_args: Mod
     return ViTImageProcessor(resample=BICUBIC, do_convert_rgb=True, **resize, **normalization(model_args))
 
 
-def augmentation(config: CroprViTConfig, args: DataArguments, processor: Any) -> v2.Compose:
+def augmentation(config: CroprViTConfig, args: ImageArguments, processor: Any) -> v2.Compose:
     """From an image to normalised pixels, at random, for training."""
     size = list(input_size(config).values())
     bicubic = v2.InterpolationMode.BICUBIC
@@ -266,14 +272,18 @@ class Transform:
     (An object, because worker processes that are not forked get it by pickle, which knows no function in a function.)
     """
 
-    def __init__(self, args: DataArguments, processor: Any, augment: Callable[[Any], torch.Tensor] | None = None):
+    def __init__(self, args: ImageArguments, processor: Any, augment: Callable[[Any], torch.Tensor] | None = None):
         self.args, self.processor, self.augment = args, processor, augment
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
         """A batch of columns, as `Dataset.set_transform` gives it."""
         labels = batch[self.args.label_column_name]
-        pixels = [self.pixels(read_picture(image)) for image in batch[self.args.image_column_name]]
+        pixels = [self.pixels(image) for image in self.pictures(batch)]
         return {"pixel_values": pixels, "labels": labels, "training": [self.augment is not None] * len(labels)}
+
+    def pictures(self, batch: dict[str, list]) -> list[Any]:
+        """The images of a batch, decoded."""
+        return [read_picture(image) for image in batch[self.args.image_column_name]]
 
     def pixels(self, image: Any) -> torch.Tensor:
         """(channels, height, width) of one image."""

@@ -18,8 +18,19 @@ from common import DETECTOR, make_images, object_labels
 from test_training import ColouredMaps, ColouredSquares, tiny_model, training_arguments
 from transformers import Trainer, TrainerCallback
 
-from cropr_hf import CroprViTForImageClassification, CroprViTForInstanceSegmentation, CroprViTForSemanticSegmentation
-from cropr_hf.training import CroprTrainer, PruningCurriculum, last_whole_checkpoint, layer_decay_optimizer
+from cropr_hf import (
+    CroprViTForImageClassification,
+    CroprViTForInstanceSegmentation,
+    CroprViTForSemanticSegmentation,
+    CroprViTModel,
+)
+from cropr_hf.training import (
+    CroprTrainer,
+    Distillation,
+    PruningCurriculum,
+    last_whole_checkpoint,
+    layer_decay_optimizer,
+)
 
 
 GLOBAL_BATCH = 8
@@ -58,6 +69,13 @@ TASKS = {
     "segmentation": (CroprViTForSemanticSegmentation, ColouredMaps, {"num_queries": None}),
     "uneven_segmentation": (CroprViTForSemanticSegmentation, UnevenMaps, {"num_queries": None}),
     "instance_segmentation": (CroprViTForInstanceSegmentation, Objects, DETECTOR),
+    "taught_classification": (CroprViTForImageClassification, ColouredSquares, {}),
+    "embedding": (CroprViTModel, ColouredSquares, {"auxiliary_task": "embedding"}),
+}
+UNPRUNED = {"token_reducer": None, "pruning_rate": None, "use_auxiliary_heads": False, "initializer_range": 0.1}
+TAUGHT = {
+    "taught_classification": Distillation(logits=1.0, embedding=1.0, tokens=0.1),
+    "embedding": Distillation(embedding=1.0),
 }
 
 
@@ -91,6 +109,9 @@ def make_trainer(
     }
     args = training_arguments(folder, **{**arguments, **kwargs})
     model = tiny_model(model_class, **{"drop_path_rate": 0.0, **fields})
+    taught = {}
+    if task in TAUGHT:
+        taught = {"teacher": tiny_model(model_class, **UNPRUNED), "distillation": TAUGHT[task]}
     return trainer_class(
         model,
         args,
@@ -98,13 +119,15 @@ def make_trainer(
         data_collator=collate_objects if dataset is Objects else None,
         callbacks=list(callbacks),
         optimizer_cls_and_kwargs=layer_decay_optimizer(model, args, layer_decay=0.75),
+        **taught,
     )
 
 
 def losses(trainer: Trainer) -> dict[str, list[float]]:
     """The logged losses by name."""
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
-    return {name: [entry[name] for entry in entries] for name in entries[0] if name.endswith(("loss", "_1", "_2"))}
+    names = [name for name in entries[0] if name.endswith(("loss", "_1", "_2")) or name.startswith("distillation_")]
+    return {name: [entry[name] for entry in entries] for name in names}
 
 
 def result(trainer: Trainer) -> dict[str, Any]:
@@ -121,6 +144,10 @@ def ddp(folder: Path) -> dict[str, Any]:
             trainer = make_trainer(folder / "unused", task, trainer_class)
             trainer.train()
             results[f"{task}, {trainer_class.__name__}"] = result(trainer)
+    for task in TAUGHT:
+        trainer = make_trainer(folder / "unused", task)
+        trainer.train()
+        results[task] = result(trainer)
     watch = WatchSchedule()
     trainer = make_trainer(folder / "whole", callbacks=[CURRICULUM, watch], save_strategy="steps", save_steps=4)
     trainer.train()
@@ -160,7 +187,13 @@ def more_tasks(folder: Path) -> dict[str, Any]:
     """The same for models of other tasks, without checkpoints."""
     trainer = make_trainer(folder / "unused", "segmentation", callbacks=[CURRICULUM])
     trainer.train()
-    return {"segmentation": result(trainer), "instance_segmentation": detector(folder)}
+    taught = make_trainer(folder / "unused", "embedding")
+    taught.train()
+    return {
+        "segmentation": result(trainer),
+        "embedding": result(taught),
+        "instance_segmentation": detector(folder),
+    }
 
 
 # Functions, and what they find in the environment

@@ -217,7 +217,10 @@ def test_the_rate_that_an_error_suggests_works_and_the_next_does_not():
         ({"drop_path_rate": 1}, r"`drop_path_rate` is 1;"),
         ({"label_smoothing": 1.5}, r"`label_smoothing` is 1.5"),
         ({"auxiliary_loss_weight": -1}, r"`auxiliary_loss_weight` is -1; it must be 0 or more"),
-        ({"auxiliary_task": "objects"}, r"`auxiliary_task` is 'objects'; choose 'presence', 'patches' or 'both'"),
+        (
+            {"auxiliary_task": "objects"},
+            r"`auxiliary_task` is 'objects'; choose 'presence', 'patches', 'both' or 'embedding'",
+        ),
         (
             {"auxiliary_task": "patches", "num_queries": 2},
             r"`num_queries` is 2, but `auxiliary_task` is 'patches'; leave one of the two out",
@@ -552,6 +555,7 @@ def test_the_number_of_queries_can_be_overridden_by_none(tmp_path):
         ({"auxiliary_task": "patches", "num_queries": None}, (16, 0)),
         ({"auxiliary_task": "both"}, (16, 1)),
         ({"auxiliary_task": "both", "num_queries": 3}, (16, 3)),
+        ({"auxiliary_task": "embedding", "num_queries": 2}, (0, 2)),
     ],
 )
 def test_queries_of_patches_and_of_the_image(fields, counts, tmp_path):
@@ -566,6 +570,7 @@ def test_queries_of_patches_and_of_the_image(fields, counts, tmp_path):
         ("auxiliary_task", "patches"): (16, 0),
         ("auxiliary_task", "presence"): (0, counts[1] or 1),
         ("auxiliary_task", "both"): (16, counts[1] or 1),
+        ("auxiliary_task", "embedding"): (0, counts[1] or 1),
     }.items():
         assert CroprViTConfig.from_pretrained(tmp_path, **dict([override])).query_counts == expected
 

@@ -13,7 +13,7 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from common import assert_close_relative
-from distributed_worker import CURRICULUM, WatchSchedule, losses, make_trainer, result
+from distributed_worker import CURRICULUM, TAUGHT, WatchSchedule, losses, make_trainer, result
 from safetensors.torch import load_file
 from test_training import ColouredSquares, tiny_model
 from transformers import Trainer, TrainingArguments
@@ -136,6 +136,12 @@ class TestTwoProcesses:
         assert ("auxiliary_loss_2" in expected["losses"]) is (trainer_class is CroprTrainer)
         assert_same(ddp[1][f"{task}, {trainer_class.__name__}"], expected)
 
+    @pytest.mark.parametrize("task", TAUGHT)
+    def test_they_learn_from_a_teacher_as_one_does(self, task, ddp, tmp_path):
+        expected = train(tmp_path, task)
+        assert "distillation_embedding" in expected["losses"]
+        assert_same(ddp[1][task], expected)
+
     def test_the_logged_parts_belong_to_the_logged_loss(self, ddp):
         """With losses that differ between the processes."""
         found = ddp[1]["uneven_segmentation, CroprTrainer"]["losses"]
@@ -222,6 +228,7 @@ class TestFsdp:
     def test_other_tasks(self, fsdp, ddp, tmp_path):
         results = fsdp[1]["fsdp_tasks"]
         assert_same(results["segmentation"], train(tmp_path, "segmentation", callbacks=[CURRICULUM]))
+        assert_same(results["embedding"], train(tmp_path, "embedding"))
         found, expected = (each["instance_segmentation"]["losses"]["loss"] for each in (results, ddp[1]))
         assert found == pytest.approx(expected, abs=1e-3)
 
@@ -276,6 +283,16 @@ class TestPrecisionMemoryAndSpeed:
         found = train(tmp_path, callbacks=[CURRICULUM], torch_compile=True, torch_compile_backend=backend)
         torch._dynamo.reset()
         assert found["losses"]["loss"] == pytest.approx(expected["losses"]["loss"], rel=0, abs=1e-4)
+
+    @pytest.mark.full
+    @pytest.mark.parametrize("task", TAUGHT)
+    def test_a_compiled_model_learns_from_its_teacher(self, task, tmp_path):
+        torch._dynamo.reset()
+        expected = train(tmp_path, task)
+        found = train(tmp_path, task, torch_compile=True, torch_compile_backend="eager")
+        torch._dynamo.reset()
+        for name, values in expected["losses"].items():
+            assert found["losses"][name] == pytest.approx(values, rel=0, abs=LOG_TOLERANCE), name
 
     @pytest.mark.gpu
     def test_float16_stays_near_float32(self, tmp_path):

@@ -511,6 +511,42 @@ def test_remote_code_without_the_package_predicts_trains_and_saves(registered_fo
         assert_close_relative(logits, expected, msg=lambda text, name=name: name + text)
 
 
+@pytest.mark.full
+def test_remote_code_of_an_encoder_that_learned_without_labels_gives_its_embeddings(monkeypatch, tmp_path):
+    for each in (CroprViTConfig, CroprViTModel):
+        monkeypatch.setattr(each, "_auto_class", None)
+    CroprViTConfig.register_for_auto_class()
+    CroprViTModel.register_for_auto_class("AutoModel")
+    fields = {"use_auxiliary_heads": True, "auxiliary_task": "embedding", "projection_dim": 12}
+    model = make_model(CroprViTModel, tiny_config(**fields))
+    model.save_pretrained(tmp_path / "model")
+    safetensors.torch.save_file({"images": make_images()}, tmp_path / "images.safetensors")
+    run_python(
+        """
+        import sys
+        sys.modules["cropr_hf"] = None
+        from safetensors.torch import load_file, save_file
+        from transformers import AutoConfig, AutoModel
+
+        path = sys.argv[1]
+        images = load_file("images.safetensors")["images"]
+        model = AutoModel.from_pretrained(path, trust_remote_code=True)
+        results = {"embeddings": model(images).pooler_output}
+        config = AutoConfig.from_pretrained(path + "/training_config", trust_remote_code=True)
+        again = AutoModel.from_pretrained(path, config=config, trust_remote_code=True)
+        results["again"] = again(images).pooler_output
+        assert {logits.shape for logits in again.train()(images).auxiliary_logits} == {(2, 1, 12)}
+        save_file(results, "results.safetensors")
+        """,
+        tmp_path,
+        tmp_path / "model",
+    )
+    with torch.no_grad():
+        expected = model(make_images()).pooler_output
+    for name, embeddings in load_file(tmp_path / "results.safetensors").items():
+        assert_close_relative(embeddings, expected, msg=lambda text, name=name: name + text)
+
+
 # Damage, interruption, other models
 
 

@@ -80,7 +80,8 @@ def convert_vit(cls: type[CroprViTPreTrainedModel], source: str | os.PathLike | 
     """A Cropr ViT with the weights of a pretrained ViT; `cls.from_vit` calls it.
 
     With `token_reducer=None` it computes what the source computes. Otherwise it prunes by a score that is still
-    random, so it has to be trained: task classes get auxiliary heads unless `use_auxiliary_heads=False`.
+    random, so it has to be trained: task classes, and a `CroprViTModel` with `auxiliary_task="embedding"`, get
+    auxiliary heads unless `use_auxiliary_heads=False`.
 
     An image classifier that normalises the mean of the tokens, where its source normalises the tokens, has a new final
     norm: as MAE and the paper fine-tune, and timm when its pooling changes.
@@ -202,7 +203,9 @@ def build_config(
     if "out_indices" in overrides and "out_features" not in overrides:
         fields.pop("out_features", None)
     config = config_class(**fields)
-    if "use_auxiliary_heads" not in overrides and not issubclass(cls, (CroprViTModel, CroprViTBackbone)):
+    has_loss = not issubclass(cls, (CroprViTModel, CroprViTBackbone))
+    learns_embedding = issubclass(cls, CroprViTModel) and config.auxiliary_task == "embedding"
+    if "use_auxiliary_heads" not in overrides and (has_loss or learns_embedding):
         config.use_auxiliary_heads = has_auxiliary_heads(config.token_reducer)
     return config
 

@@ -311,6 +311,7 @@ def _training_table(training: Mapping[str, Any]) -> dict[str, Any]:
         "precision": "precision",
         "seed": "seed",
         "loss": "mean loss, auxiliary losses included",
+        "teacher": "teacher",
         "machine": "hardware",
         "num_processes": "processes",
         "minutes": "minutes",
@@ -318,6 +319,10 @@ def _training_table(training: Mapping[str, Any]) -> dict[str, Any]:
         "commit": "commit of cropr_hf",
     }
     table = {words: training[key] for key, words in labels.items() if training.get(key) is not None}
+    if weights := training.get("distillation"):
+        table["learned from the teacher"] = ", ".join(f"{name} {weight}" for name, weight in weights.items())
+    if losses := training.get("distillation_losses"):
+        table["last losses against it"] = ", ".join(f"{name} {loss}" for name, loss in losses.items())
     if versions := training.get("versions"):
         table["versions"] = ", ".join(f"{library} {version}" for library, version in versions.items())
     return table

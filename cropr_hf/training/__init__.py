@@ -5,6 +5,7 @@ from .adapters import freeze_backbone, lora_model, merge_lora
 from .checkpoints import last_whole_checkpoint
 from .composite import train_routers
 from .curriculum import PruningCurriculum
+from .distillation import Distillation
 from .ema import WeightAverage
 from .optimizer import layer_decay_groups, layer_decay_optimizer
 from .record import changed_settings
@@ -14,6 +15,7 @@ from .trainer import CroprTrainer
 
 __all__ = [
     "CroprTrainer",
+    "Distillation",
     "PruningCurriculum",
     "TrainingStream",
     "WeightAverage",

@@ -40,6 +40,7 @@ PRIVATE_SETTINGS = {
     "report_to",
     "resume_from_checkpoint",
     "run_name",
+    "teacher_name_or_path",
     "token",
     "train_dir",
     "validation_dir",
@@ -62,6 +63,7 @@ def training_facts(trainer: Trainer) -> dict[str, Any]:
     finished = next((entry for entry in reversed(state.log_history) if "train_runtime" in entry), {})
     precision = trainer.accelerator.mixed_precision  # by the arguments, or by the configuration of accelerate
     settings = changed_settings(args)
+    logged: dict[str, Any] = next((entry for entry in reversed(state.log_history) if "loss" in entry), {})
     if args.auto_find_batch_size:
         settings["per_device_train_batch_size"] = trainer._train_batch_size // max(1, args.n_gpu)
     facts = {
@@ -73,6 +75,7 @@ def training_facts(trainer: Trainer) -> dict[str, Any]:
         "precision": PRECISIONS.get(precision, precision),
         "seed": args.seed,
         "loss": round(finished["train_loss"], 4) if finished else None,
+        "distillation_losses": {name: logged[name] for name in logged if name.startswith("distillation_")} or None,
         "minutes": round(finished["train_runtime"] / 60, 1) if finished else None,
         "machine": machine_name(args.device),
         "num_processes": args.world_size,

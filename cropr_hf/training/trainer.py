@@ -8,17 +8,25 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..configuration_cropr_vit import CroprViTConfig
+from ..modeling_cropr_vit import CroprViTModel
 from ..publishing.model_card import class_name, merge_evaluation, model_facts, read_record, write_record
 from ..saving import StrippableModel, is_checkpoint_folder
 from .checkpoints import last_whole_checkpoint
+from .distillation import Distillation, Distiller
 from .ema import WeightAverage
 from .record import dataset_facts, evaluation_metrics, licence_of, training_facts
 from .streaming import TrainingStream
+
+
+def _learns_embedding(config: CroprViTConfig) -> bool:
+    return config.use_auxiliary_heads and config.auxiliary_task == "embedding"
 
 
 class CroprTrainer(Trainer):
@@ -36,16 +44,46 @@ class CroprTrainer(Trainer):
     `WeightAverage` among the callbacks makes it evaluate and publish an average of the weights; `train_dataset` can be
     a `TrainingStream`.
 
+    With a teacher, which is frozen and never saved, the losses of `distillation` are added in training, and logged as
+    `distillation_logits`, `distillation_embedding` and `distillation_tokens`. A `CroprViTModel` learns from it alone,
+    without labels: made with `auxiliary_task="embedding"`, its auxiliary heads predict the teacher's embedding. Its
+    evaluations have the same loss, and as predictions its embeddings (images, channels) and those of the teacher.
+
+    Args:
+        args, kwargs: of the `Trainer`.
+        teacher: usually the unpruned source of the model: a model of Transformers, a folder or a Hub id.
+        distillation: what is learned from it; by default the embedding, for a `CroprViTModel`, or the logits.
+
     Raises:
-        `ValueError`: when the Trainer, and not the model, would compute the loss.
+        `ValueError`: when the Trainer, and not the model, would compute the loss; for a teacher that does not fit the
+            model, or a model that needs one.
+        `OSError`: when there is no such teacher.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        teacher: nn.Module | str | os.PathLike | None = None,
+        distillation: Distillation | None = None,
+        **kwargs: Any,
+    ):
         super().__init__(*args, **kwargs)
         if self.args.label_smoothing_factor > 0 or self.compute_loss_func is not None:
             raise ValueError(
                 "`label_smoothing_factor` and `compute_loss_func` take the labels away from the model, and with them "
                 "the auxiliary losses; use `label_smoothing` of the model's configuration, or the plain `Trainer`."
+            )
+        self._distiller: Distiller | None = None
+        student = self._bare_model()
+        if teacher is not None:
+            self._distiller = Distiller(teacher, student, distillation, self.args.device)
+            self.can_return_loss = self.can_return_loss or self._distiller.label_free  # in evaluation without labels
+        elif distillation is not None:
+            raise ValueError("`distillation` says what to learn from a teacher, but there is none; give `teacher`.")
+        elif isinstance(student, CroprViTModel) and _learns_embedding(student.config):
+            raise ValueError(
+                "A `CroprViTModel` has no loss of its own; its auxiliary heads learn from a teacher. Give `teacher`, "
+                "usually the unpruned source of the model."
             )
         self.facts: dict[str, Any] = {}
         self._evaluations: list[dict[str, Any]] = []
@@ -54,13 +92,34 @@ class CroprTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """See `Trainer.compute_loss`."""
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        distiller = self._distiller
+        parts: dict[str, torch.Tensor] = {}
+        if distiller is None or not (model.training or distiller.label_free):
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        else:
+            student = self._bare_model()
+            student_inputs = distiller.student_inputs(student, inputs)
+            if distiller.label_free:
+                loss, outputs = 0.0, model(**student_inputs)
+            else:
+                loss, outputs = super().compute_loss(model, student_inputs, True, num_items_in_batch)
+            pixel_values, autocast = inputs["pixel_values"], self.accelerator.autocast()
+            distilled, parts, embedding = distiller.losses(student, outputs, pixel_values, autocast)
+            loss = loss + distilled
+            if not model.training:  # nothing else of the outputs is worth gathering
+                outputs = {"loss": loss, "embedding": outputs["pooler_output"]}
+                outputs |= {} if embedding is None else {"teacher_embedding": embedding}
         if model.training and isinstance(outputs, dict):
-            self._record(outputs)
+            self._record(outputs, parts)
         return (loss, outputs) if return_outputs else loss
 
-    def _record(self, outputs: dict[str, Any]) -> None:
-        parts = {}
+    def _bare_model(self) -> Any:
+        """The model without what distributed training, compilation and PEFT put around it."""
+        model: Any = self.accelerator.unwrap_model(self.model)
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def _record(self, outputs: dict[str, Any], parts: dict[str, torch.Tensor]) -> None:
+        parts = {**parts}
         if outputs.get("main_loss") is not None:
             parts["main_loss"] = outputs["main_loss"]
         if outputs.get("auxiliary_losses") is not None:
@@ -245,6 +304,7 @@ class CroprTrainer(Trainer):
         if step > 0:
             if "base_licence" not in self.facts and self.is_world_process_zero():
                 self.facts["base_licence"] = licence_of(model.config.name_or_path)
-            record["training"] = training_facts(self) | self.facts
+            taught = {} if self._distiller is None else self._distiller.facts()
+            record["training"] = training_facts(self) | taught | self.facts
         model.record = record
         return record
