@@ -121,6 +121,15 @@ class TestLosses:
         )
         assert tokens_loss(student, teacher, places).item() == pytest.approx(expected.item(), rel=1e-5)
 
+    def test_new_tokens_count_for_nothing(self):
+        torch.manual_seed(0)
+        student, teacher = torch.randn(2, 3, 4), torch.randn(2, 5, 4)
+        places = torch.tensor([[4, 0, 5], [1, 5, 5]])  # of five places 5 is none
+        expected = torch.stack(
+            [student[0, 0] - teacher[0, 4], student[0, 1] - teacher[0, 0], student[1, 0] - teacher[1, 1]]
+        )
+        assert tokens_loss(student, teacher, places).item() == pytest.approx(expected.square().mean().item(), rel=1e-5)
+
     def test_different_shapes_are_errors_that_name_both(self):
         with pytest.raises(ValueError, match=r"logits .* \(2, 3\), those of the teacher \(2, 4\)"):
             logits_loss(torch.zeros(2, 3), torch.zeros(2, 4))

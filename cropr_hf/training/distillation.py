@@ -89,21 +89,23 @@ def embedding_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor
 
 
 def tokens_loss(student: torch.Tensor, teacher: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of tokens.
+    """Mean squared error of tokens; those that a method made, and that the teacher does not have, count for nothing.
 
     Args:
         student: (B, K, D)
         teacher: all tokens (B, T, D).
-        places: (B or 1, K), of the student's tokens among those of the teacher.
+        places: (B or 1, K), of the student's tokens among those of the teacher; T or more for new ones.
 
     Raises:
         `ValueError`: for different shapes.
     """
+    is_known = (places < teacher.shape[1]).expand(len(teacher), -1)
     # (B or 1, K) -> (B, K, D)
-    indices = places[..., None].expand(len(teacher), -1, teacher.shape[-1])
+    indices = places.clamp(max=teacher.shape[1] - 1)[..., None].expand(len(teacher), -1, teacher.shape[-1])
     teacher = teacher.gather(1, indices)
     _check_shapes("tokens", student, teacher)
-    return F.mse_loss(student.float(), teacher.float())
+    errors = (student.float() - teacher.float()).square().mean(dim=-1)
+    return (errors * is_known).sum() / is_known.sum()
 
 
 def _check_shapes(name: str, student: torch.Tensor, teacher: torch.Tensor) -> None:
