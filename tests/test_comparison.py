@@ -30,6 +30,7 @@ CONTENT = {
     "smaller_model": "smaller",
     "speed": SPEED,
 }
+FEW = {"seeds": [0], "methods": ["cropr"], "smaller_model": None}
 # In the order in which they run; off the shelf means without a training.
 NAMES = ["unpruned", "cropr", "smaller image", "random", "random off the shelf", "tome", "tome off the shelf"]
 NAMES += ["smaller model"]
@@ -142,22 +143,22 @@ def test_other_settings_or_data_are_refused(scripts, write, tmp_path, monkeypatc
     photos.mkdir()
     (photos / "a.jpg").write_text("a")
     given = {**CONTENT["arguments"], "train_dir": str(photos)}
-    Runner(Comparison.from_file(write(arguments=given, seeds=[0])), tmp_path / "out")()
+    Runner(Comparison.from_file(write(**FEW, arguments=given)), tmp_path / "out")()
     with pytest.raises(ValueError, match=r"another `arguments`: \{'image_size': 32\}, now \{'image_size': 40\}"):
-        Runner(Comparison.from_file(write(arguments={**given, "image_size": 40})), tmp_path / "out")()
+        Runner(Comparison.from_file(write(**FEW, arguments={**given, "image_size": 40})), tmp_path / "out")()
     (photos / "b.jpg").write_text("b")
     comparison._folder_size.cache_clear()
     with pytest.raises(ValueError, match=r"another `data`: .*'files': 1.*'files': 2"):
-        Runner(Comparison.from_file(write(arguments=given)), tmp_path / "out")()
+        Runner(Comparison.from_file(write(**FEW, arguments=given)), tmp_path / "out")()
     (photos / "b.jpg").unlink()
     comparison._folder_size.cache_clear()
     scripts.num_examples = 65  # of a new seed
     with pytest.raises(ValueError, match=r"seed 1 was trained on 65 \(num_examples\), others on 64"):
-        Runner(Comparison.from_file(write(arguments=given)), tmp_path / "out")()
+        Runner(Comparison.from_file(write(**FEW | {"seeds": [0, 1]}, arguments=given)), tmp_path / "out")()
 
 
 def test_times_of_another_machine_are_not_kept(scripts, write, tmp_path, monkeypatch):
-    runner = Runner(Comparison.from_file(write(seeds=[0])), tmp_path)
+    runner = Runner(Comparison.from_file(write(**FEW)), tmp_path)
     first = runner()
     assert runner()["speed"] == first["speed"]
     monkeypatch.setattr(comparison, "machine_name", lambda device: "another machine")

@@ -288,6 +288,7 @@ class TestExportedFiles:
         with pytest.raises(ValueError, match=r"--device is cuda, but .* runs on the CPU"):
             script.ExportedModel(str(tmp_path / "model.onnx"), self.CONFIG, "cuda")
 
+    @pytest.mark.full
     def test_a_classifier_as_a_program_of_two_images_predicts_what_the_folder_does(
         self, example, classify, classifier, tmp_path, monkeypatch
     ):
