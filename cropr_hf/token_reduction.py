@@ -107,6 +107,29 @@ def select_tokens(
     return order[:, :num_keep].sort(dim=1).values, order[:, num_keep:]
 
 
+def rank_by_similarity(metric: torch.Tensor, num_prefix_tokens: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens at even places, and the most similar one at an odd place for each, by the cosine (ToMe, section 3).
+
+    Of equal similarities the token that comes first wins.
+
+    Args:
+        metric: (B, T, d), what similarity is measured on.
+        num_prefix_tokens: tokens at the start that take no part.
+
+    Returns:
+        Places of the even tokens (B, ⌈T / 2⌉), the most similar first, those of the prefix last; and for each the
+        place of the one that it is most similar to.
+    """
+    metric = F.normalize(metric, dim=-1)
+    is_prefix = torch.arange(metric.shape[1], device=metric.device) < num_prefix_tokens
+    # (B, even, d) x (B, d, odd) -> (B, even, odd)
+    similarity = metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)
+    similarity = similarity.masked_fill(is_prefix[::2, None] | is_prefix[1::2], -torch.inf)
+    best, partner = similarity.max(dim=-1)
+    order = best.argsort(dim=1, descending=True, stable=True)
+    return 2 * order, 2 * partner.gather(1, order) + 1
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # 2. The state that travels through the encoder
 # --------------------------------------------------------------------------------------------------------------------

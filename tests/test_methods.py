@@ -80,7 +80,7 @@ class AttentiveReducer(TokenReducer):
         return state.prune(*select_tokens(scores, num_keep, state.num_prefix_tokens), self.block)
 
 
-METHODS = ["cropr", "random", "tome", "evit", "ailurus", "attentive"]
+METHODS = ["cropr", "random", "tome", "evit", "ailurus", "itpn", "attentive"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -169,7 +169,7 @@ def test_folders_give_the_same_outputs_and_keep_the_settings(method, fusion, tmp
         outputs.append(candidate(make_images()).logits)
     assert torch.equal(*outputs)
     package = {
-        **dict.fromkeys(("tome", "evit", "ailurus"), "cropr_hf"),
+        **dict.fromkeys(("tome", "evit", "ailurus", "itpn"), "cropr_hf"),
         "attentive": AttentiveReducer.__module__.partition(".")[0],
     }.get(method)
     assert loaded.config.reducer_package == package
@@ -285,6 +285,9 @@ def test_multiply_adds_count_what_the_method_runs(method):
     acts = {"attentive": (2, 4), "evit": (2, 3, 4)}.get(method, ())
     for block in acts:  # attention of the CLS token, once more
         products += (entering[block - 1] + 1) * config.hidden_size
+    if method == "itpn":  # similarities of every second token with the others
+        lengths = [entering[block - 1] + 1 for block in config.pruning_blocks]
+        products += sum(-(-length // 2) * (length // 2) * config.hidden_size for length in lengths)
     if method == "ailurus":  # the mean of representatives in the end
         products += (kept[-1] + 1) * config.hidden_size
     if method == "evit":  # the sum of what leaves, one more than there are fewer

@@ -15,7 +15,17 @@
 
 from .ailurus import AiluRusConfig, AiluRusReducer
 from .evit import EViTConfig, EViTReducer
+from .itpn import MigrationConfig, MigrationReducer
 from .tome import ToMeConfig, ToMeReducer
 
 
-__all__ = ["AiluRusConfig", "AiluRusReducer", "EViTConfig", "EViTReducer", "ToMeConfig", "ToMeReducer"]
+__all__ = [
+    "AiluRusConfig",
+    "AiluRusReducer",
+    "EViTConfig",
+    "EViTReducer",
+    "MigrationConfig",
+    "MigrationReducer",
+    "ToMeConfig",
+    "ToMeReducer",
+]

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 
 import torch
 from huggingface_hub.dataclasses import strict
-from torch.nn import functional as F
 
 from ..configuration_cropr_vit import CroprViTConfig
 from ..token_reduction import (
@@ -33,6 +32,7 @@ from ..token_reduction import (
     TokenReducer,
     TokenState,
     gather_tokens,
+    rank_by_similarity,
     register_token_reducer,
 )
 from ..token_schedule import pruning_blocks, round_up
@@ -83,17 +83,11 @@ def match_tokens(metric: torch.Tensor, num_merge: int, num_prefix_tokens: int = 
         B, in raster order each, by which the next block pairs anew; `merged` (B, r), places of the others, the most
         similar first; and `slots` (B, T), where among the survivors each token went.
     """
-    metric = F.normalize(metric, dim=-1)
     length, device = metric.shape[1], metric.device
     places = torch.arange(length, device=device)
     is_prefix = places < num_prefix_tokens
-    # (B, A, d) x (B, d, B) -> (B, A, B)
-    similarity = metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)
-    similarity = similarity.masked_fill(is_prefix[::2, None] | is_prefix[1::2], -torch.inf)
-    best, partner = similarity.max(dim=-1)
-    order = best.argsort(dim=1, descending=True, stable=True)  # prefix tokens come last, and never merge
-    merged = 2 * order[:, :num_merge]
-    target = 2 * partner.gather(1, order[:, :num_merge]) + 1
+    similar, partners = rank_by_similarity(metric, num_prefix_tokens)
+    merged, target = similar[:, :num_merge], partners[:, :num_merge]
 
     # Survivors: what sorts first by (prefix, set, place). Merged tokens go to the end.
     rank = torch.where(is_prefix, places, length * (1 + places % 2) + places).expand(metric.shape[0], -1)

@@ -1,0 +1,143 @@
+# Copyright 2026 The cropr_hf authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Token migration of Fast-iTPN (Tian et al., TPAMI 2024, arXiv 2211.12735v2), re-implemented: redundant tokens leave.
+
+They skip the blocks that follow, and come back where no attention needs them: in feature maps, pyramids, dense heads.
+The authors' code has none of it, and their text says no more than that a similarity decides: which blocks, how many,
+and the similarity itself are ours. It has no parameters and needs no training.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from huggingface_hub.dataclasses import strict
+
+from ..configuration_cropr_vit import CroprViTConfig
+from ..token_reduction import ReducerConfig, TokenReducer, TokenState, rank_by_similarity, register_token_reducer
+from ..token_schedule import pruning_blocks, round_up
+
+
+CITATION = """@article{tian2024fastitpn,
+  title   = {{Fast-iTPN}: Integrally Pre-Trained Transformer Pyramid Network With Token Migration},
+  author  = {Tian, Yunjie and Xie, Lingxi and Qiu, Jihao and Jiao, Jianbin and Wang, Yaowei and Tian, Qi and
+             Ye, Qixiang},
+  journal = {IEEE Transactions on Pattern Analysis and Machine Intelligence},
+  year    = {2024},
+  url     = {https://arxiv.org/abs/2211.12735}
+}"""
+
+
+@strict
+@dataclass
+class MigrationConfig(ReducerConfig):
+    """Fields of token migration in `config.reducer_config`; all defaults are ours.
+
+    Attributes:
+        keep_rate: share of the patch tokens that stay after each of `blocks`, in [0.5, 1]. Instead of it a
+            configuration can have `pruning_rate` or `pruning_schedule`.
+        blocks: after which blocks tokens leave, 1 to L; by default the last of each quarter but the fourth.
+    """
+
+    keep_rate: float | int = 0.7
+    blocks: list[int] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0.5 <= self.keep_rate <= 1:
+            raise ValueError(
+                f"`keep_rate` is {self.keep_rate}; it must be in [0.5, 1], as of two tokens that are alike one stays."
+            )
+        if self.blocks is not None and (not self.blocks or sorted({*self.blocks}) != list(self.blocks)):
+            raise ValueError(f"`blocks` is {self.blocks}; give the numbers of one or more blocks, in ascending order.")
+
+
+@register_token_reducer
+class MigrationReducer(TokenReducer):
+    """Token migration after one block: patches that look most like another one leave.
+
+    Tokens at even places are compared with those at odd places, as ToMe does, so that of two that are alike one stays.
+    What leaves keeps the state that it has then. Feature maps of any stage show it, and dense tasks have it back
+    before their last block; a classifier pools what is left, or everything with last layer fusion.
+    """
+
+    name = "itpn"
+    label = "Token migration"
+    title = "Fast-iTPN token migration (re-implementation)"
+    url = "https://arxiv.org/abs/2211.12735"
+    citation = CITATION
+    config_class = MigrationConfig
+    fuses_by_default = False
+
+    @classmethod
+    def blocks(cls, config: CroprViTConfig) -> list[int]:
+        """See `TokenReducer.blocks`."""
+        chosen, num_blocks = cls.setting(config, "blocks"), config.num_hidden_layers
+        if chosen is None:
+            chosen = [quarter * num_blocks // 4 for quarter in (1, 2, 3)]
+        return [block for block in super().blocks(config) if block in chosen]
+
+    @classmethod
+    def kept_by_default(cls, config: CroprViTConfig, num_patches: int) -> list[int]:
+        """By `keep_rate`, rounded up."""
+        rate, blocks = cls.setting(config, "keep_rate"), pruning_blocks(config, cls)
+        kept, left = [], num_patches
+        for block in range(1, config.num_hidden_layers + 1):
+            if block in blocks:
+                left = math.ceil(round(rate * left, 6))
+            kept.append(left)
+        return cls.reachable_counts(config, num_patches, round_up(config, kept, num_patches))
+
+    @classmethod
+    def reachable_counts(cls, config: CroprViTConfig, num_patches: int, kept: Sequence[int]) -> list[int]:
+        """See `TokenReducer.reachable_counts`: at most half of the patch tokens leave after a block."""
+        reached, left = [], num_patches
+        for wanted in kept:
+            left = max(wanted, left - left // 2)
+            reached.append(left)
+        return reached
+
+    @classmethod
+    def check_pruning(cls, config: CroprViTConfig) -> None:
+        """See `TokenReducer.check_pruning`."""
+        possible = super().blocks(config)
+        if wrong := [block for block in cls.settings(config).blocks or [] if block not in possible]:
+            raise ValueError(
+                f"`blocks` of token migration has {wrong}, but tokens can leave after the blocks 1 to "
+                f"{possible[-1] if possible else 0}; leave these out."
+            )
+        if "keep_rate" in (config.reducer_config or {}) and (config.pruning_rate or config.pruning_schedule):
+            raise ValueError(
+                "`reducer_config` has a `keep_rate`, and the configuration a `pruning_rate` or `pruning_schedule` as "
+                "well; give one of them."
+            )
+        super().check_pruning(config)
+
+    def after_block(self, state: TokenState, num_keep: int) -> TokenState:
+        """See `TokenReducer.after_block`."""
+        num_leave = state.num_patches - num_keep
+        if not num_leave:
+            return state
+        with torch.no_grad():  # a choice has no gradient
+            tokens = state.hidden_states.detach()
+            metric = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+            similar, _ = rank_by_similarity(metric, state.num_prefix_tokens)
+            leaving = similar[:, :num_leave]
+            length = tokens.shape[1]
+            leaves = torch.zeros(len(tokens), length, dtype=torch.long, device=tokens.device).scatter(1, leaving, 1)
+            staying = leaves.argsort(dim=1, stable=True)[:, : length - num_leave]
+        return state.prune(staying, leaving, self.block)
+
+
+__all__ = ["MigrationConfig", "MigrationReducer"]
