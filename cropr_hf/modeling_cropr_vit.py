@@ -324,14 +324,20 @@ class CroprViTModel(CroprViTPreTrainedModel):
         state, window_table = self.embed(pixel_values, pixel_mask)
         state = state.updated(keeps_pruned_states=state.keeps_pruned_states or bool(output_stages))
         stage_states = [state.hidden_states] if 0 in output_stages else []
-        kept = kept_patches(self.config, find_token_reducer(self.config), state.num_patches, self.pruning)
+        method = find_token_reducer(self.config)
+        kept = kept_patches(self.config, method, state.num_patches, self.pruning)
+        reducer: Any = None
         for block, num_keep in enumerate(kept, start=1):
-            reducer: Any = self.token_reducers[str(block)] if str(block) in self.token_reducers else None
-            if block == num_blocks and self.config.last_layer_fusion:
+            previous, reducer = reducer, self.reducer_of(block)
+            fuses = block == num_blocks and bool(self.config.last_layer_fusion)
+            if fuses:
                 state = self.restore(state)
             if reducer is not None:
                 state = reducer.before_block(state)
-            state = self.run_block(block, state, window_table, reducer, num_keep, **kwargs)
+            acting, count = reducer, num_keep
+            if method is not None and method.idles:  # a module decides about the block after its own
+                acting, count = (None if fuses else previous), kept[block - 2]
+            state = self.run_block(block, state, window_table, acting, count, **kwargs)
             if block in output_stages:
                 stage_states.append(self.restore(state).hidden_states)
             if reducer is not None:
@@ -348,6 +354,10 @@ class CroprViTModel(CroprViTPreTrainedModel):
             stage_states=tuple(stage_states) or None,
         )
 
+    def reducer_of(self, block: int) -> Any:
+        """The module of a block, if it has one."""
+        return self.token_reducers[str(block)] if str(block) in self.token_reducers else None
+
     def restore(self, state: TokenState) -> TokenState:
         """All tokens at their places, as the method brings them back."""
         reducers: list[Any] = list(self.token_reducers.values())
@@ -362,7 +372,11 @@ class CroprViTModel(CroprViTPreTrainedModel):
         num_keep: int = 0,
         **kwargs: Any,
     ) -> TokenState:
-        """The state after block 1 to L, and after what a method does inside of it."""
+        """The state after block 1 to L, and after what a method does inside of it.
+
+        `reducer` is the module of this block, or of the one before if its method lets tokens idle; `num_keep` is the
+        number of its schedule.
+        """
         layer: Any = self.layers[block - 1]
         window_grid = self.config.window_grid(block, state.num_patches, state.grid_size)  # type: ignore[arg-type]
         positions = state.rotations.get("image")
@@ -370,6 +384,13 @@ class CroprViTModel(CroprViTPreTrainedModel):
             positions = self.window_positions(state, window_grid, window_table)
         # The first argument stays the hidden states: what records outputs, and checkpointing, look for them there.
         hidden_states = layer.checkpoint_input(state.hidden_states)
+        if reducer is not None and reducer.idles and num_keep < state.num_patches:
+
+            def choose(hidden_states: torch.Tensor, layer: nn.Module) -> TokenState:
+                return reducer.before_next_block(state.updated(hidden_states=hidden_states), num_keep, layer)
+
+            hidden_states, state_inside = layer(hidden_states, positions, choose=choose, **kwargs)
+            return state_inside.updated(hidden_states=hidden_states).unpark()
         if reducer is None or not reducer.acts_inside:
             hidden_states = layer(hidden_states, positions, window_grid, key_bias=state.key_bias, **kwargs)
             return state.updated(hidden_states=hidden_states)

@@ -158,6 +158,7 @@ class TokenState:
         slots: (B, T0), where in `hidden_states` each token of the unpruned sequence went by merging, or `None`.
         pruned: the patch tokens that left the sequence, in the order in which they did.
         restored: whether they are back.
+        idle: of a method that lets tokens idle, which ones did in the block after each of its modules.
         num_unplaced: tokens that a method made and that have no place in the image, in the sequence or pruned; their
             index is the first that no place has.
         grid_size: rows and columns of the patches before pruning; what has one query per patch needs it.
@@ -177,6 +178,7 @@ class TokenState:
     slots: torch.Tensor | None = None
     pruned: tuple[PrunedTokens, ...] = ()
     restored: bool = False
+    idle: tuple[PrunedTokens, ...] = ()
     num_unplaced: int = 0
     grid_size: tuple[int, int] | None = None
     keeps_pruned_states: bool = True
@@ -240,6 +242,38 @@ class TokenState:
             rotations=self._rotations_of(indices),
             columns=dict(zip(self.columns, columns)),
             pruned=(*self.pruned, PrunedTokens(block, places.gather(1, pruned), *set_aside)),
+        )
+
+    def park(self, active: torch.Tensor, idle: torch.Tensor, block: int) -> TokenState:
+        """Leaves the tokens at `active` (B, K), prefix included, for one block; `unpark` brings back those at `idle`.
+
+        Raises:
+            `ValueError`: beside columns, or after tokens left for good.
+        """
+        if self.columns or not self.is_whole:
+            raise ValueError(
+                "Tokens were pruned or merged, or have columns; a method that lets them idle does neither."
+            )
+        (states,) = gather_tokens(active, self.hidden_states)
+        (others,) = gather_tokens(idle, self.hidden_states)
+        return self.updated(
+            hidden_states=states,
+            token_indices=active,
+            rotations=self._rotations_of(active),
+            idle=(*self.idle, PrunedTokens(block, idle, others)),
+        )
+
+    def unpark(self) -> TokenState:
+        """Every token at its place, those that idled as they were."""
+        *before, parked = self.idle
+        assert parked.hidden_states is not None
+        places, order = torch.cat([self.token_indices, parked.token_indices], dim=1).sort(dim=1)
+        (states,) = gather_tokens(order, torch.cat([self.hidden_states, parked.hidden_states], dim=1))
+        return self.updated(
+            hidden_states=states,
+            token_indices=places,
+            rotations=self.rotary_tables,
+            idle=(*before, PrunedTokens(parked.block, parked.token_indices)),
         )
 
     def append(self, tokens: torch.Tensor) -> TokenState:
@@ -355,6 +389,11 @@ class TokenState:
         blocks = self.token_indices.new_full((len(self.hidden_states), self.num_places + 1), num_blocks)
         for tokens in self.pruned:
             blocks = blocks.scatter(1, tokens.token_indices, tokens.block)
+        idles_until = num_blocks  # a token that idles to the end left at the beginning of that time
+        for tokens in reversed(self.idle):
+            is_idle = torch.zeros_like(blocks).scatter(1, tokens.token_indices, 1).bool()
+            blocks = torch.where(is_idle & (blocks == idles_until), tokens.block, blocks)
+            idles_until = tokens.block
         return blocks[:, self.num_prefix_tokens : -1]
 
     def padding_of_tokens(self) -> torch.Tensor | None:
@@ -441,6 +480,7 @@ class TokenReducer(nn.Module):
         learns: whether its choices are by chance before it is trained; otherwise it can be used without training.
         supports_auxiliary_heads: whether it has parts that only training needs; see `add_auxiliary_heads`.
         merges: whether tokens are merged rather than dropped.
+        idles: whether tokens sit out blocks and come back, so that it has a `before_next_block`.
         acts_inside: whether it has an `after_attention`.
         fuses_by_default: what `config.last_layer_fusion` is unless it is given.
         deterministic: whether the same image always gives the same output.
@@ -458,6 +498,7 @@ class TokenReducer(nn.Module):
     learns = False
     supports_auxiliary_heads = False
     merges = False
+    idles = False
     acts_inside = False
     fuses_by_default = True
     deterministic = True
@@ -478,6 +519,11 @@ class TokenReducer(nn.Module):
         """
         last = config.num_hidden_layers - bool(config.last_layer_fusion) - (not cls.acts_inside)
         return list(range(1, last + 1))
+
+    @classmethod
+    def blocks_of_schedule(cls, config: CroprViTConfig, falls: list[int]) -> list[int]:
+        """Blocks that have a module with a `pruning_schedule`, which falls after these."""
+        return falls
 
     @classmethod
     def kept_by_rate(cls, config: CroprViTConfig, num_patches: int, rate: int) -> list[int]:
@@ -506,6 +552,10 @@ class TokenReducer(nn.Module):
 
     def after_block(self, state: TokenState, num_keep: int) -> TokenState:
         """Called after its block."""
+        return state
+
+    def before_next_block(self, state: TokenState, num_active: int, layer: Any) -> TokenState:
+        """Called at the beginning of the block after its own, whose `CroprViTLayer` it sees, if it `idles`."""
         return state
 
     def restore(self, state: TokenState) -> TokenState:

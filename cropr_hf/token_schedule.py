@@ -14,8 +14,8 @@
 """Token counts as arithmetic: how many patch tokens a method leaves after each block, and how they tile into windows.
 
 No torch here: a configuration, a benchmark and a model card count alike. A *method* below is a `TokenReducer` class,
-of which only the class methods that count are called: `blocks`, `kept_by_rate`, `kept_by_default` and
-`reachable_counts`.
+of which only the class methods that count are called: `blocks`, `blocks_of_schedule`, `kept_by_rate`,
+`kept_by_default` and `reachable_counts`.
 
 Symbols: L blocks, numbered from 1.
 """
@@ -76,7 +76,8 @@ def pruning_blocks(config: Any, method: Any) -> list[int]:
     if config.pruning_schedule is None:
         return method.blocks(config)
     before = [config.num_patches, *config.pruning_schedule]
-    return [block for block, kept in enumerate(config.pruning_schedule, start=1) if kept < before[block - 1]]
+    falls = [block for block, kept in enumerate(config.pruning_schedule, start=1) if kept < before[block - 1]]
+    return method.blocks_of_schedule(config, falls)
 
 
 def entering_patches(kept: Sequence[int], num_patches: int, fusion: bool) -> list[int]:

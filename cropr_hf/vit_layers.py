@@ -273,6 +273,16 @@ class CroprViTAttention(SharedInput):
             return output, weights
         return output, weights, AttentionFacts(query, key, content_key, self.scaling, key_bias)
 
+    def queries_and_keys(
+        self, hidden_states: torch.Tensor, position_embeddings: Rotation | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        """(B, T, D) -> (B, heads, T, d) each, rotated; for methods that choose before the attention."""
+        both = (
+            layer(hidden_states).view(*hidden_states.shape[:2], -1, self.head_dim).transpose(1, 2)
+            for layer in (self.q_proj, self.k_proj)
+        )
+        return tuple(each if position_embeddings is None else rotate(each, *position_embeddings) for each in both)
+
     def _mask(self, key_bias: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
         """A bias of keys as an attention mask, (B, 1, T, T), of which one row is stored."""
         check_attention(self.config._attn_implementation, biased_by=self.config.token_reducer)
@@ -384,16 +394,22 @@ class CroprViTLayer(GradientCheckpointingLayer):
         window_grid: tuple[int, int] | None = None,
         key_bias: torch.Tensor | None = None,
         reduce: Callable[[torch.Tensor, AttentionFacts], TokenState] | None = None,
+        choose: Callable[[torch.Tensor, nn.Module], TokenState] | None = None,
         **kwargs: Any,
     ) -> torch.Tensor | tuple[torch.Tensor, TokenState]:
-        """(B, T, D) -> (B, T, D); with `reduce` (B, K, D), and the state that it returned.
+        """(B, T, D) -> (B, T, D); with `reduce` or `choose` (B, K, D), and the state that it returned.
 
         Args:
             position_embeddings: rotary positions of the tokens, or of the tokens in windows.
             window_grid: rows and columns of the T tokens if attention is to stay within windows.
             key_bias: see `TokenState`.
             reduce: of a method that acts inside, called between attention and MLP.
+            choose: of a method that lets tokens idle, called with the tokens and this block, before anything is done.
         """
+        state = None
+        if choose is not None:
+            state = choose(hidden_states, self)
+            hidden_states, position_embeddings = state.hidden_states, state.rotations.get("image")
         residual = hidden_states
         hidden_states = self.layernorm_before(hidden_states)
         if window_grid is not None:
@@ -404,7 +420,6 @@ class CroprViTLayer(GradientCheckpointingLayer):
         if window_grid is not None:
             hidden_states = merge_windows(hidden_states, window_grid, self.window_size)
         residual = hidden_states = self.add(residual, hidden_states, self.layer_scale1)
-        state = None
         if reduce is not None:
             state = reduce(hidden_states, *facts)
             residual = hidden_states = state.hidden_states

@@ -22,6 +22,7 @@ from cropr_hf import (
     CroprViTForObjectDetection,
     CroprViTForSemanticSegmentation,
     CroprViTModel,
+    find_token_reducer,
 )
 
 
@@ -93,6 +94,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "tome": {"token_reducer": "tome", "num_register_tokens": 1},
     "ailurus": {"token_reducer": "ailurus", "pruning_rate": 7, "last_layer_fusion": False},
     "evit": {"token_reducer": "evit", "pruning_rate": None, "num_register_tokens": 1, "rope_theta": 100.0},
+    "idlevit": {"token_reducer": "idlevit", "pruning_rate": None, "num_register_tokens": 1, "rope_theta": 100.0},
     "itpn": {"token_reducer": "itpn", "pruning_rate": None, "use_cls_token": False, "pooling": "mean"},
     "clip": {
         "use_embedding_norm": True,
@@ -217,7 +219,9 @@ class Task:
 
 def token_shape(config: CroprViTConfig, height: int, width: int) -> tuple[int, ...]:
     num_patches = height * width // PATCH_SIZE**2
-    left = num_patches if config.last_layer_fusion else config.kept_patches(num_patches)[-1]
+    method = find_token_reducer(config)
+    is_whole = config.last_layer_fusion or (method is not None and method.idles)
+    left = num_patches if is_whole else config.kept_patches(num_patches)[-1]
     return config.num_prefix_tokens + left, config.hidden_size
 
 

@@ -15,6 +15,7 @@
 
 from .ailurus import AiluRusConfig, AiluRusReducer
 from .evit import EViTConfig, EViTReducer
+from .idlevit import IdleViTConfig, IdleViTReducer
 from .itpn import MigrationConfig, MigrationReducer
 from .tome import ToMeConfig, ToMeReducer
 
@@ -24,6 +25,8 @@ __all__ = [
     "AiluRusReducer",
     "EViTConfig",
     "EViTReducer",
+    "IdleViTConfig",
+    "IdleViTReducer",
     "MigrationConfig",
     "MigrationReducer",
     "ToMeConfig",
