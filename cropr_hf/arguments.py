@@ -9,14 +9,14 @@ import torch
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def parse_config(text: str) -> dict[str, Any]:
+def parse_config(text: str, argument: str = "config", example: str = '{"pruning_rate": 8}') -> dict[str, Any]:
     """Fields of a configuration from the command line; raises `ValueError` if they are not a JSON object."""
     try:
         fields = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"--config is {text!r}, which is not valid JSON ({error}).") from error
+        raise ValueError(f"--{argument} is {text!r}, which is not valid JSON ({error}).") from error
     if not isinstance(fields, dict):
-        raise ValueError(f"--config is {text!r}; give an object, such as '{{\"pruning_rate\": 8}}'.")
+        raise ValueError(f"--{argument} is {text!r}; give an object, such as '{example}'.")
     return fields
 
 

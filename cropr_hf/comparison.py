@@ -49,6 +49,7 @@ RECORD, TABLE, PICTURE = "comparison.json", "comparison.md", "comparison.png"
 ONNX, ONNX_NAME = "ONNX", "model.onnx"
 SHARE = "multiply_adds"  # of a budget: the share of the unpruned model's multiply-adds
 BUDGETS = (SHARE, "pruning_rate", "pruning_schedule")
+FIELDS = ("last_layer_fusion", "reducer_config")  # of the configuration: which tokens there are depends on them too
 OWN_ARGUMENTS = ("output_dir", "seed", "token_reducer", *BUDGETS)
 # What the fields of a file hold, where a slip is likely.
 KINDS: dict[str, type] = {"methods": dict, "budgets": dict, "arguments": dict, "pruned": dict, "evaluation": dict}
@@ -257,8 +258,8 @@ class Runner:
         for budget, given in comparison.budgets.items():
             for method, own in comparison.methods.items():
                 arguments = comparison.pruned | own
-                given_too = comparison.arguments | arguments  # which tokens there are depends on this as well
-                fusion = {name: given_too[name] for name in ("last_layer_fusion",) if name in given_too}
+                given_too = comparison.arguments | arguments
+                fusion = {name: given_too[name] for name in FIELDS if name in given_too}
                 pruning = {"token_reducer": method, **fusion, **pruning_of(unpruned, method, given, fusion)}
                 yield Run(method, budget, seed, True, arguments | pruning)
                 if comparison.off_the_shelf and not TOKEN_REDUCERS[method].learns:

@@ -30,6 +30,7 @@ from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
 from cropr_hf import CroprViTConfig, has_auxiliary_heads
+from cropr_hf.arguments import parse_config
 from cropr_hf.configuration_cropr_vit import check_finite
 from cropr_hf.files import source_name
 from cropr_hf.images import decode_image, orientation, to_rgb
@@ -76,13 +77,18 @@ class PruningArguments:
     last_layer_fusion: bool | None = HfArg(
         default=None, help="Put pruned tokens back before the last block (default)."
     )
+    reducer_config: str | None = HfArg(
+        default=None, help="Fields of the method, as JSON, such as '{\"keep_rate\": 0.5}' of EViT."
+    )
 
     def overrides(self) -> dict[str, Any]:
         """Fields of the configuration that are given."""
         fields = given_fields(self, [each.name for each in dataclass_fields(PruningArguments)])
         if self.token_reducer == "none":  # the unpruned baseline of a recipe: how that would prune does not matter
-            fields = {name: value for name, value in fields.items() if not name.startswith("pruning_")}
+            fields = {name: value for name, value in fields.items() if not name.startswith(("pruning_", "reducer_"))}
             fields["token_reducer"] = None
+        elif self.reducer_config is not None:
+            fields["reducer_config"] = parse_config(self.reducer_config, "reducer_config", '{"keep_rate": 0.5}')
         return fields
 
 

@@ -141,6 +141,20 @@ def test_segmentation_trains_by_the_paper_where_the_settings_are_the_papers(pars
     assert CroprViTConfig.from_size("eva02_large", **drawn).patch_queries_per_step == 64
 
 
+def test_fields_of_a_method_are_json(parse, tmp_path):
+    words = ["--token_reducer", "evit", "--reducer_config", '{"keep_rate": 0.5}']
+    overrides = parse("train_image_classification", *words)[0].overrides()
+    config = CroprViTConfig.from_size("small", **overrides)
+    assert config.reducer_config == {"keep_rate": 0.5} and config.kept_patches()[-1] == 27
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("token_reducer: evit\nreducer_config: {keep_rate: 0.5}\n")
+    assert parse("train_image_classification", recipe)[0].overrides() == overrides
+    without = parse("train_image_classification", recipe, "--token_reducer", "none")[0].overrides()
+    assert without["token_reducer"] is None and "reducer_config" not in without
+    with pytest.raises(ValueError, match=r"--reducer_config is 'keep_rate', which is not valid JSON"):
+        parse("train_image_classification", "--reducer_config", "keep_rate")[0].overrides()
+
+
 @pytest.mark.parametrize("script", sorted({script_of(recipe) for recipe in RECIPES}))
 def test_gradients_have_no_limit_unless_one_is_given(parse, script):
     """As in the reference code, where the Trainer has a limit of 1 by default."""
