@@ -8,6 +8,7 @@
 import difflib
 import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -32,6 +33,7 @@ from .configuration_cropr_vit import CroprViTConfig
 from .files import replacing, source_name, write_file, write_json
 from .publishing.export import export_model
 from .publishing.model_card import read_record
+from .reducer_random import RandomReducer
 from .speed.alternatives import COMPILED, SMALLER_IMAGE, SMALLER_MODEL, smaller_image
 from .speed.benchmark import UNPRUNED
 from .speed.cost import head_multiply_adds, multiply_adds
@@ -50,6 +52,8 @@ ONNX, ONNX_NAME = "ONNX", "model.onnx"
 SHARE = "multiply_adds"  # of a budget: the share of the unpruned model's multiply-adds
 BUDGETS = (SHARE, "pruning_rate", "pruning_schedule")
 FIELDS = ("last_layer_fusion", "reducer_config")  # of the configuration: which tokens there are depends on them too
+CLOSE, TOLERANCE = 0.01, 0.05  # of multiply-adds: near enough not to look further, and to be called the same budget
+PERCENT = range(50, 151)  # of a schedule's pruning
 OWN_ARGUMENTS = ("output_dir", "seed", "token_reducer", *BUDGETS)
 # What the fields of a file hold, where a slip is likely.
 KINDS: dict[str, type] = {"methods": dict, "budgets": dict, "arguments": dict, "pruned": dict, "evaluation": dict}
@@ -98,7 +102,7 @@ class Comparison:
         evaluate: an evaluation script whose last line is a JSON object of numbers.
         methods: of the registry, by name, with arguments of `train` that only they have.
         budgets: by name, one of `multiply_adds` (share of the unpruned model's, in (0, 1)), `pruning_rate` and
-            `pruning_schedule`. A share becomes for each method the rate that comes nearest.
+            `pruning_schedule`; each method gets what costs as much (see `pruning_of`).
         seeds: of the trainings.
         arguments: of `train`, for all runs.
         pruned: of `train`, for all runs that prune.
@@ -259,8 +263,8 @@ class Runner:
             for method, own in comparison.methods.items():
                 arguments = comparison.pruned | own
                 given_too = comparison.arguments | arguments
-                fusion = {name: given_too[name] for name in FIELDS if name in given_too}
-                pruning = {"token_reducer": method, **fusion, **pruning_of(unpruned, method, given, fusion)}
+                fields_too = {name: given_too[name] for name in FIELDS if name in given_too}
+                pruning = {"token_reducer": method, **fields_too, **pruning_of(unpruned, method, given, fields_too)}
                 yield Run(method, budget, seed, True, arguments | pruning)
                 if comparison.off_the_shelf and not TOKEN_REDUCERS[method].learns:
                     yield Run(method, budget, seed, False, pruning)
@@ -406,33 +410,63 @@ def _pruned_config(unpruned: CroprViTConfig, pruning: Mapping[str, Any]) -> Crop
 
 
 def pruning_of(
-    unpruned: CroprViTConfig, method: str, budget: Mapping[str, Any], fusion: Mapping[str, Any]
+    unpruned: CroprViTConfig, method: str, budget: Mapping[str, Any], fields: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The arguments by which a method meets a budget: what that gives, or the rate that comes nearest to a share.
+    """The arguments by which a method meets a budget in multiply-adds.
+
+    A share is one of the unpruned model's, a rate or a schedule stands for what a random pruner costs with it. If the
+    method costs as much with the same numbers, it gets them; else a schedule that prunes more or less by the same
+    factor everywhere, or the rate that comes nearest, whichever does.
+
+    Args:
+        unpruned: configuration of the unpruned model.
+        method: by name.
+        budget: one of `BUDGETS`.
+        fields: others of the configuration, for which it is.
 
     Raises:
-        `ValueError`: when the strongest rate of the method does not reach the share.
+        `ValueError`: when nothing that the method can do comes within `TOLERANCE` of it.
     """
-    if SHARE not in budget:
-        return dict(budget)
-    target = round(budget[SHARE] * multiply_adds(unpruned))
 
-    def cost(rate: int) -> int:
+    def cost(pruning: Mapping[str, Any]) -> float:
         try:
-            return -multiply_adds(_pruned_config(unpruned, {"token_reducer": method, **fusion, "pruning_rate": rate}))
-        except ValueError:  # more than there is to remove
-            return 0
+            return multiply_adds(_pruned_config(unpruned, {"token_reducer": method, **fields, **pruning}))
+        except ValueError:  # more than there is to remove, or not in this shape
+            return math.inf
 
-    rates = range(1, unpruned.num_patches)
-    possible = rates[: bisect_left(rates, 0, key=cost)]
-    above = bisect_left(possible, -target, key=cost)
-    if above == len(possible):
-        least = -cost(possible[-1]) / multiply_adds(unpruned) if possible else 1
+    def nearest(ways: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The one or two of ways that prune more and more, until it is impossible, between which the target lies."""
+        possible = ways[: bisect_left(ways, True, key=lambda way: math.isinf(cost(way)))]
+        above = bisect_left(possible, -target, key=lambda way: -cost(way))
+        return possible[max(0, above - 1) : above + 1]
+
+    def closest(ways: list[dict[str, Any]]) -> dict[str, Any] | None:
+        return min(ways, key=lambda way: abs(cost(way) - target), default=None)
+
+    ways = [] if SHARE in budget else [dict(budget)]
+    if SHARE in budget:
+        target = budget[SHARE] * multiply_adds(unpruned)
+    else:
+        fusion = {name: value for name, value in fields.items() if name == "last_layer_fusion"}
+        target = multiply_adds(_pruned_config(unpruned, {"token_reducer": RandomReducer.name, **fusion, **budget}))
+    if "pruning_schedule" in budget and abs(cost(budget) - target) > CLOSE * target:
+        scaled = [_scaled(unpruned, budget["pruning_schedule"], percent / 100) for percent in PERCENT]
+        ways += nearest([{"pruning_schedule": schedule} for schedule in scaled])
+    best = closest(ways)
+    if best is None or abs(cost(best) - target) > CLOSE * target:
+        best = closest([*ways, *nearest([{"pruning_rate": rate} for rate in range(1, unpruned.num_patches)])])
+    if best is None or abs(cost(best) - target) > TOLERANCE * target:
+        left = "nothing" if best is None else f"{cost(best) / multiply_adds(unpruned):.0%}"
         raise ValueError(
-            f"{method} removes at most {1 - least:.0%} of the multiply-adds by a constant rate, but the budget leaves "
-            f"{budget[SHARE]:.0%}; give a larger share, or a `pruning_schedule`."
+            f"The budget leaves {target / multiply_adds(unpruned):.0%} of the multiply-adds, {method} can leave "
+            f"{left} by {best}; give another budget, or a `pruning_schedule` that it can follow."
         )
-    return {"pruning_rate": min(possible[max(0, above - 1) : above + 1], key=lambda rate: abs(cost(rate) + target))}
+    return best
+
+
+def _scaled(unpruned: CroprViTConfig, schedule: Sequence[int], factor: float) -> list[int]:
+    """A schedule that prunes `factor` times as many patches everywhere, and leaves one."""
+    return [max(1, round(unpruned.num_patches - factor * (unpruned.num_patches - kept))) for kept in schedule]
 
 
 # Scripts and what they leave
