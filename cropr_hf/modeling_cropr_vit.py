@@ -69,7 +69,8 @@ class CroprViTModelOutput(ModelOutput):
         pruned_after_block: (B, patches), with `output_pruning=True`: the block (1 to L) after which each patch was
             pruned (or merged into another), L if it never was.
         token_indices: (B or 1, T), with `output_pruning=True`: place of each token of `last_hidden_state` in the
-            unpruned sequence, prefix tokens first.
+            unpruned sequence, prefix tokens first. Tokens that have none (new ones; those that a method masks in
+            training) have the first index that no place has.
         auxiliary_logits: one (B, N, C) per module, in training with auxiliary heads; of patches first. Embeddings
             (B, N, `config.embedding_size`) with the auxiliary task "embedding".
         auxiliary_patches: (n,), the patches that these are of in this step, if `config.patch_queries_per_step` draws.

@@ -93,6 +93,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "tome": {"token_reducer": "tome", "num_register_tokens": 1},
     "ailurus": {"token_reducer": "ailurus", "pruning_rate": 7, "last_layer_fusion": False},
     "evit": {"token_reducer": "evit", "pruning_rate": None, "num_register_tokens": 1, "rope_theta": 100.0},
+    "dynamicvit": {"token_reducer": "dynamicvit", "pruning_rate": None, "num_register_tokens": 1},
     "clip": {
         "use_embedding_norm": True,
         "patch_bias": False,

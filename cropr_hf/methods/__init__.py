@@ -14,8 +14,18 @@
 """Token reduction methods besides that of the paper, a file each; importing this folder registers them."""
 
 from .ailurus import AiluRusConfig, AiluRusReducer
+from .dynamicvit import DynamicViTConfig, DynamicViTReducer
 from .evit import EViTConfig, EViTReducer
 from .tome import ToMeConfig, ToMeReducer
 
 
-__all__ = ["AiluRusConfig", "AiluRusReducer", "EViTConfig", "EViTReducer", "ToMeConfig", "ToMeReducer"]
+__all__ = [
+    "AiluRusConfig",
+    "AiluRusReducer",
+    "DynamicViTConfig",
+    "DynamicViTReducer",
+    "EViTConfig",
+    "EViTReducer",
+    "ToMeConfig",
+    "ToMeReducer",
+]
