@@ -130,9 +130,10 @@ class DynamicViTReducer(TokenReducer):
     """DynamicViT after one block.
 
     In training a dropped token is one of size `LEAK`, by which attention and means over tokens weigh it: next to
-    nothing, with the gradient of the paper's masked softmax, so that a decision learns from what would have changed.
-    (The paper lets a dropped token attend to itself fully. That changes nothing but dropped tokens, which nothing
-    reads.) Where all patches come back, dropped ones are as they were when dropped, as in inference.
+    nothing, with the gradient of the paper's masked softmax, so that a decision learns from what it changes. (The
+    paper lets every token attend to itself whatever its decision. Of values, that changes those of dropped tokens,
+    which nothing reads; of gradients, a decision here also gets that of the token's attention to itself.) Where all
+    patches come back, dropped ones are as they were when dropped, as in inference.
 
     Patches that stay keep their order, where the authors' code sorts them by score. Padding that goes first is dropped
     in training at once.
