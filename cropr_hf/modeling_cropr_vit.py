@@ -369,17 +369,18 @@ class CroprViTModel(CroprViTPreTrainedModel):
         positions = state.rotations.get("image")
         if window_grid is not None and window_table is not None:
             positions = self.window_positions(state, window_grid, window_table)
-        # The first argument stays the hidden states: what records outputs, and checkpointing, look for them there.
+        # The first argument stays the hidden states: what records outputs, and checkpointing, look for them there. The
+        # key bias is one by position, since reentrant checkpoints know no gradient of others.
         hidden_states = layer.checkpoint_input(state.hidden_states)
         if reducer is None or not reducer.acts_inside:
-            hidden_states = layer(hidden_states, positions, window_grid, key_bias=state.key_bias, **kwargs)
+            hidden_states = layer(hidden_states, positions, window_grid, state.key_bias, **kwargs)
             return state.updated(hidden_states=hidden_states)
 
         def reduce(hidden_states: torch.Tensor, facts: AttentionFacts) -> TokenState:
             return reducer.after_attention(state.updated(hidden_states=hidden_states), num_keep, facts)
 
         hidden_states, state_inside = layer(
-            hidden_states, positions, window_grid, key_bias=state.key_bias, reduce=reduce, **kwargs
+            hidden_states, positions, window_grid, state.key_bias, reduce=reduce, **kwargs
         )
         return state_inside.updated(hidden_states=hidden_states)
 

@@ -188,7 +188,7 @@ def test_settings_survive_and_do_not_pass_to_another_method(tmp_path):
     )
 
 
-@pytest.mark.parametrize("method", ["random", *full("cropr", "tome", "attentive")])
+@pytest.mark.parametrize("method", ["random", *full("cropr", "tome", "dynamicvit", "attentive")])
 def test_exported_programs_agree(method, tmp_path):
     model = classifier(method)
     if method == "random":
@@ -199,7 +199,7 @@ def test_exported_programs_agree(method, tmp_path):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("method", ["tome", "attentive"])
+@pytest.mark.parametrize("method", ["tome", "dynamicvit", "attentive"])
 def test_exported_onnx_files_agree(method, tmp_path):
     assert export_model(classifier(method), tmp_path / "model.onnx") < 1e-4
 
@@ -398,10 +398,13 @@ def in_a_fresh_process(*args, **kwargs):
 
 
 @pytest.mark.full
-def test_the_file_of_a_foreign_method_travels(tmp_path):
-    model = classifier("tome", reducer_config={"rate_inflection": -0.5})
+@pytest.mark.parametrize(
+    ("method", "settings"), [("tome", {"rate_inflection": -0.5}), ("dynamicvit", {"blocks": [1, 3]})]
+)
+def test_the_file_of_a_foreign_method_travels(method, settings, tmp_path):
+    model = classifier(method, reducer_config=settings)
     save_for_hub(model, tmp_path / "folder")
-    assert (tmp_path / "folder" / "reducer_tome.py").exists()
+    assert (tmp_path / "folder" / f"reducer_{method}.py").exists()
     torch.save(make_images(), tmp_path / "images.pt")
     result = in_a_fresh_process(tmp_path / "folder", tmp_path / "images.pt", tmp_path / "logits.pt", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
