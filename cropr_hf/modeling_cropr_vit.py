@@ -69,7 +69,8 @@ class CroprViTModelOutput(ModelOutput):
         pruned_after_block: (B, patches), with `output_pruning=True`: the block (1 to L) after which each patch was
             pruned (or merged into another), L if it never was.
         token_indices: (B or 1, T), with `output_pruning=True`: place of each token of `last_hidden_state` in the
-            unpruned sequence, prefix tokens first.
+            unpruned sequence, prefix tokens first. Tokens that have none (new ones; those that a method masks in
+            training) have the first index that no place has.
         auxiliary_logits: one (B, N, C) per module, in training with auxiliary heads; of patches first. Embeddings
             (B, N, `config.embedding_size`) with the auxiliary task "embedding".
         auxiliary_patches: (n,), the patches that these are of in this step, if `config.patch_queries_per_step` draws.
@@ -382,7 +383,8 @@ class CroprViTModel(CroprViTPreTrainedModel):
         positions = state.rotations.get("image")
         if window_grid is not None and window_table is not None:
             positions = self.window_positions(state, window_grid, window_table)
-        # The first argument stays the hidden states: what records outputs, and checkpointing, look for them there.
+        # The first argument stays the hidden states: what records outputs, and checkpointing, look for them there. The
+        # key bias is one by position, since reentrant checkpoints know no gradient of others.
         hidden_states = layer.checkpoint_input(state.hidden_states)
         if reducer is not None and reducer.idles and num_keep < state.num_patches:
 
@@ -392,14 +394,14 @@ class CroprViTModel(CroprViTPreTrainedModel):
             hidden_states, state_inside = layer(hidden_states, positions, choose=choose, **kwargs)
             return state_inside.updated(hidden_states=hidden_states).unpark()
         if reducer is None or not reducer.acts_inside:
-            hidden_states = layer(hidden_states, positions, window_grid, key_bias=state.key_bias, **kwargs)
+            hidden_states = layer(hidden_states, positions, window_grid, state.key_bias, **kwargs)
             return state.updated(hidden_states=hidden_states)
 
         def reduce(hidden_states: torch.Tensor, facts: AttentionFacts) -> TokenState:
             return reducer.after_attention(state.updated(hidden_states=hidden_states), num_keep, facts)
 
         hidden_states, state_inside = layer(
-            hidden_states, positions, window_grid, key_bias=state.key_bias, reduce=reduce, **kwargs
+            hidden_states, positions, window_grid, state.key_bias, reduce=reduce, **kwargs
         )
         return state_inside.updated(hidden_states=hidden_states)
 

@@ -134,7 +134,8 @@ class StrippableModel(PreTrainedModel):
         model, info = loaded
         vars(model.config).pop(WEIGHTS_ID, None)  # from now on they may change
         # New reducers are usual if they will be trained, a new head if the folder holds a model of another class.
-        new_parts = ["token_reducers."] if wanted_heads and not stored_heads else []
+        is_new = (wanted_heads and not stored_heads) or model._starts_new_method(stored)
+        new_parts = ["token_reducers."] if is_new else []
         if stored.get("architectures") != [cls.__name__]:
             new_parts.append("head")
         model._check_loaded(path, info, new_parts, replaces_head)
@@ -143,6 +144,13 @@ class StrippableModel(PreTrainedModel):
         elif stored_heads and not wanted_heads:
             model.remove_auxiliary_heads()
         return (model, info) if return_info else model
+
+    def _starts_new_method(self, stored: dict[str, Any]) -> bool:
+        """Whether it wants, on weights of another method or of none, one that learns without auxiliary heads."""
+        method = find_token_reducer(self.config)
+        if method is None or not method.learns or method.supports_auxiliary_heads:
+            return False
+        return stored.get("token_reducer", CroprViTConfig.token_reducer) != method.name
 
     def _check_loaded(
         self, path: str | os.PathLike, info: dict[str, Any], new_parts: Sequence[str], replaces_head: bool

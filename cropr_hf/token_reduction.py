@@ -157,7 +157,7 @@ class TokenState:
         columns: further facts about each token, (B, T, ...) by name; see `sizes` and `key_bias`.
         slots: (B, T0), where in `hidden_states` each token of the unpruned sequence went by merging, or `None`.
         pruned: the patch tokens that left the sequence, in the order in which they did.
-        restored: whether they are back.
+        restored: whether they are back, or never went, as where training masks tokens that inference drops.
         idle: of a method that lets tokens idle, which ones did in the block after each of its modules.
         num_unplaced: tokens that a method made and that have no place in the image, in the sequence or pruned; their
             index is the first that no place has.
@@ -410,7 +410,7 @@ class PrunedTokens:
     Attributes:
         block: 1 to L.
         token_indices: (B, P), their places in the unpruned sequence; of a method that ranks, from the highest score
-            to the lowest.
+            to the lowest. The first index that no place has fills up rows of images that lost fewer.
         hidden_states: (B, P, D), as they were when pruned, or `None`.
     """
 

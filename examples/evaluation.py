@@ -16,7 +16,6 @@ from shared import PruningArguments, cropr_config, given_fields
 from transformers import AutoConfig, AutoModelForImageClassification
 from transformers.hf_argparser import HfArg
 
-from cropr_hf import has_auxiliary_heads
 from cropr_hf.modeling_cropr_vit import CroprViTTaskOutput
 from cropr_hf.token_reduction import TOKEN_REDUCERS
 
@@ -81,10 +80,10 @@ class PublishedArguments(PruningArguments):
                 "(cropr-hf convert), or leave them out."
             )
         method = changes.get("token_reducer", stored.token_reducer)
-        if method != stored.token_reducer and has_auxiliary_heads(method):
-            others = sorted(other for other in TOKEN_REDUCERS if not has_auxiliary_heads(other))
+        if method != stored.token_reducer and method in TOKEN_REDUCERS and TOKEN_REDUCERS[method].learns:
+            others = sorted(other for other, known in TOKEN_REDUCERS.items() if not known.learns)
             raise ValueError(
-                f"The method {method!r} needs training, and {name} has no scorers for it (its own method is "
+                f"The method {method!r} needs training, and {name} has no weights for it (its own method is "
                 f"{stored.token_reducer!r}); fine-tune with it, or choose one of {', '.join(others)}."
             )
         # Of an unpruned model this field says nothing; the method knows what is usual. Dense tasks need all patches.

@@ -96,6 +96,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "evit": {"token_reducer": "evit", "pruning_rate": None, "num_register_tokens": 1, "rope_theta": 100.0},
     "idlevit": {"token_reducer": "idlevit", "pruning_rate": None, "num_register_tokens": 1, "rope_theta": 100.0},
     "itpn": {"token_reducer": "itpn", "pruning_rate": None, "use_cls_token": False, "pooling": "mean"},
+    "dynamicvit": {"token_reducer": "dynamicvit", "pruning_rate": None, "num_register_tokens": 1},
     "clip": {
         "use_embedding_norm": True,
         "patch_bias": False,

@@ -29,6 +29,7 @@ from transformers import (
 import cropr_hf
 from cropr_hf.publishing.model_card import read_record
 from cropr_hf.training import PruningCurriculum
+from tests.common import full
 
 
 EXAMPLES = Path(cropr_hf.__file__).parents[1] / "examples"
@@ -99,18 +100,19 @@ class TestTrainImageClassification:
         example("train_image_classification").main(command)
         assert "auxiliary_loss_1" in history(tmp_path)[0]
 
-    @pytest.mark.parametrize("reducer", ["random", pytest.param("none", marks=pytest.mark.full)])
-    def test_baselines_train_alike(self, example, tiny_vit, tmp_path, reducer):
-        kwargs = {} if reducer == "random" else {"pruning_rate": None}
+    @pytest.mark.parametrize("reducer", ["random", *full("none", "dynamicvit")])
+    def test_other_methods_and_none_train_alike(self, example, tiny_vit, tmp_path, reducer):
+        kwargs = {} if reducer != "none" else {"pruning_rate": None}
         command = digits_command(tiny_vit, tmp_path, token_reducer=reducer, num_train_epochs=1, **kwargs)
         if reducer == "none":
             position = command.index("--pruning_rate")
             del command[position : position + 2]
         example("train_image_classification").main(command)
         assert AutoModelForImageClassification.from_pretrained(tmp_path).config.token_reducer == (
-            None if reducer == "none" else "random"
+            None if reducer == "none" else reducer
         )
-        assert ("throughput" in read_record(tmp_path)) == (reducer == "random")  # there is nothing to compare
+        assert ("throughput" in read_record(tmp_path)) == (reducer != "none")  # there is nothing to compare
+        assert ("ratio_loss" in history(tmp_path)[0]) == (reducer == "dynamicvit")
 
     @pytest.mark.full
     def test_image_folders(self, example, tiny_vit, tmp_path):

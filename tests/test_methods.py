@@ -80,7 +80,7 @@ class AttentiveReducer(TokenReducer):
         return state.prune(*select_tokens(scores, num_keep, state.num_prefix_tokens), self.block)
 
 
-METHODS = ["cropr", "random", "tome", "evit", "ailurus", "idlevit", "itpn", "attentive"]
+METHODS = ["cropr", "random", "tome", "evit", "ailurus", "dynamicvit", "idlevit", "itpn", "attentive"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -151,7 +151,7 @@ def test_cards_name_the_method(method, tmp_path):
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert TOKEN_REDUCERS[method].title in card
     assert ("bergner2025tokencropr" in card) == (method == "cropr")
-    assert ("training-free" in card) == (method != "cropr")
+    assert ("training-free" in card) == (method not in ("cropr", "dynamicvit"))
     assert ("`use_auxiliary_heads=True` makes it trainable again" in card) == (method == "cropr")
 
 
@@ -169,7 +169,7 @@ def test_folders_give_the_same_outputs_and_keep_the_settings(method, fusion, tmp
         outputs.append(candidate(make_images()).logits)
     assert torch.equal(*outputs)
     package = {
-        **dict.fromkeys(("tome", "evit", "ailurus", "idlevit", "itpn"), "cropr_hf"),
+        **dict.fromkeys(("tome", "evit", "ailurus", "dynamicvit", "idlevit", "itpn"), "cropr_hf"),
         "attentive": AttentiveReducer.__module__.partition(".")[0],
     }.get(method)
     assert loaded.config.reducer_package == package
@@ -188,7 +188,7 @@ def test_settings_survive_and_do_not_pass_to_another_method(tmp_path):
     )
 
 
-@pytest.mark.parametrize("method", ["random", *full("cropr", "tome", "attentive")])
+@pytest.mark.parametrize("method", ["random", *full("cropr", "tome", "dynamicvit", "attentive")])
 def test_exported_programs_agree(method, tmp_path):
     model = classifier(method)
     if method == "random":
@@ -199,7 +199,7 @@ def test_exported_programs_agree(method, tmp_path):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("method", ["tome", "attentive"])
+@pytest.mark.parametrize("method", ["tome", "dynamicvit", "attentive"])
 def test_exported_onnx_files_agree(method, tmp_path):
     assert export_model(classifier(method), tmp_path / "model.onnx") < 1e-4
 
@@ -276,9 +276,13 @@ def test_multiply_adds_count_what_the_method_runs(method):
     leaving = [min(pair) for pair in zip(entering, kept)] if TOKEN_REDUCERS[method].acts_inside else entering
     if config.last_layer_fusion:
         leaving[-1] = config.num_patches
-    folded = 2 * config.hidden_size**2 * (method == "idlevit")  # a query of the CLS token, folded
-    expected = linear_formula(config, entering, leaving) + len(config.pruning_blocks) * folded
-    assert multiply_adds(config, attention=False) == expected
+    linear = linear_formula(config, entering, leaving)
+    if method == "idlevit":  # a query of the CLS token, folded
+        linear += len(config.pruning_blocks) * 2 * config.hidden_size**2
+    if method == "dynamicvit":  # predictors of D x D, D x D / 2, D / 2 x D / 4 and D / 4 x 2
+        size = config.hidden_size
+        linear += sum(entering[block - 1] for block in (1, 2, 3)) * (size**2 + size**2 // 2 + size**2 // 8 + size // 2)
+    assert multiply_adds(config, attention=False) == linear
     products = sum(2 * (tokens + 1) ** 2 * config.hidden_size for tokens in entering)
     if method == "tome":  # similarities of every second token with the others, and the weighted mean in the end
         head_size = config.hidden_size // config.num_attention_heads
@@ -402,10 +406,13 @@ def in_a_fresh_process(*args, **kwargs):
 
 
 @pytest.mark.full
-def test_the_file_of_a_foreign_method_travels(tmp_path):
-    model = classifier("tome", reducer_config={"rate_inflection": -0.5})
+@pytest.mark.parametrize(
+    ("method", "settings"), [("tome", {"rate_inflection": -0.5}), ("dynamicvit", {"blocks": [1, 3]})]
+)
+def test_the_file_of_a_foreign_method_travels(method, settings, tmp_path):
+    model = classifier(method, reducer_config=settings)
     save_for_hub(model, tmp_path / "folder")
-    assert (tmp_path / "folder" / "reducer_tome.py").exists()
+    assert (tmp_path / "folder" / f"reducer_{method}.py").exists()
     torch.save(make_images(), tmp_path / "images.pt")
     result = in_a_fresh_process(tmp_path / "folder", tmp_path / "images.pt", tmp_path / "logits.pt", cwd=tmp_path)
     assert result.returncode == 0, result.stderr

@@ -14,6 +14,7 @@
 """Token reduction methods besides that of the paper, a file each; importing this folder registers them."""
 
 from .ailurus import AiluRusConfig, AiluRusReducer
+from .dynamicvit import DynamicViTConfig, DynamicViTReducer
 from .evit import EViTConfig, EViTReducer
 from .idlevit import IdleViTConfig, IdleViTReducer
 from .itpn import MigrationConfig, MigrationReducer
@@ -23,6 +24,8 @@ from .tome import ToMeConfig, ToMeReducer
 __all__ = [
     "AiluRusConfig",
     "AiluRusReducer",
+    "DynamicViTConfig",
+    "DynamicViTReducer",
     "EViTConfig",
     "EViTReducer",
     "IdleViTConfig",

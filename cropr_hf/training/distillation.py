@@ -31,7 +31,8 @@ class Distillation:
             map the mean over its pixels.
         embedding: of 1 - cosine of the two pooled embeddings.
         tokens: of the mean squared error between the patch tokens that are left in `last_hidden_state` (all, where
-            they were restored) and those of the teacher at the same places.
+            they were restored; of a method that masks tokens in training, those that it keeps) and those of the
+            teacher at the same places.
         temperature: by which the logits of both are divided.
 
     Raises:
@@ -89,12 +90,12 @@ def embedding_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor
 
 
 def tokens_loss(student: torch.Tensor, teacher: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of tokens; those that a method made, and that the teacher does not have, count for nothing.
+    """Mean squared error of tokens; those that stand nowhere, as new and masked ones, count for nothing.
 
     Args:
         student: (B, K, D)
         teacher: all tokens (B, T, D).
-        places: (B or 1, K), of the student's tokens among those of the teacher; T or more for new ones.
+        places: (B or 1, K), of the student's tokens among those of the teacher; T or more for those that have none.
 
     Raises:
         `ValueError`: for different shapes.
@@ -105,7 +106,7 @@ def tokens_loss(student: torch.Tensor, teacher: torch.Tensor, places: torch.Tens
     teacher = teacher.gather(1, indices)
     _check_shapes("tokens", student, teacher)
     errors = (student.float() - teacher.float()).square().mean(dim=-1)
-    return (errors * is_known).sum() / is_known.sum()
+    return (errors * is_known).sum() / is_known.sum().clamp(min=1)
 
 
 def _check_shapes(name: str, student: torch.Tensor, teacher: torch.Tensor) -> None:

@@ -1,0 +1,252 @@
+# Copyright 2026 The cropr_hf authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""DynamicViT (Rao et al., NeurIPS 2021, arXiv 2106.02034): small predictors after three blocks say which patches stay.
+
+Inference keeps as many of the best as the schedule says. In training every image keeps as many as it likes: decisions
+are drawn, no token leaves, and attention masks those that would. A loss pulls the mean share of what stays to the
+schedule. Symbols: B images, T tokens (P of them prefix), N patch tokens, D hidden size, S blocks at which it acts.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from torch.nn import functional as F
+
+from ..configuration_cropr_vit import CroprViTConfig
+from ..token_reduction import (
+    KEY_BIAS,
+    SIZES,
+    PrunedTokens,
+    ReducerConfig,
+    TokenReducer,
+    TokenState,
+    register_token_reducer,
+)
+from ..token_schedule import pruning_blocks, round_up
+
+
+CITATION = """@inproceedings{rao2021dynamicvit,
+  title     = {{DynamicViT}: Efficient Vision Transformers with Dynamic Token Sparsification},
+  author    = {Rao, Yongming and Zhao, Wenliang and Liu, Benlin and Lu, Jiwen and Zhou, Jie and Hsieh, Cho-Jui},
+  booktitle = {Advances in Neural Information Processing Systems (NeurIPS)},
+  year      = {2021},
+  url       = {https://arxiv.org/abs/2106.02034}
+}"""
+
+LEAK = 1e-6  # what a dropped token still counts as a key, as in the authors' code
+POLICY, RESTING = "policy", "resting"  # columns of a state in training: what stays, and dropped tokens as they were
+RATIO_LOSS = "ratio_loss"
+
+
+@strict
+@dataclass
+class DynamicViTConfig(ReducerConfig):
+    """Fields of DynamicViT in `config.reducer_config`.
+
+    Attributes:
+        keep_rate: rho, share of the patch tokens that are left after the first of `blocks`, in (0, 1]; after the s-th
+            it is rho ** s. Instead of it a configuration can have `pruning_rate` or `pruning_schedule`.
+        blocks: after which it acts, 1 to L; by default after each of the first three quarters, as the paper's 3, 6 and
+            9 of 12 (from 0 those before which it acts).
+        ratio_loss_weight: of the loss that pulls the shares of kept tokens to the schedule; the paper's is 2.
+    """
+
+    keep_rate: float | int = 0.7
+    blocks: list[int] | None = None
+    ratio_loss_weight: float | int = 2.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep_rate <= 1:
+            raise ValueError(f"`keep_rate` is {self.keep_rate}; it must be in (0, 1], such as 0.7.")
+        if self.blocks is not None and (not self.blocks or sorted({*self.blocks}) != list(self.blocks)):
+            raise ValueError(f"`blocks` is {self.blocks}; give the numbers of one or more blocks, in ascending order.")
+        if self.ratio_loss_weight < 0:
+            raise ValueError(f"`ratio_loss_weight` is {self.ratio_loss_weight}; it must be 0 or more.")
+
+
+def draw_decisions(log_probabilities: torch.Tensor) -> torch.Tensor:
+    """Straight-through Gumbel-softmax at temperature 1: what is drawn going forward, its softmax going backward.
+
+    Args:
+        log_probabilities: (B, N, 2), of keeping and of dropping a token.
+
+    Returns:
+        (B, N), exactly 1 for what stays and 0 for what goes.
+    """
+    smallest = torch.finfo(log_probabilities.dtype).tiny
+    gumbel = -torch.empty_like(log_probabilities).exponential_().clamp(min=smallest).log()
+    soft = (log_probabilities + gumbel).softmax(dim=-1)[..., 0]
+    hard = (soft > 0.5).to(soft.dtype)
+    return hard + (soft - soft.detach())  # the bracket is exactly 0
+
+
+class KeepPredictor(nn.Module):
+    """Reads off every patch token, and off the mean of those that are left, whether it should stay (section 3.2)."""
+
+    def __init__(self, config: CroprViTConfig):
+        super().__init__()
+        size = config.hidden_size
+        self.norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
+        self.input_projection = nn.Linear(size, size)
+        self.fc1 = nn.Linear(size, size // 2)
+        self.fc2 = nn.Linear(size // 2, size // 4)
+        self.fc3 = nn.Linear(size // 4, 2)
+
+    def forward(self, patches: torch.Tensor, policy: torch.Tensor | None = None) -> torch.Tensor:
+        """Log-probabilities of keeping and of dropping each token, (B, N, 2), in float32 or wider.
+
+        Args:
+            patches: (B, N, D)
+            policy: (B, N), 1 for patches that are left; all of them by default.
+        """
+        features = F.gelu(self.input_projection(self.norm(patches)))
+        size = features.shape[-1] // 2
+        local, others = features[..., :size], features[..., size:]
+        if policy is None:
+            mean = others.mean(dim=1, keepdim=True)
+        else:  # of an image that keeps nothing the mean is 0
+            weights = policy[..., None].to(others.dtype)
+            mean = (others * weights).sum(dim=1, keepdim=True) / weights.sum(dim=1, keepdim=True).clamp(min=1)
+        features = torch.cat([local, mean.expand(-1, patches.shape[1], -1)], dim=-1)
+        logits = self.fc3(F.gelu(self.fc2(F.gelu(self.fc1(features)))))
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
+
+
+@register_token_reducer
+class DynamicViTReducer(TokenReducer):
+    """DynamicViT after one block.
+
+    In training a dropped token is one of size `LEAK`, by which attention and means over tokens weigh it: next to
+    nothing, with the gradient of the paper's masked softmax, so that a decision learns from what it changes. (The
+    paper lets every token attend to itself whatever its decision. Of values, that changes those of dropped tokens,
+    which nothing reads; of gradients, a decision here also gets that of the token's attention to itself.) Where all
+    patches come back, dropped ones are as they were when dropped, as in inference.
+
+    Patches that stay keep their order, where the authors' code sorts them by score. Padding that goes first is dropped
+    in training at once.
+    """
+
+    name = "dynamicvit"
+    label = "DynamicViT"
+    title = "DynamicViT"
+    url = "https://arxiv.org/abs/2106.02034"
+    citation = CITATION
+    config_class = DynamicViTConfig
+    learns = True
+    fuses_by_default = False
+
+    def __init__(self, config: CroprViTConfig, block: int):
+        super().__init__(config, block)
+        self.loss_weight = self.setting(config, "ratio_loss_weight") / len(pruning_blocks(config, type(self)))
+        self.predictor = KeepPredictor(config)
+
+    @classmethod
+    def uses_key_bias(cls, config: CroprViTConfig) -> bool:
+        """See `TokenReducer.uses_key_bias`: in training."""
+        return True
+
+    @classmethod
+    def blocks(cls, config: CroprViTConfig) -> list[int]:
+        """See `TokenReducer.blocks`."""
+        possible, num_blocks = super().blocks(config), config.num_hidden_layers
+        chosen = cls.setting(config, "blocks")
+        if chosen is None:
+            chosen = [quarter * num_blocks // 4 for quarter in (1, 2, 3)]
+        return [block for block in possible if block in chosen]
+
+    @classmethod
+    def kept_by_default(cls, config: CroprViTConfig, num_patches: int) -> list[int]:
+        """By `keep_rate`: of N patch tokens ⌊rho ** s · N⌋ are left after the s-th of its blocks, at least one."""
+        rate = cls.setting(config, "keep_rate")
+        blocks, kept, passed = pruning_blocks(config, cls), [], 0
+        for block in range(1, config.num_hidden_layers + 1):
+            passed += block in blocks
+            # 0.7 ** 2 * 100 is 49, not 48.99999999999999.
+            kept.append(max(1, int(round(rate**passed * num_patches, 6))))
+        return round_up(config, kept, num_patches)
+
+    @classmethod
+    def check_pruning(cls, config: CroprViTConfig) -> None:
+        """See `TokenReducer.check_pruning`."""
+        possible = super().blocks(config)
+        if wrong := [block for block in cls.settings(config).blocks or [] if block not in possible]:
+            raise ValueError(
+                f"`blocks` of DynamicViT has {wrong}, but with {config.num_hidden_layers} blocks"
+                f"{' and last layer fusion' * bool(config.last_layer_fusion)} it can act after 1 to "
+                f"{possible[-1] if possible else 0}; leave these out."
+            )
+        if "keep_rate" in (config.reducer_config or {}) and (config.pruning_rate or config.pruning_schedule):
+            raise ValueError(
+                "`reducer_config` has a `keep_rate`, and the configuration a `pruning_rate` or `pruning_schedule` as "
+                "well; give one of them."
+            )
+        super().check_pruning(config)
+
+    def after_block(self, state: TokenState, num_keep: int) -> TokenState:
+        """See `TokenReducer.after_block`."""
+        return self.mask(state, num_keep) if self.training else self.keep_best(state, num_keep)
+
+    def scores(self, state: TokenState) -> torch.Tensor:
+        """See `TokenReducer.scores`: log-probabilities of keeping."""
+        prefix = state.num_prefix_tokens
+        return F.pad(self.predictor(state.hidden_states[:, prefix:])[..., 0], (prefix, 0))
+
+    def mask(self, state: TokenState, num_keep: int) -> TokenState:
+        """What training does: draws which patches stay, of those that are left, and adds the loss of their share.
+
+        Where the schedule keeps all of them, as a curriculum does at first, only the loss speaks.
+        """
+        states, prefix = state.hidden_states, state.num_prefix_tokens
+        before = state.columns.get(POLICY)
+        if before is None:
+            before = torch.ones_like(states[..., 0], dtype=torch.promote_types(states.dtype, torch.float32))
+        decisions = draw_decisions(self.predictor(states[:, prefix:], before[:, prefix:]))
+        policy = before * F.pad(decisions, (prefix, 0), value=1.0)  # (B, T)
+        shares = policy[:, prefix:].mean(dim=1)
+        loss = self.loss_weight * (shares - num_keep / state.num_patches).square().mean()
+        if RATIO_LOSS in state.losses:
+            loss = loss + state.losses[RATIO_LOSS]
+        state = state.updated(losses={**state.losses, RATIO_LOSS: loss})
+        if num_keep == state.num_patches:
+            return state
+        padding = state.padding_of_tokens()
+        if padding is not None:
+            policy = policy.masked_fill(padding, 0.0)
+        sizes = policy + LEAK
+        columns = {**state.columns, POLICY: policy, SIZES: sizes, KEY_BIAS: sizes.log()}
+        if state.keeps_pruned_states:
+            columns[RESTING] = torch.where(before[..., None] == 0, state.columns.get(RESTING, states), states)
+        # A dropped token is still there, but its place is that of tokens which have none.
+        is_dropped, nowhere = policy == 0, state.num_places
+        return state.updated(
+            columns=columns,
+            token_indices=torch.where(is_dropped, nowhere, state.token_indices),
+            pruned=(*state.pruned, PrunedTokens(self.block, torch.where(is_dropped, state.token_indices, nowhere))),
+            restored=True,
+        )
+
+    def restore(self, state: TokenState) -> TokenState:
+        """See `TokenReducer.restore`; in training decisions learn from the difference that it makes."""
+        policy = state.columns.get(POLICY)
+        if policy is None:
+            return super().restore(state)
+        stays = policy[..., None].to(state.hidden_states.dtype)
+        indices = torch.arange(policy.shape[1], device=policy.device)[None]
+        states = stays * state.hidden_states + (1 - stays) * state.columns[RESTING]
+        return state.updated(hidden_states=states, token_indices=indices, columns={})
+
+
+__all__ = ["DynamicViTConfig", "DynamicViTReducer"]
