@@ -31,12 +31,12 @@ from .token_reduction import (
     AttentionFacts,
     ReducerConfig,
     TokenReducer,
-    TokenState,
     find_token_reducer,
     has_auxiliary_heads,
     register_token_reducer,
 )
 from .token_schedule import curriculum_schedule, schedule_from_sides
+from .token_state import TokenState
 from .version import __version__
 
 

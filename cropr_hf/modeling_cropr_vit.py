@@ -35,15 +35,14 @@ from .saving import StrippableModel
 from .token_reduction import (
     AttentionFacts,
     OwnWeights,
-    Rotation,
     TokenReducer,
-    TokenState,
     build_token_reducers,
     check_attention,
     find_token_reducer,
     has_auxiliary_heads,
 )
 from .token_schedule import kept_patches
+from .token_state import Rotation, TokenState
 from .vit_layers import (
     CroprViTAttention,
     CroprViTAttentionPooling,

@@ -35,7 +35,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.generic import maybe_autocast
 
 from .configuration_cropr_vit import CroprViTConfig
-from .token_reduction import OwnWeights, TokenReducer, TokenState, register_token_reducer, resample_grid
+from .token_reduction import OwnWeights, TokenReducer, register_token_reducer
+from .token_state import TokenState, resample_grid
 
 
 NORM_EPS = 1e-6  # of the norms inside a Cropr module, as in the reference code

@@ -15,7 +15,8 @@
 
 import torch
 
-from .token_reduction import TokenReducer, TokenState, register_token_reducer
+from .token_reduction import TokenReducer, register_token_reducer
+from .token_state import TokenState
 
 
 @register_token_reducer

@@ -11,412 +11,25 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What every token reduction method is made of. It names none of them.
+"""Token reduction: the interface of a method, its settings, and the registry.
 
-1. Operations on token sequences: pure functions on tensors.
-2. `TokenState`: what travels through the encoder and moves together.
-3. `TokenReducer`: the interface of a method, its settings, and the registry.
-
-Symbols: B images, T tokens (prefix and patches) now, T0 tokens of the unpruned sequence, K tokens kept, H heads,
-D hidden size, C classes, L blocks.
+Symbols: B images, T tokens now, H heads, d head size, L blocks.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
-from torch.nn import functional as F
 
 from .configuration_cropr_vit import DEFAULT_PRUNING_RATE, CroprViTConfig, check_finite
 from .token_schedule import check_pruning, kept_by_constant_rate, pruning_blocks
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# 1. Operations on token sequences
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def gather_tokens(indices: torch.Tensor, *sequences: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The same tokens of one or more batches of sequences.
-
-    Copying whole rows is several times faster on a CPU than `torch.gather` with an index expanded over the channels.
-
-    Args:
-        indices: (B, K), in [0, T).
-        sequences: all (B, T, ...), or all (1, T, ...), which the batch shares.
-
-    Returns:
-        (B, K, ...) of each.
-    """
-    rows = indices.flatten()
-    if sequences[0].shape[0] != 1:
-        first_rows = torch.arange(indices.shape[0], device=indices.device) * sequences[0].shape[1]
-        rows = (indices + first_rows[:, None]).flatten()
-    # (B, T, ...) -> (B * T, ...) -> (B * K, ...) -> (B, K, ...)
-    return tuple(tokens.flatten(0, 1).index_select(0, rows).unflatten(0, indices.shape) for tokens in sequences)
-
-
-def resample_grid(
-    table: torch.Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int], antialias: bool
-) -> torch.Tensor:
-    """Bicubic interpolation, in float32, of vectors that belong to patches (positions, queries) to another grid.
-
-    Args:
-        table: (1, old rows * old columns, D)
-        antialias: whether to smooth before it shrinks.
-
-    Returns:
-        (1, new rows * new columns, D)
-    """
-    # (1, rows * columns, D) -> (1, D, rows, columns) and back
-    grid = table.float().unflatten(1, old_grid).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, size=new_grid, mode="bicubic", align_corners=False, antialias=antialias)
-    return grid.flatten(2).transpose(1, 2).to(table.dtype)
-
-
-def select_tokens(
-    scores: torch.Tensor, num_keep: int, num_prefix_tokens: int = 0, padding: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Selector: the top patch tokens, and all prefix tokens, in the order in which they stand in the sequence.
-
-    Args:
-        scores: (B, T), those of prefix tokens are ignored; what is not a number is the lowest.
-        num_keep: patch tokens to keep, in [1, T - num_prefix_tokens]. Equal scores: the earlier token is kept.
-        num_prefix_tokens: tokens at the start that always stay.
-        padding: (B, T), true for tokens that are pruned before all others.
-
-    Returns:
-        Indices into the T tokens: kept (B, num_prefix_tokens + num_keep), ascending, and pruned (B, the others),
-        from the highest score to the lowest.
-    """
-    # Sorted by their negatives, as in an ascending order what is not a number comes last.
-    ranks = -scores
-    if padding is not None:
-        ranks = ranks.nan_to_num(nan=torch.finfo(ranks.dtype).max).masked_fill(padding, torch.inf)
-    # Prefix tokens win, and as a stable sort leaves them in front, they need no treatment of their own.
-    ranks = F.pad(ranks[:, num_prefix_tokens:], (num_prefix_tokens, 0), value=-torch.inf)
-    # A full sort is negligible next to a block, and unlike top-k it orders equal scores alike everywhere.
-    order = ranks.argsort(dim=1, stable=True)
-    num_keep += num_prefix_tokens
-    return order[:, :num_keep].sort(dim=1).values, order[:, num_keep:]
-
-
-def rank_by_similarity(metric: torch.Tensor, num_prefix_tokens: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens at even places, and the most similar one at an odd place for each, by the cosine (ToMe, section 3).
-
-    Of equal similarities the token that comes first wins.
-
-    Args:
-        metric: (B, T, d), what similarity is measured on.
-        num_prefix_tokens: tokens at the start that take no part.
-
-    Returns:
-        Places of the even tokens (B, ⌈T / 2⌉), the most similar first, those of the prefix last; and for each the
-        place of the one that it is most similar to.
-    """
-    metric = F.normalize(metric, dim=-1)
-    is_prefix = torch.arange(metric.shape[1], device=metric.device) < num_prefix_tokens
-    # (B, even, d) x (B, d, odd) -> (B, even, odd)
-    similarity = metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)
-    similarity = similarity.masked_fill(is_prefix[::2, None] | is_prefix[1::2], -torch.inf)
-    best, partner = similarity.max(dim=-1)
-    order = best.argsort(dim=1, descending=True, stable=True)
-    return 2 * order, 2 * partner.gather(1, order) + 1
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# 2. The state that travels through the encoder
-# --------------------------------------------------------------------------------------------------------------------
-
-
-Rotation = tuple[torch.Tensor, torch.Tensor]  # cosine and sine
-SIZES, KEY_BIAS = "sizes", "key_bias"  # columns that the model reads
-
-
-@dataclass
-class TokenState:
-    """Token sequences and what belongs to their tokens. Methods return a new state and never change one.
-
-    Whatever a token has by its place in the image is looked up by its index, in tables that stay as they are. What
-    else it has stands in a column. Both move with the tokens.
-
-    Attributes:
-        hidden_states: (B, T, D), prefix tokens first; patches in raster order, unless a method reorders them.
-        token_indices: (B or 1, T), place of each token in the unpruned sequence.
-        rotary_tables: rotary positions of the unpruned sequence, each (1, T0, head size / 2), by the name of what they
-            are positions in: "image", and "window" for places inside the windows of windowed attention.
-        rotations: the same of the tokens in `hidden_states`, (B or 1, T, head size / 2); the tables by default.
-        padding: (B, T0), true for tokens that are pruned before all others, or `None`.
-        num_prefix_tokens: CLS and register tokens in `hidden_states`.
-        columns: further facts about each token, (B, T, ...) by name; see `sizes` and `key_bias`.
-        slots: (B, T0), where in `hidden_states` each token of the unpruned sequence went by merging, or `None`.
-        pruned: the patch tokens that left the sequence, in the order in which they did.
-        restored: whether they are back, or never went, as where training masks tokens that inference drops.
-        idle: of a method that lets tokens idle, which ones did in the block after each of its modules.
-        num_unplaced: tokens that a method made and that have no place in the image, in the sequence or pruned; their
-            index is the first that no place has.
-        grid_size: rows and columns of the patches before pruning; what has one query per patch needs it.
-        keeps_pruned_states: whether `pruned` has the hidden states, which fusion needs.
-        auxiliary_logits: (B, N, C) by the block that the auxiliary head follows, in training.
-        auxiliary_patches: (n,), the patches whose queries give the first of these logits; `None` is all.
-        losses: of methods, by name, in training; the task class adds them to its loss.
-    """
-
-    hidden_states: torch.Tensor
-    token_indices: torch.Tensor
-    rotary_tables: dict[str, Rotation] = field(default_factory=dict)
-    rotations: dict[str, Rotation] = field(default_factory=dict)
-    padding: torch.Tensor | None = None
-    num_prefix_tokens: int = 0
-    columns: dict[str, torch.Tensor] = field(default_factory=dict)
-    slots: torch.Tensor | None = None
-    pruned: tuple[PrunedTokens, ...] = ()
-    restored: bool = False
-    idle: tuple[PrunedTokens, ...] = ()
-    num_unplaced: int = 0
-    grid_size: tuple[int, int] | None = None
-    keeps_pruned_states: bool = True
-    auxiliary_logits: dict[int, torch.Tensor] = field(default_factory=dict)
-    auxiliary_patches: torch.Tensor | None = None
-    losses: dict[str, torch.Tensor] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.rotations = self.rotations or self.rotary_tables
-
-    def updated(self, **changes: Any) -> TokenState:
-        """A copy with other values: `dataclasses.replace`, whose time shows when every block makes a copy or two."""
-        state = object.__new__(TokenState)
-        state.__dict__.update(self.__dict__)
-        state.__dict__.update(changes)
-        return state
-
-    @property
-    def num_patches(self) -> int:
-        """Patch tokens in the sequence now."""
-        return self.hidden_states.shape[1] - self.num_prefix_tokens
-
-    @property
-    def sizes(self) -> torch.Tensor | None:
-        """How many tokens each one stands for, (B, T); `None` is one each. Means over tokens weigh by it."""
-        return self.columns.get(SIZES)
-
-    @property
-    def key_bias(self) -> torch.Tensor | None:
-        """What attention adds to the logits of each token as a key, (B, T), or `None`."""
-        return self.columns.get(KEY_BIAS)
-
-    @property
-    def num_places(self) -> int:
-        """Tokens of the unpruned sequence."""
-        if self.slots is not None:
-            return self.slots.shape[1]
-        pruned = 0 if self.restored else sum(tokens.token_indices.shape[1] for tokens in self.pruned)
-        return self.hidden_states.shape[1] + pruned - self.num_unplaced
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether every token of the unpruned sequence is there."""
-        return self.restored or len(self.pruned) == 0
-
-    def prune(self, kept: torch.Tensor, pruned: torch.Tensor, block: int) -> TokenState:
-        """Keeps the tokens at `kept` (B, K), prefix included, and sets those at `pruned` aside.
-
-        Raises:
-            `ValueError`: after a merge.
-        """
-        if self.slots is not None:
-            raise ValueError("Tokens were merged before; a method prunes or merges, not both.")
-        places = self.token_indices.expand(kept.shape[0], -1)
-        indices = places.gather(1, kept)
-        states, *columns = gather_tokens(kept, self.hidden_states, *self.columns.values())
-        set_aside = gather_tokens(pruned, self.hidden_states) if self.keeps_pruned_states else (None,)
-        return self.updated(
-            hidden_states=states,
-            token_indices=indices,
-            rotations=self._rotations_of(indices),
-            columns=dict(zip(self.columns, columns)),
-            pruned=(*self.pruned, PrunedTokens(block, places.gather(1, pruned), *set_aside)),
-        )
-
-    def park(self, active: torch.Tensor, idle: torch.Tensor, block: int) -> TokenState:
-        """Leaves the tokens at `active` (B, K), prefix included, for one block; `unpark` brings back those at `idle`.
-
-        Raises:
-            `ValueError`: beside columns, or after tokens left for good.
-        """
-        if self.columns or not self.is_whole:
-            raise ValueError(
-                "Tokens were pruned or merged, or have columns; a method that lets them idle does neither."
-            )
-        (states,) = gather_tokens(active, self.hidden_states)
-        (others,) = gather_tokens(idle, self.hidden_states)
-        return self.updated(
-            hidden_states=states,
-            token_indices=active,
-            rotations=self._rotations_of(active),
-            idle=(*self.idle, PrunedTokens(block, idle, others)),
-        )
-
-    def unpark(self) -> TokenState:
-        """Every token at its place, those that idled as they were."""
-        *before, parked = self.idle
-        assert parked.hidden_states is not None
-        places, order = torch.cat([self.token_indices, parked.token_indices], dim=1).sort(dim=1)
-        (states,) = gather_tokens(order, torch.cat([self.hidden_states, parked.hidden_states], dim=1))
-        return self.updated(
-            hidden_states=states,
-            token_indices=places,
-            rotations=self.rotary_tables,
-            idle=(*before, PrunedTokens(parked.block, parked.token_indices)),
-        )
-
-    def append(self, tokens: torch.Tensor) -> TokenState:
-        """Adds tokens (B, E, D) that stand at no place of the image: they are not rotated, and go when all tokens come
-        back.
-
-        Raises:
-            `ValueError`: beside columns, of which they have no values.
-        """
-        if self.columns:
-            raise ValueError(f"New tokens have no {', '.join(self.columns)}; a method does one or the other.")
-        batch_size, count = tokens.shape[:2]
-        index, tables = self.num_places, self.rotary_tables
-        if not self.num_unplaced:
-            tables = {
-                name: (F.pad(cos, (0, 0, 0, 1), value=1.0), F.pad(sin, (0, 0, 0, 1)))
-                for name, (cos, sin) in tables.items()
-            }
-        indices = self.token_indices.expand(batch_size, -1)
-        state = self.updated(
-            hidden_states=torch.cat([self.hidden_states, tokens], dim=1),
-            token_indices=torch.cat([indices, indices.new_full((batch_size, count), index)], dim=1),
-            rotary_tables=tables,
-            num_unplaced=self.num_unplaced + count,
-        )
-        return state.updated(rotations=state._rotations_of(state.token_indices))
-
-    def merge(
-        self,
-        hidden_states: torch.Tensor,
-        survivors: torch.Tensor,
-        merged: torch.Tensor,
-        slots: torch.Tensor,
-        block: int,
-        columns: dict[str, torch.Tensor],
-    ) -> TokenState:
-        """Tokens after some were merged into others, in any order.
-
-        Args:
-            hidden_states: (B, K, D), the new sequence, prefix tokens first.
-            survivors: (B, K), the token of the present sequence whose place each of them keeps.
-            merged: (B, T - K), tokens of the present sequence that are no longer tokens of their own.
-            slots: (B, T), where in the new sequence each token of the present one went.
-            block: in or after which it happens.
-            columns: of the new sequence, (B, K, ...).
-
-        Raises:
-            `ValueError`: after tokens were pruned.
-        """
-        if self.pruned and self.slots is None:
-            raise ValueError("Tokens were pruned before; a method prunes or merges, not both.")
-        places = self.token_indices.expand(slots.shape[0], -1)
-        indices = places.gather(1, survivors)
-        return self.updated(
-            hidden_states=hidden_states,
-            token_indices=indices,
-            rotations=self._rotations_of(indices),
-            columns=columns,
-            slots=slots if self.slots is None else slots.gather(1, self.slots),
-            pruned=(*self.pruned, PrunedTokens(block, places.gather(1, merged))),
-        )
-
-    def restore(self) -> TokenState:
-        """Every token back at its place: a pruned one as it was when pruned (Last Layer Fusion in the paper), a merged
-        one as a copy of what it was merged into.
-
-        Raises:
-            `ValueError`: when the hidden states of pruned tokens were not kept.
-        """
-        if self.is_whole:
-            return self
-        if self.slots is not None:
-            (states,) = gather_tokens(self.slots, self.hidden_states)
-            indices = torch.arange(self.slots.shape[1], device=self.slots.device)[None]
-        else:
-            states, indices = self._fused()
-        tables = self.rotary_tables
-        if self.num_unplaced:
-            tables = {name: (cos[:, :-1], sin[:, :-1]) for name, (cos, sin) in tables.items()}
-        return self.updated(
-            hidden_states=states,
-            token_indices=indices,
-            rotary_tables=tables,
-            rotations=tables,
-            num_unplaced=0,
-            columns={},
-            slots=None,
-            pruned=tuple(PrunedTokens(tokens.block, tokens.token_indices) for tokens in self.pruned),
-            restored=True,
-        )
-
-    def _fused(self) -> tuple[torch.Tensor, torch.Tensor]:
-        states, indices = [self.hidden_states], [self.token_indices]
-        for tokens in self.pruned:
-            if tokens.hidden_states is None:
-                raise ValueError(
-                    "The states of pruned tokens were dropped; set `keeps_pruned_states` to restore them."
-                )
-            states.append(tokens.hidden_states)
-            indices.append(tokens.token_indices)
-        restored, order = torch.cat(indices, dim=1).sort(dim=1)
-        if self.num_unplaced:  # they sort last
-            restored, order = restored[:, : self.num_places], order[:, : self.num_places]
-        (fused,) = gather_tokens(order, torch.cat(states, dim=1))
-        return fused, restored
-
-    def _rotations_of(self, indices: torch.Tensor) -> dict[str, Any]:
-        return {name: gather_tokens(indices, *table) for name, table in self.rotary_tables.items()}
-
-    def pruning_map(self, num_blocks: int) -> torch.Tensor:
-        """Block after which each patch left, `num_blocks` if it never did: (B, patches in raster order)."""
-        # One more than there are places, for tokens that have none.
-        blocks = self.token_indices.new_full((len(self.hidden_states), self.num_places + 1), num_blocks)
-        for tokens in self.pruned:
-            blocks = blocks.scatter(1, tokens.token_indices, tokens.block)
-        idles_until = num_blocks  # a token that idles to the end left at the beginning of that time
-        for tokens in reversed(self.idle):
-            is_idle = torch.zeros_like(blocks).scatter(1, tokens.token_indices, 1).bool()
-            blocks = torch.where(is_idle & (blocks == idles_until), tokens.block, blocks)
-            idles_until = tokens.block
-        return blocks[:, self.num_prefix_tokens : -1]
-
-    def padding_of_tokens(self) -> torch.Tensor | None:
-        """`padding` of the tokens in the sequence: (B, T)."""
-        if self.padding is None or self.is_whole:
-            return self.padding
-        return F.pad(self.padding, (0, 1)).gather(1, self.token_indices)
-
-
-@dataclass
-class PrunedTokens:
-    """Patch tokens that left the sequence at one block.
-
-    Attributes:
-        block: 1 to L.
-        token_indices: (B, P), their places in the unpruned sequence; of a method that ranks, from the highest score
-            to the lowest. The first index that no place has fills up rows of images that lost fewer.
-        hidden_states: (B, P, D), as they were when pruned, or `None`.
-    """
-
-    block: int
-    token_indices: torch.Tensor
-    hidden_states: torch.Tensor | None = None
+from .token_state import TokenState, select_tokens
 
 
 @dataclass
@@ -444,7 +57,7 @@ class AttentionFacts:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# 3. The interface of a method, and the registry
+# The interface of a method, and the registry
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -477,6 +90,7 @@ class TokenReducer(nn.Module):
         label: in tables and pictures.
         title, url, citation: in model cards: what the method is called, where it was published, and its BibTeX entry.
         config_class: its own fields.
+        budget_field: which of them says how much it prunes where there is neither a rate nor a schedule, if one does.
         learns: whether its choices are by chance before it is trained; otherwise it can be used without training.
         supports_auxiliary_heads: whether it has parts that only training needs; see `add_auxiliary_heads`.
         merges: whether tokens are merged rather than dropped.
@@ -495,6 +109,7 @@ class TokenReducer(nn.Module):
     url: str | None = None
     citation: str | None = None
     config_class: type[ReducerConfig] = ReducerConfig
+    budget_field: str | None = None
     learns = False
     supports_auxiliary_heads = False
     merges = False
@@ -649,6 +264,12 @@ class TokenReducer(nn.Module):
     @classmethod
     def check_pruning(cls, config: CroprViTConfig) -> None:
         """Raises `ValueError` for pruning that is impossible at `config.image_size`; configurations call it too."""
+        given = [name for name in ("pruning_rate", "pruning_schedule") if getattr(config, name)]
+        if given and cls.budget_field in (config.reducer_config or {}):
+            raise ValueError(
+                f"`reducer_config` has a `{cls.budget_field}`, and the configuration a `{given[0]}` as well; give one "
+                "of them."
+            )
         check_pruning(config, cls)
 
 

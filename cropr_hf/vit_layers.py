@@ -30,14 +30,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_cropr_vit import CroprViTConfig
 from .joint_weights import SharedInput
-from .token_reduction import (
-    AttentionFacts,
-    OwnWeights,
-    Rotation,
-    TokenState,
-    check_attention,
-    resample_grid,
-)
+from .token_reduction import AttentionFacts, OwnWeights, check_attention
+from .token_state import Rotation, TokenState, resample_grid
 
 
 class CroprViTEmbeddings(OwnWeights):

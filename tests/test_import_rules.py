@@ -16,13 +16,14 @@ TRAVELS = {
     "class_names": (set(), {"transformers"}),
     "token_schedule": (set(), set()),
     "configuration_cropr_vit": ({"class_names", "token_schedule"}, {"transformers", "huggingface_hub"}),
-    "token_reduction": ({"configuration_cropr_vit", "token_schedule"}, HUB),
-    "reducer_cropr": ({"configuration_cropr_vit", "token_reduction"}, HUB),
-    "reducer_random": ({"token_reduction"}, HUB),
+    "token_state": (set(), {"torch"}),
+    "token_reduction": ({"configuration_cropr_vit", "token_schedule", "token_state"}, HUB),
+    "reducer_cropr": ({"configuration_cropr_vit", "token_reduction", "token_state"}, HUB),
+    "reducer_random": ({"token_reduction", "token_state"}, HUB),
     "reducers": ({"reducer_cropr", "reducer_random"}, set()),
     "labels": ({"configuration_cropr_vit"}, {"torch"}),
     "joint_weights": (set(), {"torch"}),
-    "vit_layers": ({"configuration_cropr_vit", "joint_weights", "token_reduction"}, HUB),
+    "vit_layers": ({"configuration_cropr_vit", "joint_weights", "token_reduction", "token_state"}, HUB),
     "folders": (set(), set()),
     "saving": ({"configuration_cropr_vit", "folders", "token_reduction"}, {*HUB, "safetensors"}),
     "modeling_cropr_vit": (
@@ -30,6 +31,7 @@ TRAVELS = {
             "configuration_cropr_vit",
             "token_schedule",
             "token_reduction",
+            "token_state",
             "reducers",
             "labels",
             "vit_layers",
@@ -49,7 +51,7 @@ TRAVELS = {
     "image_processing_cropr_vit": (set(), HUB),
 }
 # What a method may import; its file travels as well, when a model needs it.
-METHOD = {"configuration_cropr_vit", "token_reduction", "token_schedule"}
+METHOD = {"configuration_cropr_vit", "token_reduction", "token_schedule", "token_state"}
 # The rooms, from left to right: a module imports from its own room or from those to the left.
 ROOMS = [
     {"version", "files", "arguments", "images"},

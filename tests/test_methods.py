@@ -35,7 +35,7 @@ from cropr_hf.speed.benchmark import BenchmarkArguments, pruning_candidates, run
 from cropr_hf.speed.cost import multiply_adds, unpruned_config
 from cropr_hf.speed.plots import plot_benchmark
 from cropr_hf.speed.tables import format_sweep, format_table
-from cropr_hf.token_reduction import KEY_BIAS, select_tokens
+from cropr_hf.token_state import KEY_BIAS, select_tokens
 from cropr_hf.training import CroprTrainer
 from cropr_hf.visualization import plot_pruning
 from tests.common import NUM_LABELS, TINY, full, make_images, make_model, tiny_config

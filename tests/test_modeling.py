@@ -12,8 +12,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from cropr_hf import CroprViTBackbone, CroprViTForImageClassification, CroprViTModel
 from cropr_hf.modeling_cropr_vit import CroprViTModelOutput
-from cropr_hf.token_reduction import resample_grid
 from cropr_hf.token_schedule import entering_patches
+from cropr_hf.token_state import resample_grid
 from cropr_hf.vit_layers import CroprViTDropPath
 from tests.common import (
     CONFIGS,

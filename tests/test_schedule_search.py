@@ -26,7 +26,7 @@ from cropr_hf.publishing.model_card import add_to_record, read_record
 from cropr_hf.speed import schedule_search, tradeoff
 from cropr_hf.speed.cost import multiply_adds
 from cropr_hf.speed.timing import Timing
-from cropr_hf.token_reduction import TokenState
+from cropr_hf.token_state import TokenState
 from cropr_hf.vit_layers import CroprViTEmbeddings, CroprViTLayer
 
 

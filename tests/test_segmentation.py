@@ -19,7 +19,7 @@ from transformers import (
 
 from cropr_hf import CroprViTForImageClassification, CroprViTForSemanticSegmentation
 from cropr_hf.labels import map_presence
-from cropr_hf.token_reduction import resample_grid
+from cropr_hf.token_state import resample_grid
 from tests.common import (
     NUM_BLOCKS,
     NUM_LABELS,

@@ -20,7 +20,8 @@ from cropr_hf import (
 from cropr_hf.reducer_cropr import CroprModule, aggregate_tokens, fold_scorer, score_tokens
 from cropr_hf.reducer_random import RandomReducer
 from cropr_hf.saving import strip_state_dict
-from cropr_hf.token_reduction import build_token_reducers, gather_tokens, select_tokens
+from cropr_hf.token_reduction import build_token_reducers
+from cropr_hf.token_state import gather_tokens, select_tokens
 from tests.common import NUM_LABELS, assert_close_relative, full, make_images, make_model, tiny_config
 
 

@@ -22,7 +22,7 @@ import torch
 from torch.nn import functional as F
 
 from ..configuration_cropr_vit import CroprViTConfig
-from ..token_reduction import resample_grid
+from ..token_state import resample_grid
 
 
 Weights = dict[str, torch.Tensor]

@@ -26,8 +26,9 @@ import torch
 from huggingface_hub.dataclasses import strict
 
 from ..configuration_cropr_vit import CroprViTConfig
-from ..token_reduction import KEY_BIAS, SIZES, ReducerConfig, TokenReducer, TokenState, register_token_reducer
+from ..token_reduction import ReducerConfig, TokenReducer, register_token_reducer
 from ..token_schedule import pruning_blocks, round_up
+from ..token_state import KEY_BIAS, SIZES, TokenState
 
 
 CITATION = """@inproceedings{li2023ailurus,
@@ -191,6 +192,7 @@ class AiluRusReducer(TokenReducer):
     title = "AiluRus (re-implementation)"
     url = "https://arxiv.org/abs/2311.01197"
     citation = CITATION
+    budget_field = "keep_rate"
     config_class = AiluRusConfig
     merges = True
     fuses_by_default = False
@@ -240,11 +242,6 @@ class AiluRusReducer(TokenReducer):
             raise ValueError(
                 f"The pruning schedule {list(config.pruning_schedule or ())} falls more than once, but AiluRus "
                 "clusters once; let it fall after one block."
-            )
-        if "keep_rate" in (config.reducer_config or {}) and (config.pruning_rate or config.pruning_schedule):
-            raise ValueError(
-                "`reducer_config` has a `keep_rate`, and the configuration a `pruning_rate` or `pruning_schedule` as "
-                "well; give one of them."
             )
         super().check_pruning(config)
 

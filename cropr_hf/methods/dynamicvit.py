@@ -26,16 +26,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..configuration_cropr_vit import CroprViTConfig
-from ..token_reduction import (
-    KEY_BIAS,
-    SIZES,
-    PrunedTokens,
-    ReducerConfig,
-    TokenReducer,
-    TokenState,
-    register_token_reducer,
-)
+from ..token_reduction import ReducerConfig, TokenReducer, register_token_reducer
 from ..token_schedule import pruning_blocks, round_up
+from ..token_state import KEY_BIAS, SIZES, PrunedTokens, TokenState
 
 
 CITATION = """@inproceedings{rao2021dynamicvit,
@@ -144,6 +137,7 @@ class DynamicViTReducer(TokenReducer):
     title = "DynamicViT"
     url = "https://arxiv.org/abs/2106.02034"
     citation = CITATION
+    budget_field = "keep_rate"
     config_class = DynamicViTConfig
     learns = True
     fuses_by_default = False
@@ -187,11 +181,6 @@ class DynamicViTReducer(TokenReducer):
                 f"`blocks` of DynamicViT has {wrong}, but with {config.num_hidden_layers} blocks"
                 f"{' and last layer fusion' * bool(config.last_layer_fusion)} it can act after 1 to "
                 f"{possible[-1] if possible else 0}; leave these out."
-            )
-        if "keep_rate" in (config.reducer_config or {}) and (config.pruning_rate or config.pruning_schedule):
-            raise ValueError(
-                "`reducer_config` has a `keep_rate`, and the configuration a `pruning_rate` or `pruning_schedule` as "
-                "well; give one of them."
             )
         super().check_pruning(config)
 

@@ -25,16 +25,9 @@ from itertools import pairwise
 from huggingface_hub.dataclasses import strict
 
 from ..configuration_cropr_vit import CroprViTConfig
-from ..token_reduction import (
-    AttentionFacts,
-    ReducerConfig,
-    TokenReducer,
-    TokenState,
-    gather_tokens,
-    register_token_reducer,
-    select_tokens,
-)
+from ..token_reduction import AttentionFacts, ReducerConfig, TokenReducer, register_token_reducer
 from ..token_schedule import pruning_blocks, round_up
+from ..token_state import TokenState, gather_tokens, select_tokens
 
 
 CITATION = """@inproceedings{liang2022evit,
@@ -86,6 +79,7 @@ class EViTReducer(TokenReducer):
     title = "EViT"
     url = "https://arxiv.org/abs/2202.07800"
     citation = CITATION
+    budget_field = "keep_rate"
     config_class = EViTConfig
     acts_inside = True
     fuses_by_default = False
@@ -130,11 +124,6 @@ class EViTReducer(TokenReducer):
             raise ValueError(
                 f"`blocks` of EViT has {wrong}, but there are blocks 1 to {config.num_hidden_layers}, of which last "
                 "layer fusion needs the last; leave these out."
-            )
-        if "keep_rate" in (config.reducer_config or {}) and (config.pruning_rate or config.pruning_schedule):
-            raise ValueError(
-                "`reducer_config` has a `keep_rate`, and the configuration a `pruning_rate` or `pruning_schedule` as "
-                "well; give one of them."
             )
         super().check_pruning(config)
 

@@ -28,8 +28,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..configuration_cropr_vit import CroprViTConfig
-from ..token_reduction import ReducerConfig, TokenReducer, TokenState, register_token_reducer, select_tokens
+from ..token_reduction import ReducerConfig, TokenReducer, register_token_reducer
 from ..token_schedule import pruning_blocks, round_up
+from ..token_state import TokenState, select_tokens
 
 
 CITATION = """@inproceedings{xu2023idlevit,
@@ -131,6 +132,7 @@ class IdleViTReducer(TokenReducer):
     title = "IdleViT"
     url = "https://arxiv.org/abs/2310.05654"
     citation = CITATION
+    budget_field = "keep_rate"
     config_class = IdleViTConfig
     idles = True
     fuses_by_default = False
@@ -180,11 +182,6 @@ class IdleViTReducer(TokenReducer):
             raise ValueError(
                 f"`first_block` of IdleViT is {first}; with {config.num_hidden_layers} blocks"
                 f"{' and last layer fusion' * bool(config.last_layer_fusion)} it must be in 2 to {last}."
-            )
-        if "keep_rate" in (config.reducer_config or {}) and (config.pruning_rate or config.pruning_schedule):
-            raise ValueError(
-                "`reducer_config` has a `keep_rate`, and the configuration a `pruning_rate` or `pruning_schedule` as "
-                "well; give one of them."
             )
         super().check_pruning(config)
 

@@ -26,8 +26,9 @@ import torch
 from huggingface_hub.dataclasses import strict
 
 from ..configuration_cropr_vit import CroprViTConfig
-from ..token_reduction import ReducerConfig, TokenReducer, TokenState, rank_by_similarity, register_token_reducer
+from ..token_reduction import ReducerConfig, TokenReducer, register_token_reducer
 from ..token_schedule import pruning_blocks, round_up
+from ..token_state import TokenState, rank_by_similarity
 
 
 CITATION = """@article{tian2024fastitpn,
@@ -77,6 +78,7 @@ class MigrationReducer(TokenReducer):
     title = "Fast-iTPN token migration (re-implementation)"
     url = "https://arxiv.org/abs/2211.12735"
     citation = CITATION
+    budget_field = "keep_rate"
     config_class = MigrationConfig
     fuses_by_default = False
 
@@ -116,11 +118,6 @@ class MigrationReducer(TokenReducer):
             raise ValueError(
                 f"`blocks` of token migration has {wrong}, but tokens can leave after the blocks 1 to "
                 f"{possible[-1] if possible else 0}; leave these out."
-            )
-        if "keep_rate" in (config.reducer_config or {}) and (config.pruning_rate or config.pruning_schedule):
-            raise ValueError(
-                "`reducer_config` has a `keep_rate`, and the configuration a `pruning_rate` or `pruning_schedule` as "
-                "well; give one of them."
             )
         super().check_pruning(config)
 

@@ -24,18 +24,9 @@ import torch
 from huggingface_hub.dataclasses import strict
 
 from ..configuration_cropr_vit import CroprViTConfig
-from ..token_reduction import (
-    KEY_BIAS,
-    SIZES,
-    AttentionFacts,
-    ReducerConfig,
-    TokenReducer,
-    TokenState,
-    gather_tokens,
-    rank_by_similarity,
-    register_token_reducer,
-)
+from ..token_reduction import AttentionFacts, ReducerConfig, TokenReducer, register_token_reducer
 from ..token_schedule import pruning_blocks, round_up
+from ..token_state import KEY_BIAS, SIZES, TokenState, gather_tokens, rank_by_similarity
 
 
 CITATION = """@inproceedings{bolya2023tome,

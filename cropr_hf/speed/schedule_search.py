@@ -12,8 +12,9 @@ from transformers.utils import logging
 
 from ..configuration_cropr_vit import CroprViTConfig
 from ..modeling_cropr_vit import CroprViTPreTrainedModel
-from ..token_reduction import TokenReducer, TokenState, find_token_reducer
+from ..token_reduction import TokenReducer, find_token_reducer
 from ..token_schedule import entering_patches
+from ..token_state import TokenState
 from ..vit_layers import pad_to_patches
 from .benchmark import UNPRUNED
 from .cost import head_multiply_adds, multiply_adds
