@@ -50,7 +50,7 @@ def layer_inputs(model):
     """What each block gets, as the model runs: tokens, rotary positions, and the grid of windows if there is one."""
     inputs = []
     for layer in model.base_model.layers:
-        layer.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments))
+        layer.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[:3]))
     return inputs
 
 
