@@ -116,6 +116,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "unpruned": {"token_reducer": None, "pruning_rate": None},
 }
 
+# Methods with a test file of their own, which the quick suite leaves it at.
+METHODS = ["ailurus", "dynamicvit", "evit", "idlevit", "itpn"]
+
 # A detector on a pyramid of 16 x 16 to 1 x 1 cells
 DETECTOR: dict[str, Any] = {
     "last_layer_fusion": True,
@@ -286,15 +289,15 @@ def full(*values: Any) -> list[Any]:
 def combinations(config_names: Collection[str]) -> list[Any]:
     """Every task class with every configuration that it can have, as parameters `task` and `name` of a test.
 
-    All tasks in the plain configuration and classification in all configurations come first; the rest is for the full
-    product.
+    All tasks in the plain configuration and classification in all configurations come first, but for those of methods
+    that have tests of their own; the rest is for the full product.
     """
     return [
         pytest.param(
             task,
             name,
             id=f"{task}-{name}",
-            marks=() if task == "classification" or name == "plain" else pytest.mark.full,
+            marks=() if name == "plain" or (task == "classification" and name not in METHODS) else pytest.mark.full,
         )
         for task in TASKS
         for name in config_names

@@ -38,6 +38,7 @@ from cropr_hf.speed.tables import format_sweep, format_table
 from cropr_hf.token_state import KEY_BIAS, select_tokens
 from cropr_hf.training import CroprTrainer
 from cropr_hf.visualization import plot_pruning
+from tests.common import METHODS as OWN_TESTS
 from tests.common import NUM_LABELS, TINY, full, make_images, make_model, tiny_config
 
 
@@ -80,7 +81,7 @@ class AttentiveReducer(TokenReducer):
         return state.prune(*select_tokens(scores, num_keep, state.num_prefix_tokens), self.block)
 
 
-METHODS = ["cropr", "random", "tome", "evit", "ailurus", "dynamicvit", "idlevit", "itpn", "attentive"]
+METHODS = ["cropr", "random", "tome", "attentive", *full(*OWN_TESTS)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -372,7 +373,7 @@ def test_a_method_that_needs_a_cls_token_says_so():
 
 
 def test_dense_tasks_restore_what_any_method_took():
-    for method in METHODS:
+    for method in ("cropr", "random", "tome", "attentive"):
         config = config_of(method, last_layer_fusion=True, num_queries=None)
         if method == "attentive":
             config.pruning_rate = 3
