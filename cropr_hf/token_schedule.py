@@ -142,6 +142,15 @@ def round_up(config: Any, kept: Sequence[int], num_patches: int) -> list[int]:
     return [min(-(-(entry + prefix) // multiple) * multiple - prefix, num_patches) for entry in kept]
 
 
+def halved_at_most(num_patches: int, kept: Sequence[int]) -> list[int]:
+    """The counts nearest to `kept` where no step removes more than half: of two tokens that are compared one stays."""
+    reached, left = [], num_patches
+    for wanted in kept:
+        left = max(wanted, left - left // 2)
+        reached.append(left)
+    return reached
+
+
 def _kept_by_schedule(num_patches: int, schedule: list[int], num_blocks: int, blocks: Sequence[int]) -> list[int]:
     if len(schedule) != num_blocks:
         raise ValueError(f"The pruning schedule has {len(schedule)} entries; it needs one per block, {num_blocks}.")

@@ -205,6 +205,7 @@ def test_token_counts():
         ({"reducer_config": {"spatial_weight": 2.0}}, "`spatial_weight` is 2.0"),
         ({"reducer_config": {"num_neighbors": 5, "density_neighbors": 5}}, "has 4 other neighbours"),
         ({"pruning_schedule": [16, 8, 4, 4, 4]}, "falls more than once"),
+        ({"num_hidden_layers": 1}, "1 blocks leave no block to prune after"),
         ({"pruning_rate": 16}, "leaves none of 16 patch tokens"),
         ({"window_size": 2, "window_block_indices": [0], "use_cls_token": False, "pooling": "mean"}, "windowed"),
     ],

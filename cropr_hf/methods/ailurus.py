@@ -233,7 +233,7 @@ class AiluRusReducer(TokenReducer):
     def check_pruning(cls, config: CroprViTConfig) -> None:
         """See `TokenReducer.check_pruning`."""
         block, possible = cls.settings(config).block, super().blocks(config)
-        if config.pruning_schedule is None and block not in possible:
+        if config.pruning_schedule is None and possible and block not in possible:
             raise ValueError(
                 f"`block` of AiluRus is {block}; with {config.num_hidden_layers} blocks"
                 f"{' and last layer fusion' * bool(config.last_layer_fusion)} it must be in 1 to {possible[-1]}."

@@ -27,7 +27,7 @@ from huggingface_hub.dataclasses import strict
 
 from ..configuration_cropr_vit import CroprViTConfig
 from ..token_reduction import ReducerConfig, TokenReducer, register_token_reducer
-from ..token_schedule import pruning_blocks, round_up
+from ..token_schedule import halved_at_most, pruning_blocks, round_up
 from ..token_state import TokenState, rank_by_similarity
 
 
@@ -104,11 +104,7 @@ class MigrationReducer(TokenReducer):
     @classmethod
     def reachable_counts(cls, config: CroprViTConfig, num_patches: int, kept: Sequence[int]) -> list[int]:
         """See `TokenReducer.reachable_counts`: at most half of the patch tokens leave after a block."""
-        reached, left = [], num_patches
-        for wanted in kept:
-            left = max(wanted, left - left // 2)
-            reached.append(left)
-        return reached
+        return halved_at_most(num_patches, kept)
 
     @classmethod
     def check_pruning(cls, config: CroprViTConfig) -> None:

@@ -25,7 +25,7 @@ from huggingface_hub.dataclasses import strict
 
 from ..configuration_cropr_vit import CroprViTConfig
 from ..token_reduction import AttentionFacts, ReducerConfig, TokenReducer, register_token_reducer
-from ..token_schedule import pruning_blocks, round_up
+from ..token_schedule import halved_at_most, pruning_blocks, round_up
 from ..token_state import KEY_BIAS, SIZES, TokenState, gather_tokens, rank_by_similarity
 
 
@@ -159,11 +159,7 @@ class ToMeReducer(TokenReducer):
     @classmethod
     def reachable_counts(cls, config: CroprViTConfig, num_patches: int, kept: Sequence[int]) -> list[int]:
         """See `TokenReducer.reachable_counts`: a block merges at most half of its patch tokens."""
-        reached, left = [], num_patches
-        for wanted in kept:
-            left = max(wanted, left - left // 2)
-            reached.append(left)
-        return reached
+        return halved_at_most(num_patches, kept)
 
     def after_attention(self, state: TokenState, num_keep: int, facts: AttentionFacts) -> TokenState:
         """See `TokenReducer.after_attention`."""
