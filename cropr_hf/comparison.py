@@ -85,6 +85,8 @@ class Speed:
         check_rounds(self.min_rounds, self.max_rounds, self.tolerance)
         parse_device(self.device)
         for name, allowed in {"dtypes": DTYPES, "batch_sizes": None}.items():
+            if not isinstance(getattr(self, name), list) or not getattr(self, name):
+                raise ValueError(f"`speed.{name}` is {getattr(self, name)!r}; write {WORDS[list]}.")
             for value in getattr(self, name):
                 is_right = value in allowed if allowed else isinstance(value, int) and value > 0
                 if not is_right:
@@ -135,6 +137,8 @@ class Comparison:
         Raises:
             `ValueError`: for what is not a field, a method that is not registered, or a value that makes no sense.
         """
+        if not Path(path).is_file():
+            raise ValueError(f"There is no file {path}; write one, such as those in examples/comparisons.")
         try:
             content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except yaml.YAMLError as error:

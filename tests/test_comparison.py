@@ -207,6 +207,8 @@ def test_a_budget_that_is_out_of_reach():
         ({"seeds": [0, 0]}, r"`seeds` is \[0, 0\]"),
         ({"arguments": {"seed": 1}}, "'seed', which the comparison itself sets"),
         ({"speed": {"batch_size": 1}}, "'batch_size', which is not a field of it; did you mean batch_sizes"),
+        ({"speed": {"batch_sizes": 8}}, "`speed.batch_sizes` is 8; write a list"),
+        ({"speed": {"dtypes": []}}, r"`speed.dtypes` is \[\]; write a list"),
         ({"speed": {"batch_sizes": [0]}}, "`speed.batch_sizes` has 0"),
         ({"speed": {"dtypes": ["float"]}}, "`speed.dtypes` has 'float'; choose among float32"),
         ({"speed": {"min_rounds": 1}}, "`min_rounds` 1"),
@@ -220,6 +222,8 @@ def test_wrong_files(changes, message, write, tmp_path, capsys):
 
 
 def test_a_file_that_is_no_comparison(tmp_path):
+    with pytest.raises(ValueError, match=r"There is no file .*; write one, such as those in examples/comparisons"):
+        Comparison.from_file(tmp_path / "nowhere.yaml")
     for text, message in {"- a": "holds no comparison", "a: [": "not valid YAML"}.items():
         (tmp_path / "file.yaml").write_text(text)
         with pytest.raises(ValueError, match=message):
