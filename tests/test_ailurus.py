@@ -9,7 +9,7 @@ import torch
 from cropr_hf import CroprViTBackbone, CroprViTConfig, CroprViTForImageClassification, CroprViTModel, TokenState
 from cropr_hf.methods import ailurus
 from cropr_hf.methods.ailurus import AiluRusConfig, AiluRusReducer, cluster_tokens, grid_neighbors
-from tests.common import assert_close_relative, make_images, make_model, tiny_config
+from tests.common import assert_close_relative, full, make_images, make_model, tiny_config
 
 
 def ailurus_config(**overrides):
@@ -58,8 +58,8 @@ def naive_clusters(features, grid_size, num_clusters, settings):
     return peaks, belongs
 
 
-@pytest.mark.parametrize("spatial_weight", [0.0, 0.5, 0.9])
-@pytest.mark.parametrize(("num_neighbors", "density_neighbors"), [(30, 1), (9, 3), (70, 5)])
+@pytest.mark.parametrize("spatial_weight", [0.9, *full(0.0, 0.5)])
+@pytest.mark.parametrize(("num_neighbors", "density_neighbors"), [(30, 1), (9, 3), *full((70, 5))])
 def test_clusters_are_those_of_a_loop(spatial_weight, num_neighbors, density_neighbors):
     torch.manual_seed(0)
     features = torch.randn(2, 70, 16, dtype=torch.float64)

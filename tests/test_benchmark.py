@@ -31,6 +31,7 @@ from cropr_hf.speed.instruments import operation_times, peak_memory
 from cropr_hf.speed.plots import plot_benchmark, plot_cost
 from cropr_hf.speed.tables import format_sweep, format_table
 from cropr_hf.speed.timing import Timing, compare, time_call
+from tests.common import full
 
 
 class TestMultiplyAdds:
@@ -55,7 +56,7 @@ class TestMultiplyAdds:
         ("fields", "bound"),
         [
             ({"pruning_rate": 8}, 1.78),
-            ({"pruning_rate": 8, "last_layer_fusion": False}, 1.91),
+            *full(({"pruning_rate": 8, "last_layer_fusion": False}, 1.91)),
             ({"pruning_rate": 40, "image_size": 512, "use_gated_mlp": True, "intermediate_size": 2730}, 1.77),
         ],
     )
@@ -278,6 +279,7 @@ def test_run_of_semantic_segmentation():
     assert parameters["random"] == parameters["unpruned"] == parameters["cropr"] - 2 * 32  # one vector per module
 
 
+@pytest.mark.full
 def test_run_of_training_steps_of_semantic_segmentation():
     record = run(arguments(task="semantic_segmentation", training=True))
     rows = record["results"]
@@ -292,7 +294,7 @@ def test_run_of_training_steps_of_semantic_segmentation():
     assert len({line.count("|") for line in table[:5]}) == 1  # as many columns in every row
 
 
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("training", [False, *full(True)])
 def test_run_of_instance_segmentation(training):
     heads = {"pyramid_channels": 8, "anchor_sizes": [4, 8, 12, 16, 24], "box_head_size": 16, "num_proposals": 20}
     config = json.dumps({**TINY, **heads, "rois_per_image": 8, "detections_per_image": 5, "num_labels": 3})
@@ -314,6 +316,7 @@ def swept():
     return records
 
 
+@pytest.mark.full
 def test_a_sweep_runs_every_combination(swept):
     found = [tuple(record["arguments"][name] for name in ("batch_size", "dtype")) for record in swept]
     assert found == [(1, "float32"), (1, "bfloat16"), (2, "float32"), (2, "bfloat16")]

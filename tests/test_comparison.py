@@ -116,6 +116,7 @@ def test_every_run_is_trained_or_taken_and_evaluated_once_though_interrupted(scr
     assert main(arguments) == 0 and len(scripts.calls) == again
 
 
+@pytest.mark.full
 def test_what_scripts_are_told(scripts, write, tmp_path):
     Runner(Comparison.from_file(write(seeds=[3])), tmp_path / "out")()
     trainings = [settings for script, settings in scripts.calls if script == "train.py"]
@@ -153,6 +154,7 @@ def test_other_settings_or_data_are_refused(scripts, write, tmp_path, monkeypatc
         Runner(Comparison.from_file(write(**FEW | {"seeds": [0, 1]}, arguments=given)), tmp_path / "out")()
 
 
+@pytest.mark.full
 def test_times_of_another_machine_are_not_kept(scripts, write, tmp_path, monkeypatch):
     runner = Runner(Comparison.from_file(write(**FEW)), tmp_path)
     first = runner()

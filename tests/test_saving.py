@@ -691,7 +691,7 @@ def test_truncated_weights_raise_value_error(tmp_path):
 
 @pytest.mark.parametrize(
     "fields",
-    [{"num_hidden_layers": 4}, {"use_cls_token": False}, {"use_final_norm": False}, {"query_bias": False}],
+    [{"num_hidden_layers": 4}, *full({"use_cls_token": False}, {"use_final_norm": False}, {"query_bias": False})],
 )
 @pytest.mark.parametrize("loaded_class", [TASKS[task].model_class for task in ("model", "backbone", "classification")])
 @pytest.mark.parametrize("task", ["model", "classification"])

@@ -30,6 +30,9 @@ from cropr_hf.token_state import TokenState
 from cropr_hf.vit_layers import CroprViTEmbeddings, CroprViTLayer
 
 
+SHAPES = ["free", *full("constant", "one_shot")]
+
+
 @pytest.fixture
 def clock(monkeypatch):
     """A clock that stands still but for the seconds that its entries give parts of a model.
@@ -118,7 +121,7 @@ def test_with_a_real_clock():
 
 class TestFindSchedule:
     @pytest.mark.parametrize("fusion", [True, *full(False)])
-    @pytest.mark.parametrize("shape", schedule_search.SHAPES)
+    @pytest.mark.parametrize("shape", SHAPES)
     @pytest.mark.parametrize("target", [1.6, *full(1.2)])
     def test_where_times_add_up_the_prediction_is_right_at_once(self, target, shape, fusion, clock):
         model = deep_model(last_layer_fusion=fusion)
@@ -144,7 +147,7 @@ class TestFindSchedule:
         assert found.measured_speedup == pytest.approx(found.unpruned_ms / found.measured_ms)
 
     @pytest.mark.parametrize("absolute", [False, *full(True)])
-    @pytest.mark.parametrize("shape", schedule_search.SHAPES)
+    @pytest.mark.parametrize("shape", SHAPES)
     def test_what_blocks_do_not_show_is_corrected_by_measurements(self, shape, absolute, clock):
         clock["block"] = lambda tokens: 0.01 * tokens + 1e-5 * tokens**2
         clock["module"] = lambda tokens: 0.4 if shape == "constant" else 1.5
@@ -219,7 +222,7 @@ class TestFindSchedule:
         found = find_schedule(model, 1.4, pixel_values=PIXELS)
         assert all((kept + 1) % 8 == 0 for kept in found.schedule if kept < 256)
 
-    @pytest.mark.parametrize("shape", schedule_search.SHAPES)
+    @pytest.mark.parametrize("shape", SHAPES)
     def test_windows_get_squares_of_windows(self, shape, clock):
         model = deep_model(
             CroprViTModel,
@@ -381,6 +384,7 @@ class TestFindSchedule:
         with pytest.raises(ValueError, match="Pruning does not pay here"):
             find_schedule(deep_model(), 1.2, shape="constant", pixel_values=PIXELS)
 
+    @pytest.mark.full
     def test_models_that_cannot_prune_or_score_are_errors(self, clock):
         with pytest.raises(ValueError, match="no token reducer"):
             find_schedule(deep_model(token_reducer=None, pruning_rate=None), 1.5)
@@ -524,7 +528,7 @@ class TestCommand:
         assert "measured 1.5" in output and found["image_size"] == [128, 128]
         assert "CroprViTForImageClassification.from_pretrained('path', pruning_schedule=schedule)" in output
 
-    @pytest.mark.parametrize("calibrated", [False, True])
+    @pytest.mark.parametrize("calibrated", [True, *full(False)])
     def test_a_folder_that_is_saved_with_its_schedule(self, calibrated, clock, tmp_path, capsys, log_records):
         model = deep_model(use_auxiliary_heads=True)
         model.save_pretrained(tmp_path / "model")

@@ -372,6 +372,7 @@ def test_the_mean_over_draws_is_the_loss_of_all_queries(task, monkeypatch):
 
 
 @torch.no_grad()
+@pytest.mark.full
 def test_drawn_queries_are_those_of_their_patches_and_the_ranking_stays_that_of_all():
     model, images = trainable(**AUXILIARY["drawn"][0]), make_images(2, 40, 32)
     scorers = [module.router.scorer for module in model.cropr_vit.token_reducers.values()]

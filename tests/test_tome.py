@@ -17,7 +17,7 @@ from cropr_hf import (
 )
 from cropr_hf.methods.tome import ToMeReducer, match_tokens, merge_tokens
 from cropr_hf.token_reduction import AttentionFacts
-from tests.common import make_images, make_model, tiny_config
+from tests.common import full, make_images, make_model, tiny_config
 
 
 def tome_config(**overrides):
@@ -43,8 +43,8 @@ def naive_matching(metric, num_merge, num_prefix):
     return left, into, [even for _, even, _ in pairs[:num_merge]]
 
 
-@pytest.mark.parametrize("num_prefix", [0, 1, 2, 5])
-@pytest.mark.parametrize("length", [12, 41, 197])
+@pytest.mark.parametrize("num_prefix", [0, 1, *full(2, 5)])
+@pytest.mark.parametrize("length", [12, 41, *full(197)])
 def test_matching_and_merging_are_those_of_naive_loops(length, num_prefix):
     torch.manual_seed(length + num_prefix)
     metric = torch.randn(2, length, 16, dtype=torch.float64)

@@ -19,6 +19,7 @@ from cropr_hf.training import (
     layer_decay_optimizer,
 )
 from cropr_hf.training.optimizer import layer_of
+from tests.common import full
 
 
 def tiny_model(model_class: type = CroprViTForImageClassification, **kwargs):
@@ -375,7 +376,7 @@ class TestPruningCurriculum:
         with pytest.raises(ValueError, match=re.escape(f"`pruning_range` is {pruning_range}")):
             PruningCurriculum(pruning_range=pruning_range)
 
-    @pytest.mark.parametrize("pruning_range", [None, (0.0, 1.0)])
+    @pytest.mark.parametrize("pruning_range", [None, *full(((0.0, 1.0),))])
     def test_a_resumed_run_repeats_the_uninterrupted_one(self, tmp_path, pruning_range):
         def trainer(folder) -> Trainer:
             args = training_arguments(folder, save_strategy="steps", save_steps=4)
