@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from shared import PruningArguments, cropr_config, given_fields
-from transformers import AutoConfig, AutoModelForImageClassification
+from transformers import AutoConfig, AutoModelForSemanticSegmentation
 from transformers.hf_argparser import HfArg
 
 from cropr_hf.modeling_cropr_vit import CroprViTTaskOutput
@@ -86,8 +86,8 @@ class PublishedArguments(PruningArguments):
                 f"The method {method!r} needs training, and {name} has no weights for it (its own method is "
                 f"{stored.token_reducer!r}); fine-tune with it, or choose one of {', '.join(others)}."
             )
-        # Of an unpruned model this field says nothing; the method knows what is usual. Dense tasks need all patches.
-        if stored.token_reducer is None and auto_class is AutoModelForImageClassification:
+        # Of an unpruned model this field says nothing; the method knows what is usual. Label maps need all patches.
+        if stored.token_reducer is None and auto_class is not AutoModelForSemanticSegmentation:
             return {"last_layer_fusion": None} | changes
         return changes
 

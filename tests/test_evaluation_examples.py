@@ -73,6 +73,11 @@ def unpruned(tiny_vit, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def encoder(tiny_vit, tmp_path_factory) -> Path:
+    return publish(tmp_path_factory.mktemp("encoder"), cropr_hf.CroprViTModel, tiny_vit)
+
+
+@pytest.fixture(scope="module")
 def segmenter(tiny_vit, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("segmenter")
     return publish(folder, cropr_hf.CroprViTForSemanticSegmentation, tiny_vit)
@@ -115,6 +120,47 @@ def kept_by_hand(model, processor, data: Path) -> dict[str, float]:
             if label_map(index)[16 * row, 16 * column]:
                 kept.append(chance[-1])
     return {"object_patches_kept": np.mean(kept), "patches_kept": np.mean(chance)}
+
+
+class TestEmbedding:
+    @pytest.fixture
+    def measure(self, example, data, tiny_vit):
+        """Compares a folder with its source, with further arguments."""
+
+        def run(folder, *arguments):
+            words = ["--model_name_or_path", str(folder), "--teacher_name_or_path", tiny_vit]
+            words += ["--dataset_name", str(data / "classes"), "--split", "validation", "--batch_size", "2"]
+            return example("evaluate_embedding").main([*words, *map(str, arguments)])
+
+        return run
+
+    def test_it_is_that_of_the_models(self, measure, encoder, example, data, tiny_vit, tmp_path):
+        maps = data / "maps" / "annotations" / "validation"
+        metrics = measure(encoder, "--object_maps", maps, "--picture", tmp_path / "pruning.png")
+        assert (tmp_path / "pruning.png").stat().st_size > 10_000
+        model = cropr_hf.CroprViTModel.from_pretrained(encoder)
+        processor = ViTImageProcessor.from_pretrained(encoder)
+        pixel_values = processor(
+            [Image.open(data / "maps" / "images" / "validation" / f"{index}.png") for index in range(5)],
+            return_tensors="pt",
+        )["pixel_values"]
+        source = cropr_hf.CroprViTModel.from_vit(tiny_vit, token_reducer=None)
+        with torch.no_grad():
+            embeddings = [each(pixel_values).pooler_output for each in (model, source)]
+        expected = example("embedding_metrics").embedding_agreement(*embeddings)
+        assert metrics == pytest.approx(expected | kept_by_hand(model, processor, data), abs=1e-5)
+        assert metrics["cosine"] < 0.999
+
+    def test_without_pruning_it_is_the_source_on_images_of_the_same_size(self, measure, encoder):
+        metrics = measure(encoder, "--token_reducer", "none")
+        assert [*metrics.values()] == pytest.approx([1.0, 1.0, 1.0], abs=1e-5)
+        assert measure(encoder, "--token_reducer", "none", "--teacher_image_size", 96)["cosine"] < 0.9999
+
+    def test_what_it_cannot_do_is_an_error(self, measure, encoder, example):
+        with pytest.raises(ValueError, match="--teacher_name_or_path is missing"):
+            example("evaluate_embedding").main(["--model_name_or_path", str(encoder)])
+        with pytest.raises(ValueError, match="--exported is for files that compute logits"):
+            measure(encoder, "--exported", "model.onnx")
 
 
 class TestKeptPatches:
