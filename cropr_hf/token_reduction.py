@@ -21,7 +21,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -125,6 +125,8 @@ class TokenReducer(nn.Module):
         title, url, citation: in model cards: what the method is called, where it was published, and its BibTeX entry.
         config_class: its own fields.
         budget_field: which of them says how much it prunes where there is neither a rate nor a schedule, if one does.
+        training_recipe: how its authors fine-tune a trained classifier on ImageNet, as arguments of
+            `examples/train_image_classification.py`, whose defaults are what is not there.
         learns: whether its choices are by chance before it is trained; otherwise it can be used without training.
         supports_auxiliary_heads: whether it has parts that only training needs; see `add_auxiliary_heads`.
         merges: whether tokens are merged rather than dropped.
@@ -144,6 +146,7 @@ class TokenReducer(nn.Module):
     citation: str | None = None
     config_class: type[ReducerConfig] = ReducerConfig
     budget_field: str | None = None
+    training_recipe: ClassVar[dict[str, Any]] = {}
     learns = False
     supports_auxiliary_heads = False
     merges = False

@@ -133,6 +133,18 @@ class DynamicViTReducer(StagedReducer):
     url = "https://arxiv.org/abs/2106.02034"
     citation = CITATION
     config_class = DynamicViTConfig
+    training_recipe = {
+        "distill_logits": 0.5,  # both weights of the paper
+        "distill_tokens": 0.5,
+        # Of the authors' code, for DeiT-S and 1024 images in a step:
+        "num_train_epochs": 30,
+        "frozen_start": 5 / 30,
+        "warmup_steps": 5 / 30,
+        "learning_rate": 1e-3,
+        "backbone_learning_rate": 1e-5,
+        "layer_decay": 1.0,
+        "drop_path_rate": 0.0,
+    }
     learns = True
 
     def __init__(self, config: CroprViTConfig, block: int):

@@ -72,6 +72,15 @@ class EViTReducer(StagedReducer):
     url = "https://arxiv.org/abs/2202.07800"
     citation = CITATION
     config_class = EViTConfig
+    training_recipe = {  # of the authors' code, for fine-tuning: the keep rate from the start, and no teacher
+        "num_train_epochs": 30,
+        "learning_rate": 8e-5,  # 2e-5 per 512 images; they have 2048 in a step
+        "lr_scheduler_kwargs": {"min_lr": 2e-6},
+        "warmup_steps": 0,
+        "weight_decay": 1e-6,
+        "layer_decay": 1.0,
+        "drop_path_rate": 0.0,  # they fine-tune in evaluation mode
+    }
     acts_inside = True
     needs_cls = True
 

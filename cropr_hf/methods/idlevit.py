@@ -132,6 +132,15 @@ class IdleViTReducer(TokenReducer):
     citation = CITATION
     budget_field = "keep_rate"
     config_class = IdleViTConfig
+    training_recipe = {  # of the command in the authors' README, for DeiT-S
+        "distill_logits": 10.0,
+        "distill_embedding": 2000 / 384,  # 100 * 10 times the mean squared error of 384 normalised channels
+        "num_train_epochs": 30,
+        "learning_rate": 4e-5,  # 1e-5 per 512 images; they have 2048 in a step
+        "warmup_steps": 0,
+        "layer_decay": 1.0,
+        "drop_path_rate": 0.0,
+    }
     idles = True
     fuses_by_default = False
     needs_cls = True
