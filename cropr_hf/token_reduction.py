@@ -21,7 +21,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -75,6 +75,40 @@ class ReducerConfig:
     """Fields of one method, which `config.reducer_config` holds as a dictionary. Most methods have none."""
 
 
+@strict
+@dataclass
+class KeepRateConfig(ReducerConfig):
+    """Fields of a method that keeps a share of the patch tokens.
+
+    Attributes:
+        keep_rate: the share, in (0, 1]. Instead of it a configuration can have `pruning_rate` or `pruning_schedule`.
+    """
+
+    keep_rate: float | int = 0.7
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep_rate <= 1:
+            raise ValueError(f"`keep_rate` is {self.keep_rate}; it must be in (0, 1], such as {type(self).keep_rate}.")
+
+
+@strict
+@dataclass
+class StagedConfig(KeepRateConfig):
+    """Fields of a `StagedReducer`.
+
+    Attributes:
+        keep_rate: see `KeepRateConfig`.
+        blocks: where it acts, 1 to L, in ascending order; `None` is at the quarters.
+    """
+
+    blocks: list[int] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.blocks is not None and (not self.blocks or sorted({*self.blocks}) != list(self.blocks)):
+            raise ValueError(f"`blocks` is {self.blocks}; give the numbers of one or more blocks, in ascending order.")
+
+
 class TokenReducer(nn.Module):
     """A token reduction method, as one module per block at which it acts.
 
@@ -91,6 +125,8 @@ class TokenReducer(nn.Module):
         title, url, citation: in model cards: what the method is called, where it was published, and its BibTeX entry.
         config_class: its own fields.
         budget_field: which of them says how much it prunes where there is neither a rate nor a schedule, if one does.
+        training_recipe: how its authors fine-tune a trained classifier on ImageNet, as arguments of
+            `examples/train_image_classification.py`, whose defaults are what is not there.
         learns: whether its choices are by chance before it is trained; otherwise it can be used without training.
         supports_auxiliary_heads: whether it has parts that only training needs; see `add_auxiliary_heads`.
         merges: whether tokens are merged rather than dropped.
@@ -110,6 +146,7 @@ class TokenReducer(nn.Module):
     citation: str | None = None
     config_class: type[ReducerConfig] = ReducerConfig
     budget_field: str | None = None
+    training_recipe: ClassVar[dict[str, Any]] = {}
     learns = False
     supports_auxiliary_heads = False
     merges = False
@@ -271,6 +308,37 @@ class TokenReducer(nn.Module):
                 "of them."
             )
         check_pruning(config, cls)
+
+
+class StagedReducer(TokenReducer):
+    """A method that acts at a few blocks, which its field `blocks` names.
+
+    By default that is after each of the first three quarters, or within the blocks that begin the others.
+    """
+
+    config_class = StagedConfig
+    budget_field = "keep_rate"
+    fuses_by_default = False
+
+    @classmethod
+    def blocks(cls, config: CroprViTConfig) -> list[int]:
+        """See `TokenReducer.blocks`."""
+        chosen, num_blocks = cls.setting(config, "blocks"), config.num_hidden_layers
+        if chosen is None:
+            chosen = [quarter * num_blocks // 4 + cls.acts_inside for quarter in (1, 2, 3)]
+        return [block for block in super().blocks(config) if block in chosen]
+
+    @classmethod
+    def check_pruning(cls, config: CroprViTConfig) -> None:
+        """See `TokenReducer.check_pruning`."""
+        possible = super().blocks(config)
+        if wrong := [block for block in cls.settings(config).blocks or [] if block not in possible]:
+            raise ValueError(
+                f"`blocks` of {cls.label} has {wrong}; with {config.num_hidden_layers} blocks"
+                f"{' and last layer fusion' * bool(config.last_layer_fusion)} they must be in 1 to "
+                f"{possible[-1] if possible else 0}. Leave these out."
+            )
+        super().check_pruning(config)
 
 
 def check_attention(implementation: str | None, biased_by: str | None) -> None:

@@ -402,7 +402,6 @@ def image_processor(config: CroprViTConfig, args: ModelArguments) -> CroprViTIma
 def train(model_class: Any, recipe: type[CocoArguments], task: str, arguments: list[str] | None) -> dict[str, float]:
     """Trains, evaluates and saves; returns the evaluation metrics. `arguments` are those of the command line."""
     model_args, data_args, training_args = parse_arguments((DetectorArguments, DataArguments, recipe), arguments)
-    transformers_logging.set_verbosity(training_args.get_process_log_level())
     set_seed(training_args.seed)
 
     masks = task == "image-segmentation"

@@ -24,6 +24,7 @@ import yaml
 from datasets import Dataset, DatasetDict, Image, IterableDataset, IterableDatasetDict, Value, load_dataset
 from datasets.utils.file_utils import xopen
 from PIL.Image import Image as Picture
+from published_recipe import published_recipe, tell_recipe
 from torchvision.transforms import v2
 from transformers import AutoConfig, AutoImageProcessor, HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import HfArg
@@ -39,6 +40,7 @@ from cropr_hf.speed import benchmark
 from cropr_hf.speed.benchmark import BenchmarkArguments
 from cropr_hf.training import (
     CroprTrainer,
+    FrozenStart,
     PruningCurriculum,
     TrainingStream,
     WeightAverage,
@@ -168,6 +170,9 @@ class RecipeArguments(TrainingArguments):
     backbone_learning_rate: float | None = HfArg(
         default=None, help="Peak learning rate of the last block, if not --learning_rate times --layer_decay."
     )
+    frozen_start: float = HfArg(
+        default=0.0, help="Share of the training, at its beginning, over which the backbone stays as it is; 0 is off."
+    )
     max_grad_norm: float = HfArg(default=0.0, help="Largest norm of the gradient; 0 is no limit.")
     pruning_curriculum: float = HfArg(
         default=0.0, help="Share of the training over which pruning grows from nothing; 0 is off."
@@ -224,9 +229,14 @@ def parse_arguments(classes: Sequence[Any], arguments: list[str] | None = None) 
         raise ValueError(f"{misplaced[0]} is not the first word; a recipe comes before all other arguments.")
     if words and words[0].endswith(RECIPE_ENDINGS):
         words = [*read_recipe(words[0], parser), *words[1:]]
+    published = published_recipe(parser.parse_known_args(words)[0])
+    words = [word for name in published for word in recipe_words(name, published[name], parser)] + words
     groups = parser.parse_args_into_dataclasses(words)
     for group in groups:
         check_finite(group)
+        if isinstance(group, TrainingArguments):
+            logging.set_verbosity(group.get_process_log_level())
+    tell_recipe(published, groups)
     return groups
 
 
@@ -599,7 +609,9 @@ def run(trainer: CroprTrainer, *arguments: Any) -> dict[str, float]:
 
 
 def add_callbacks(trainer: CroprTrainer, args: Any) -> None:
-    """Curriculum and average of the weights, as the arguments say."""
+    """Frozen start, curriculum and average of the weights, as the arguments say."""
+    if args.frozen_start != 0:
+        trainer.add_callback(FrozenStart(args.frozen_start))
     has_curriculum = args.pruning_curriculum > 0 or args.pruning_range is not None
     if has_curriculum and trainer.model.config.token_reducer is not None:
         # A compiled model compiles each schedule anew, and gives up after 8.

@@ -24,6 +24,7 @@ is all that labels are for. What pruning costs without training, by chance or by
     python examples/train_embedding.py --do_train False --token_reducer tome --pruning_rate 20 ...
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,15 +34,14 @@ from embedding_metrics import embedding_agreement, knn_agreement
 from shared import (
     ModelArguments,
     RecipeArguments,
-    cropr_config,
     load_model,
     parse_arguments,
     run,
     set_transforms,
 )
+from teacher import TeacherArguments, unpruned_source
 from train_image_classification import ImageArguments, Transform, augmentation, image_processor, load_images
 from transformers import EvalPrediction, set_seed
-from transformers import logging as transformers_logging
 from transformers.hf_argparser import HfArg
 
 from cropr_hf import CroprViTModel
@@ -49,7 +49,7 @@ from cropr_hf.training import CroprTrainer, Distillation, layer_decay_optimizer
 
 
 @dataclass
-class EncoderArguments(ModelArguments):
+class EncoderArguments(TeacherArguments, ModelArguments):
     """`ModelArguments`, and what is learned from whom."""
 
     drop_path_rate: float = HfArg(default=0.0, help="Stochastic depth of the last but one block.")
@@ -57,26 +57,14 @@ class EncoderArguments(ModelArguments):
         default=None, help="Whose embeddings to learn; by default those of --model_name_or_path, unpruned."
     )
     distill_embedding: float = HfArg(default=1.0, help="Weight of 1 - cosine of the embeddings.")
-    distill_tokens: float = HfArg(default=0.0, help="Weight of the squared error of the patches that are left.")
 
-    def teacher(self) -> Any:
-        """The teacher, or where it lies.
+    def distillation(self) -> Distillation:
+        """See `TeacherArguments.distillation`; weights of 0 are an error: there is nothing else to learn."""
+        return super().distillation() or Distillation()
 
-        Raises:
-            `ValueError`: when the model to start from is pruned already, and no other is named.
-        """
-        if self.teacher_name_or_path is not None:
-            return self.teacher_name_or_path
-        stored = cropr_config(self.model_name_or_path, **self.hub())
-        if stored is not None and stored.token_reducer is not None:
-            raise ValueError(
-                f"{self.model_name_or_path} is pruned already; name its unpruned source by --teacher_name_or_path."
-            )
-        if not self.hub():
-            return self.model_name_or_path
-        if stored is not None:
-            return CroprViTModel.from_pretrained(self.model_name_or_path, **self.hub())
-        return CroprViTModel.from_vit(self.model_name_or_path, token_reducer=None, **self.hub())
+    def default_teacher(self, label_names: Sequence[str] | None) -> Any:
+        """See `TeacherArguments.default_teacher`: the model to start from."""
+        return unpruned_source(CroprViTModel, self)
 
 
 @dataclass
@@ -177,10 +165,9 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     """Trains, evaluates and saves; returns the evaluation metrics. `arguments` are those of the command line."""
     classes = (EncoderArguments, UnlabelledArguments, EmbeddingArguments)
     model_args, data_args, training_args = parse_arguments(classes, arguments)
-    transformers_logging.set_verbosity(training_args.get_process_log_level())
     set_seed(training_args.seed)
 
-    teacher = model_args.teacher()
+    teaching = model_args.teaching()
     images = load_images(data_args, model_args.token, training_args.seed)
     model = load_model(CroprViTModel, model_args, None, auxiliary_task="embedding")
     processor = image_processor(model.config, data_args, model_args)
@@ -200,8 +187,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         optimizer_cls_and_kwargs=layer_decay_optimizer(
             model, training_args, training_args.layer_decay, training_args.backbone_learning_rate
         ),
-        teacher=teacher,
-        distillation=Distillation(embedding=model_args.distill_embedding, tokens=model_args.distill_tokens),
+        **teaching,
     )
     metrics.trainer = trainer
     return run(trainer, model_args, data_args)

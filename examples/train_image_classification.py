@@ -50,6 +50,7 @@ from shared import (
     set_transforms,
     shortened,
 )
+from teacher import TeacherArguments, has_learned, unpruned_source
 from torchvision.transforms import v2
 from transformers import ViTImageProcessor, set_seed
 from transformers import logging as transformers_logging
@@ -67,8 +68,13 @@ BICUBIC = 3  # of Pillow, and of the transforms below
 
 
 @dataclass
-class ClassifierArguments(ModelArguments):
+class ClassifierArguments(TeacherArguments, ModelArguments):
     """`ModelArguments`, and what only a classifier has."""
+
+    published_recipe: bool = HfArg(
+        default=False,
+        help="Train as the authors of --token_reducer do on ImageNet; what the command line or a recipe says wins.",
+    )
 
     label_smoothing: float = HfArg(default=0.1, help="Of the main and the auxiliary losses.")
     pooling: str | None = HfArg(default=None, help="'mean', 'patch_mean' or 'cls', if not that of the source.")
@@ -80,6 +86,19 @@ class ClassifierArguments(ModelArguments):
         """See `ModelArguments.overrides`."""
         own = {name: getattr(self, name) for name in ("pooling", "norm_before_pooling")}
         return super().overrides() | {name: value for name, value in own.items() if value is not None}
+
+    def default_teacher(self, label_names: Sequence[str] | None) -> Any:
+        """See `TeacherArguments.default_teacher`: of a published recipe the model to start from, if it can."""
+        if not self.published_recipe or label_names is None:
+            return super().default_teacher(label_names)
+        if has_learned(self, label_names):
+            return unpruned_source(CroprViTForImageClassification, self)
+        logger.warning(
+            f"The recipe of {self.token_reducer} learns from the model that it starts from, but "
+            f"{self.model_name_or_path} is no unpruned classifier of these classes: it trains without a teacher. "
+            "Fine-tune one first (--token_reducer none), and start from it, or name it by --teacher_name_or_path."
+        )
+        return None
 
 
 @dataclass
@@ -313,12 +332,12 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     """Trains, evaluates and saves; returns the evaluation metrics. `arguments` are those of the command line."""
     classes = (ClassifierArguments, DataArguments, ImageNetArguments)
     model_args, data_args, training_args = parse_arguments(classes, arguments)
-    transformers_logging.set_verbosity(training_args.get_process_log_level())
     set_seed(training_args.seed)
 
     images = load_images(data_args, model_args.token, training_args.seed)
     label_names = get_label_names(images, data_args.label_column_name)
     check_class_counts(images["train"], data_args.label_column_name, label_names)
+    teaching = model_args.teaching(label_names)
     model = load_model(CroprViTForImageClassification, model_args, label_names)
     processor = image_processor(model.config, data_args, model_args)
     train = Transform(data_args, processor, augmentation(model.config, data_args, processor))
@@ -338,6 +357,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         optimizer_cls_and_kwargs=layer_decay_optimizer(
             model, training_args, training_args.layer_decay, training_args.backbone_learning_rate
         ),
+        **teaching,
     )
     return run(trainer, model_args, data_args)
 

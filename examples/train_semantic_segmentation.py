@@ -66,6 +66,7 @@ from shared import (
     set_transforms,
     shortened,
 )
+from teacher import TeacherArguments
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from transformers import EvalPrediction, SegformerImageProcessor, set_seed
@@ -91,7 +92,7 @@ ADE20K_ARGUMENTS = {
 
 
 @dataclass
-class SegmenterArguments(Eva02Arguments):
+class SegmenterArguments(TeacherArguments, Eva02Arguments):
     """`ModelArguments` whose default model is prepared as in the paper."""
 
     recipe = {"image_size": 512, "patch_size": 16, "pruning_rate": 40, "auxiliary_task": "patches"}
@@ -419,9 +420,9 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     """Trains, evaluates and saves; returns the evaluation metrics. `arguments` are those of the command line."""
     classes = (SegmenterArguments, TrainingDataArguments, AugmentationArguments, Ade20kArguments)
     model_args, data_args, augmentation, training_args = parse_arguments(classes, arguments)
-    transformers_logging.set_verbosity(training_args.get_process_log_level())
     set_seed(training_args.seed)
 
+    teaching = model_args.teaching()
     images = load_images(data_args, augmentation.train_val_split, model_args.token, training_args.seed)
     label_names = get_label_names(data_args, model_args.token)
     check_label_maps(images["train"], data_args, label_names)
@@ -462,6 +463,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         optimizer_cls_and_kwargs=layer_decay_optimizer(
             model, training_args, training_args.layer_decay, training_args.backbone_learning_rate
         ),
+        **teaching,
     )
     return run(trainer, model_args, data_args, augmentation)
 

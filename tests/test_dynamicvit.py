@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from cropr_hf import CroprViTBackbone, CroprViTConfig, CroprViTForImageClassification, CroprViTModel, TokenState
 from cropr_hf.methods import dynamicvit
@@ -469,10 +470,10 @@ def bright_patches(count):
         ({"reducer_config": {"keep_rate": 0.5}, "pruning_rate": 2}, "has a `keep_rate`, and the configuration"),
         ({"reducer_config": {"ratio_loss_weight": -1.0}}, "`ratio_loss_weight` is -1.0"),
         ({"reducer_config": {"blocks": [3, 2]}}, r"`blocks` is \[3, 2\]"),
-        ({"reducer_config": {"blocks": [2, 5]}}, r"has \[5\], but with 5 blocks it can act after 1 to 4"),
+        ({"reducer_config": {"blocks": [2, 5]}}, r"of DynamicViT has \[5\]; with 5 blocks they must be in 1 to 4"),
         (
             {"reducer_config": {"blocks": [4]}, "last_layer_fusion": True},
-            "and last layer fusion it can act after 1 to 3",
+            "and last layer fusion they must be in 1 to 3",
         ),
         ({"reducer_config": {"keeprate": 0.5}}, "did you mean 'keep_rate'"),
         ({"num_hidden_layers": 1}, "leave no block to prune after"),
@@ -485,7 +486,11 @@ def test_what_it_cannot_do(fields, message):
         CroprViTModel(dynamic_config(**fields))
 
 
-def test_flash_attention_is_refused():
-    model = make_model(CroprViTModel, dynamic_config())
-    with pytest.raises(ValueError, match="'dynamicvit' adds a bias to attention logits"):
-        model.set_attn_implementation("flash_attention_2")
+def test_a_kernel_without_a_bias_for_keys_is_refused_in_training_alone(monkeypatch):
+    model, images = make_model(CroprViTModel, dynamic_config()).eval(), make_images()
+    expected = model(images).last_hidden_state
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flash_stand_in", ALL_ATTENTION_FUNCTIONS["sdpa"])
+    model.config._attn_implementation = "flash_stand_in"
+    assert torch.equal(model(images).last_hidden_state, expected)
+    with pytest.raises(ValueError, match="'dynamicvit' adds a bias to attention logits, which 'flash_stand_in' does"):
+        model.train()(images)

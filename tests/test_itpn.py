@@ -98,7 +98,7 @@ def test_token_counts():
         ({"reducer_config": {"keep_rate": 0.3}}, "`keep_rate` is 0.3; it must be in"),
         ({"reducer_config": {"keep_rate": 0.8}, "pruning_rate": 2}, "has a `keep_rate`, and the configuration"),
         ({"reducer_config": {"blocks": [3, 2]}}, r"`blocks` is \[3, 2\]"),
-        ({"reducer_config": {"blocks": [2, 5]}}, r"has \[5\], but tokens can leave after the blocks 1 to 4"),
+        ({"reducer_config": {"blocks": [2, 5]}}, r"Token migration has \[5\]; with 5 blocks they must be in 1 to 4"),
         ({"pruning_schedule": [16, 7, 7, 7, 7]}, "Token migration can only leave 8 there"),
         ({"window_size": 2, "window_block_indices": [0], "use_cls_token": False, "pooling": "mean"}, "windowed"),
     ],

@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from cropr_hf import CroprViTConfig, CroprViTForImageClassification, CroprViTForSemanticSegmentation
 from cropr_hf.training import (
     CroprTrainer,
+    FrozenStart,
     PruningCurriculum,
     curriculum_schedule,
     layer_decay_groups,
@@ -149,6 +150,42 @@ class TestLayerDecay:
         trainer.train()
         rates = {group["initial_lr"] for group in trainer.optimizer.param_groups}
         assert sorted(rates, reverse=True) == pytest.approx([1e-3 * 0.5**depth for depth in range(6)])
+
+
+class TestFrozenStart:
+    def test_the_backbone_waits_and_the_head_does_not(self, tmp_path):
+        model, changed = tiny_model(), []
+
+        class Watched(TrainerCallback):
+            def on_step_begin(self, *args, **kwargs):
+                self.before = {name: value.clone() for name, value in model.state_dict().items()}
+
+            def on_step_end(self, *args, **kwargs):
+                moved = {name for name, value in model.state_dict().items() if not value.equal(self.before[name])}
+                parts = {"layers": "cropr_vit.layers", "head": "classifier", "queries": "cropr_vit.token_reducers"}
+                changed.append(
+                    {part for part, start in parts.items() if any(name.startswith(start) for name in moved)}
+                )
+
+        arguments = training_arguments(tmp_path, num_train_epochs=1)  # 8 steps
+        optimizer = layer_decay_optimizer(model, arguments, 1.0)
+        callbacks = [FrozenStart(0.3), Watched()]
+        trainer = CroprTrainer(
+            model, arguments, train_dataset=ColouredSquares(), optimizer_cls_and_kwargs=optimizer, callbacks=callbacks
+        )
+        trainer.train()
+        assert changed == 3 * [{"head", "queries"}] + 5 * [{"head", "queries", "layers"}]
+        rates = {group["is_head"]: group["initial_lr"] for group in trainer.optimizer.param_groups}
+        assert rates == {True: 1e-3, False: 1e-3}
+
+    def test_what_it_cannot_do(self, tmp_path):
+        with pytest.raises(ValueError, match=r"`share` is 1.5; it must be in \[0, 1\]"):
+            FrozenStart(1.5)
+        trainer = CroprTrainer(
+            tiny_model(), training_arguments(tmp_path), train_dataset=ColouredSquares(), callbacks=[FrozenStart(0.5)]
+        )
+        with pytest.raises(ValueError, match="does not know which parameters are of the backbone; use"):
+            trainer.train()
 
 
 class TestLossParts:

@@ -26,7 +26,7 @@ import torch
 from huggingface_hub.dataclasses import strict
 
 from ..configuration_cropr_vit import CroprViTConfig
-from ..token_reduction import ReducerConfig, TokenReducer, register_token_reducer
+from ..token_reduction import KeepRateConfig, TokenReducer, register_token_reducer
 from ..token_schedule import pruning_blocks, round_up
 from ..token_state import KEY_BIAS, SIZES, TokenState
 
@@ -45,7 +45,7 @@ CHUNK = 2**24  # numbers in the features of neighbours that are compared at a ti
 
 @strict
 @dataclass
-class AiluRusConfig(ReducerConfig):
+class AiluRusConfig(KeepRateConfig):
     """Fields of AiluRus in `config.reducer_config`.
 
     Attributes:
@@ -66,8 +66,7 @@ class AiluRusConfig(ReducerConfig):
     proportional_attention: bool = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.keep_rate <= 1:
-            raise ValueError(f"`keep_rate` is {self.keep_rate}; it must be in (0, 1], such as 0.5.")
+        super().__post_init__()
         if not 0 <= self.spatial_weight <= 1:
             raise ValueError(f"`spatial_weight` is {self.spatial_weight}; it must be in [0, 1], such as 0.9.")
         for name, least in {"block": 1, "num_neighbors": 2, "density_neighbors": 1}.items():

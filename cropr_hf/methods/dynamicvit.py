@@ -26,7 +26,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..configuration_cropr_vit import CroprViTConfig
-from ..token_reduction import ReducerConfig, TokenReducer, register_token_reducer
+from ..token_reduction import StagedConfig, StagedReducer, register_token_reducer
 from ..token_schedule import pruning_blocks, round_up
 from ..token_state import KEY_BIAS, SIZES, PrunedTokens, TokenState
 
@@ -46,7 +46,7 @@ RATIO_LOSS = "ratio_loss"
 
 @strict
 @dataclass
-class DynamicViTConfig(ReducerConfig):
+class DynamicViTConfig(StagedConfig):
     """Fields of DynamicViT in `config.reducer_config`.
 
     Attributes:
@@ -57,15 +57,10 @@ class DynamicViTConfig(ReducerConfig):
         ratio_loss_weight: of the loss that pulls the shares of kept tokens to the schedule; the paper's is 2.
     """
 
-    keep_rate: float | int = 0.7
-    blocks: list[int] | None = None
     ratio_loss_weight: float | int = 2.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.keep_rate <= 1:
-            raise ValueError(f"`keep_rate` is {self.keep_rate}; it must be in (0, 1], such as 0.7.")
-        if self.blocks is not None and (not self.blocks or sorted({*self.blocks}) != list(self.blocks)):
-            raise ValueError(f"`blocks` is {self.blocks}; give the numbers of one or more blocks, in ascending order.")
+        super().__post_init__()
         if self.ratio_loss_weight < 0:
             raise ValueError(f"`ratio_loss_weight` is {self.ratio_loss_weight}; it must be 0 or more.")
 
@@ -119,7 +114,7 @@ class KeepPredictor(nn.Module):
 
 
 @register_token_reducer
-class DynamicViTReducer(TokenReducer):
+class DynamicViTReducer(StagedReducer):
     """DynamicViT after one block.
 
     In training a dropped token is one of size `LEAK`, by which attention and means over tokens weigh it: next to
@@ -129,7 +124,7 @@ class DynamicViTReducer(TokenReducer):
     patches come back, dropped ones are as they were when dropped, as in inference.
 
     Patches that stay keep their order, where the authors' code sorts them by score. Padding that goes first is dropped
-    in training at once.
+    in training at once. Only training biases keys: inference runs on kernels that cannot, such as FlashAttention 2.
     """
 
     name = "dynamicvit"
@@ -137,29 +132,25 @@ class DynamicViTReducer(TokenReducer):
     title = "DynamicViT"
     url = "https://arxiv.org/abs/2106.02034"
     citation = CITATION
-    budget_field = "keep_rate"
     config_class = DynamicViTConfig
+    training_recipe = {
+        "distill_logits": 0.5,  # both weights of the paper
+        "distill_tokens": 0.5,
+        # Of the authors' code, for DeiT-S and 1024 images in a step:
+        "num_train_epochs": 30,
+        "frozen_start": 5 / 30,
+        "warmup_steps": 5 / 30,
+        "learning_rate": 1e-3,
+        "backbone_learning_rate": 1e-5,
+        "layer_decay": 1.0,
+        "drop_path_rate": 0.0,
+    }
     learns = True
-    fuses_by_default = False
 
     def __init__(self, config: CroprViTConfig, block: int):
         super().__init__(config, block)
         self.loss_weight = self.setting(config, "ratio_loss_weight") / len(pruning_blocks(config, type(self)))
         self.predictor = KeepPredictor(config)
-
-    @classmethod
-    def uses_key_bias(cls, config: CroprViTConfig) -> bool:
-        """See `TokenReducer.uses_key_bias`: in training."""
-        return True
-
-    @classmethod
-    def blocks(cls, config: CroprViTConfig) -> list[int]:
-        """See `TokenReducer.blocks`."""
-        possible, num_blocks = super().blocks(config), config.num_hidden_layers
-        chosen = cls.setting(config, "blocks")
-        if chosen is None:
-            chosen = [quarter * num_blocks // 4 for quarter in (1, 2, 3)]
-        return [block for block in possible if block in chosen]
 
     @classmethod
     def kept_by_default(cls, config: CroprViTConfig, num_patches: int) -> list[int]:
@@ -171,18 +162,6 @@ class DynamicViTReducer(TokenReducer):
             # 0.7 ** 2 * 100 is 49, not 48.99999999999999.
             kept.append(max(1, int(round(rate**passed * num_patches, 6))))
         return round_up(config, kept, num_patches)
-
-    @classmethod
-    def check_pruning(cls, config: CroprViTConfig) -> None:
-        """See `TokenReducer.check_pruning`."""
-        possible = super().blocks(config)
-        if wrong := [block for block in cls.settings(config).blocks or [] if block not in possible]:
-            raise ValueError(
-                f"`blocks` of DynamicViT has {wrong}, but with {config.num_hidden_layers} blocks"
-                f"{' and last layer fusion' * bool(config.last_layer_fusion)} it can act after 1 to "
-                f"{possible[-1] if possible else 0}; leave these out."
-            )
-        super().check_pruning(config)
 
     def after_block(self, state: TokenState, num_keep: int) -> TokenState:
         """See `TokenReducer.after_block`."""

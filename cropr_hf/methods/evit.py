@@ -25,7 +25,7 @@ from itertools import pairwise
 from huggingface_hub.dataclasses import strict
 
 from ..configuration_cropr_vit import CroprViTConfig
-from ..token_reduction import AttentionFacts, ReducerConfig, TokenReducer, register_token_reducer
+from ..token_reduction import AttentionFacts, StagedConfig, StagedReducer, register_token_reducer
 from ..token_schedule import pruning_blocks, round_up
 from ..token_state import TokenState, gather_tokens, select_tokens
 
@@ -41,7 +41,7 @@ CITATION = """@inproceedings{liang2022evit,
 
 @strict
 @dataclass
-class EViTConfig(ReducerConfig):
+class EViTConfig(StagedConfig):
     """Fields of EViT in `config.reducer_config`.
 
     Attributes:
@@ -52,19 +52,11 @@ class EViTConfig(ReducerConfig):
         fuse_tokens: whether a new token stands for those that leave.
     """
 
-    keep_rate: float | int = 0.7
-    blocks: list[int] | None = None
     fuse_tokens: bool = True
-
-    def __post_init__(self) -> None:
-        if not 0 < self.keep_rate <= 1:
-            raise ValueError(f"`keep_rate` is {self.keep_rate}; it must be in (0, 1], such as 0.7.")
-        if self.blocks is not None and (not self.blocks or sorted({*self.blocks}) != list(self.blocks)):
-            raise ValueError(f"`blocks` is {self.blocks}; give the numbers of one or more blocks, in ascending order.")
 
 
 @register_token_reducer
-class EViTReducer(TokenReducer):
+class EViTReducer(StagedReducer):
     """EViT in one block: between attention and MLP, the patches with the least attention of the CLS token leave.
 
     The attention is that of this block, after the softmax, as a mean over heads, computed beside the fused kernel. The
@@ -79,24 +71,22 @@ class EViTReducer(TokenReducer):
     title = "EViT"
     url = "https://arxiv.org/abs/2202.07800"
     citation = CITATION
-    budget_field = "keep_rate"
     config_class = EViTConfig
+    training_recipe = {  # of the authors' code, for fine-tuning: the keep rate from the start, and no teacher
+        "num_train_epochs": 30,
+        "learning_rate": 8e-5,  # 2e-5 per 512 images; they have 2048 in a step
+        "lr_scheduler_kwargs": {"min_lr": 2e-6},
+        "warmup_steps": 0,
+        "weight_decay": 1e-6,
+        "layer_decay": 1.0,
+        "drop_path_rate": 0.0,  # they fine-tune in evaluation mode
+    }
     acts_inside = True
-    fuses_by_default = False
     needs_cls = True
 
     def __init__(self, config: CroprViTConfig, block: int):
         super().__init__(config, block)
         self.fuse_tokens = self.setting(config, "fuse_tokens")
-
-    @classmethod
-    def blocks(cls, config: CroprViTConfig) -> list[int]:
-        """See `TokenReducer.blocks`."""
-        possible, num_blocks = super().blocks(config), config.num_hidden_layers
-        chosen = cls.setting(config, "blocks")
-        if chosen is None:
-            chosen = [quarter * num_blocks // 4 + 1 for quarter in (1, 2, 3)]
-        return [block for block in possible if block in chosen]
 
     @classmethod
     def kept_by_default(cls, config: CroprViTConfig, num_patches: int) -> list[int]:
@@ -115,17 +105,6 @@ class EViTReducer(TokenReducer):
         """See `TokenReducer.reachable_counts`: beside the new token one patch stays."""
         least = 1 + cls.setting(config, "fuse_tokens")
         return [max(count, min(least, before)) for before, count in pairwise([num_patches, *kept])]
-
-    @classmethod
-    def check_pruning(cls, config: CroprViTConfig) -> None:
-        """See `TokenReducer.check_pruning`."""
-        possible = super().blocks(config)
-        if wrong := [block for block in cls.settings(config).blocks or [] if block not in possible]:
-            raise ValueError(
-                f"`blocks` of EViT has {wrong}, but there are blocks 1 to {config.num_hidden_layers}, of which last "
-                "layer fusion needs the last; leave these out."
-            )
-        super().check_pruning(config)
 
     def after_attention(self, state: TokenState, num_keep: int, facts: AttentionFacts) -> TokenState:
         """See `TokenReducer.after_attention`."""

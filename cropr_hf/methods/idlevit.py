@@ -28,7 +28,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..configuration_cropr_vit import CroprViTConfig
-from ..token_reduction import ReducerConfig, TokenReducer, register_token_reducer
+from ..token_reduction import KeepRateConfig, TokenReducer, register_token_reducer
 from ..token_schedule import pruning_blocks, round_up
 from ..token_state import TokenState, select_tokens
 
@@ -47,7 +47,7 @@ COUNTED = ("exact", "as_released")
 
 @strict
 @dataclass
-class IdleViTConfig(ReducerConfig):
+class IdleViTConfig(KeepRateConfig):
     """Fields of IdleViT in `config.reducer_config`.
 
     Attributes:
@@ -62,15 +62,13 @@ class IdleViTConfig(ReducerConfig):
             the released code does.
     """
 
-    keep_rate: float | int = 0.7
     first_block: int | None = None
     cut_loss: str = "both"
     cut_loss_weight: float | int = 20.0
     cut_loss_blocks: str = "exact"
 
     def __post_init__(self) -> None:
-        if not 0 < self.keep_rate <= 1:
-            raise ValueError(f"`keep_rate` is {self.keep_rate}; it must be in (0, 1], such as 0.7.")
+        super().__post_init__()
         if self.cut_loss_weight < 0:
             raise ValueError(f"`cut_loss_weight` is {self.cut_loss_weight}; it must be 0 or more.")
         for name, choices in {"cut_loss": CUT_LOSSES, "cut_loss_blocks": COUNTED}.items():
@@ -134,6 +132,15 @@ class IdleViTReducer(TokenReducer):
     citation = CITATION
     budget_field = "keep_rate"
     config_class = IdleViTConfig
+    training_recipe = {  # of the command in the authors' README, for DeiT-S
+        "distill_logits": 10.0,
+        "distill_embedding": 2000 / 384,  # 100 * 10 times the mean squared error of 384 normalised channels
+        "num_train_epochs": 30,
+        "learning_rate": 4e-5,  # 1e-5 per 512 images; they have 2048 in a step
+        "warmup_steps": 0,
+        "layer_decay": 1.0,
+        "drop_path_rate": 0.0,
+    }
     idles = True
     fuses_by_default = False
     needs_cls = True

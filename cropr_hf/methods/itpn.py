@@ -26,7 +26,7 @@ import torch
 from huggingface_hub.dataclasses import strict
 
 from ..configuration_cropr_vit import CroprViTConfig
-from ..token_reduction import ReducerConfig, TokenReducer, register_token_reducer
+from ..token_reduction import StagedConfig, StagedReducer, register_token_reducer
 from ..token_schedule import halved_at_most, pruning_blocks, round_up
 from ..token_state import TokenState, rank_by_similarity
 
@@ -43,7 +43,7 @@ CITATION = """@article{tian2024fastitpn,
 
 @strict
 @dataclass
-class MigrationConfig(ReducerConfig):
+class MigrationConfig(StagedConfig):
     """Fields of token migration in `config.reducer_config`; all defaults are ours.
 
     Attributes:
@@ -52,20 +52,16 @@ class MigrationConfig(ReducerConfig):
         blocks: after which blocks tokens leave, 1 to L; by default the last of each quarter but the fourth.
     """
 
-    keep_rate: float | int = 0.7
-    blocks: list[int] | None = None
-
     def __post_init__(self) -> None:
         if not 0.5 <= self.keep_rate <= 1:
             raise ValueError(
                 f"`keep_rate` is {self.keep_rate}; it must be in [0.5, 1], as of two tokens that are alike one stays."
             )
-        if self.blocks is not None and (not self.blocks or sorted({*self.blocks}) != list(self.blocks)):
-            raise ValueError(f"`blocks` is {self.blocks}; give the numbers of one or more blocks, in ascending order.")
+        super().__post_init__()
 
 
 @register_token_reducer
-class MigrationReducer(TokenReducer):
+class MigrationReducer(StagedReducer):
     """Token migration after one block: patches that look most like another one leave.
 
     Tokens at even places are compared with those at odd places, as ToMe does, so that of two that are alike one stays.
@@ -78,17 +74,7 @@ class MigrationReducer(TokenReducer):
     title = "Fast-iTPN token migration (re-implementation)"
     url = "https://arxiv.org/abs/2211.12735"
     citation = CITATION
-    budget_field = "keep_rate"
     config_class = MigrationConfig
-    fuses_by_default = False
-
-    @classmethod
-    def blocks(cls, config: CroprViTConfig) -> list[int]:
-        """See `TokenReducer.blocks`."""
-        chosen, num_blocks = cls.setting(config, "blocks"), config.num_hidden_layers
-        if chosen is None:
-            chosen = [quarter * num_blocks // 4 for quarter in (1, 2, 3)]
-        return [block for block in super().blocks(config) if block in chosen]
 
     @classmethod
     def kept_by_default(cls, config: CroprViTConfig, num_patches: int) -> list[int]:
@@ -105,17 +91,6 @@ class MigrationReducer(TokenReducer):
     def reachable_counts(cls, config: CroprViTConfig, num_patches: int, kept: Sequence[int]) -> list[int]:
         """See `TokenReducer.reachable_counts`: at most half of the patch tokens leave after a block."""
         return halved_at_most(num_patches, kept)
-
-    @classmethod
-    def check_pruning(cls, config: CroprViTConfig) -> None:
-        """See `TokenReducer.check_pruning`."""
-        possible = super().blocks(config)
-        if wrong := [block for block in cls.settings(config).blocks or [] if block not in possible]:
-            raise ValueError(
-                f"`blocks` of token migration has {wrong}, but tokens can leave after the blocks 1 to "
-                f"{possible[-1] if possible else 0}; leave these out."
-            )
-        super().check_pruning(config)
 
     def after_block(self, state: TokenState, num_keep: int) -> TokenState:
         """See `TokenReducer.after_block`."""

@@ -7,7 +7,7 @@ from .composite import train_routers
 from .curriculum import PruningCurriculum
 from .distillation import Distillation
 from .ema import WeightAverage
-from .optimizer import layer_decay_groups, layer_decay_optimizer
+from .optimizer import FrozenStart, layer_decay_groups, layer_decay_optimizer
 from .record import changed_settings
 from .streaming import TrainingStream
 from .trainer import CroprTrainer
@@ -16,6 +16,7 @@ from .trainer import CroprTrainer
 __all__ = [
     "CroprTrainer",
     "Distillation",
+    "FrozenStart",
     "PruningCurriculum",
     "TrainingStream",
     "WeightAverage",

@@ -1,11 +1,11 @@
-"""Layer-wise learning-rate decay, as the paper trains: deeper blocks learn faster."""
+"""Learning rates by depth: layer-wise decay, as the paper trains, and a backbone that waits at first."""
 
 import math
 import re
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..modeling_cropr_vit import CroprViTPreTrainedModel
 
@@ -58,7 +58,8 @@ def layer_decay_groups(
             layer_decay` by default. In a short training new modules need far more than pretrained blocks.
 
     Returns:
-        Groups, the head's first (the Trainer logs the rate of the first). Frozen parameters are in none.
+        Groups, the head's first (the Trainer logs the rate of the first), which `is_head` marks. Frozen parameters are
+        in none.
 
     Raises:
         `ValueError`: for a number out of range, or a parameter without a known place.
@@ -85,6 +86,7 @@ def layer_decay_groups(
             "params": [],
             "lr": learning_rate if layer == last else backbone_learning_rate * layer_decay ** (last - 1 - layer),
             "weight_decay": weight_decay if decayed else 0.0,
+            "is_head": layer == last,
         }
         groups.setdefault((layer, decayed), group)["params"].append(parameter)
     return [groups[key] for key in sorted(groups, reverse=True)]
@@ -102,3 +104,41 @@ def layer_decay_optimizer(
     groups = layer_decay_groups(model, args.learning_rate, args.weight_decay, layer_decay, backbone_learning_rate)
     kwargs = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     return torch.optim.AdamW, {"params": groups, **kwargs}
+
+
+class FrozenStart(TrainerCallback):
+    """Leaves the backbone as it is at first, by a learning rate of 0; what counts as the head learns from the start.
+
+    So DynamicViT trains, whose predictors are new. Gradients are computed all the same, so that distributed training
+    sees no difference. For optimizers of `layer_decay_optimizer`, and schedules that compute each rate from the peak.
+
+    Args:
+        share: of the training steps, in [0, 1].
+
+    Raises:
+        `ValueError`: for a share out of range; when the training begins, for another optimizer.
+    """
+
+    def __init__(self, share: float):
+        if not 0 <= share <= 1:
+            raise ValueError(f"`share` is {share}; it must be in [0, 1], such as 0.1 for a tenth of the training.")
+        self.share = share
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Takes the rate of the backbone away for the coming step; after it the schedule sets all of them anew."""
+        if state.global_step >= self.share * state.max_steps:
+            return
+        for group in optimizer.param_groups:
+            if "is_head" not in group:
+                raise ValueError(
+                    "`FrozenStart` does not know which parameters are of the backbone; use `layer_decay_optimizer`."
+                )
+            if not group["is_head"]:
+                group["lr"] = 0.0
