@@ -48,6 +48,7 @@ from .token_reduction import TOKEN_REDUCERS, find_token_reducer
 logger = logging.get_logger(__name__)
 
 RECORD, TABLE, PICTURE = "comparison.json", "comparison.md", "comparison.png"
+PRUNING = "pruning.png"
 ONNX, ONNX_NAME = "ONNX", "model.onnx"
 SHARE = "multiply_adds"  # of a budget: the share of the unpruned model's multiply-adds
 BUDGETS = (SHARE, "pruning_rate", "pruning_schedule")
@@ -113,6 +114,7 @@ class Comparison:
         smaller_model: a model for the row of that name; left out by default.
         off_the_shelf: whether methods that need no training are also measured on the unpruned checkpoint as it is.
         exported: whether models of the first seed are also written as ONNX, and that file is evaluated and timed.
+        pictures: whether `evaluate` also draws what models of the first seed prune (`--picture`).
         speed: see `Speed`.
     """
 
@@ -128,6 +130,7 @@ class Comparison:
     smaller_model: str | None = None
     off_the_shelf: bool = True
     exported: bool = False
+    pictures: bool = False
     speed: Speed = field(default_factory=Speed)
 
     @classmethod
@@ -212,6 +215,11 @@ class Run:
         """Of its folder."""
         return _folder_name(self.method, self.budget, None if self.trained else "off the shelf", f"seed {self.seed}")
 
+    @property
+    def prunes(self) -> bool:
+        """Whether there is something to see in a picture."""
+        return self.arguments.get("token_reducer") in TOKEN_REDUCERS
+
 
 class Runner:
     """Trains, evaluates and measures what a `Comparison` says.
@@ -290,6 +298,8 @@ class Runner:
         if done.exists():
             record = json.loads(done.read_text(encoding="utf-8"))
             check_same(record["command"], json.loads(json.dumps(command)), folder)
+            if "picture" in self.form(run) and not (folder / PRUNING).exists():  # asked for since
+                self.evaluated(run, self.form(run), "evaluate.log")
         else:
             record = self.trained(run) | {"command": command}
             write_json(done, record)
@@ -308,7 +318,7 @@ class Runner:
             settings = comparison.arguments | run.arguments | {"seed": run.seed, "output_dir": str(model)}
             call(comparison.train, settings, folder / "train.log")
             record |= training_of(model)
-        record["metrics"] = metrics = self.evaluated(run, {} if run.trained else run.arguments, "evaluate.log")
+        record["metrics"] = metrics = self.evaluated(run, self.form(run), "evaluate.log")
         missing = [name for name in comparison.metrics if name not in metrics]
         if missing or not metrics:
             raise ValueError(
@@ -316,6 +326,13 @@ class Runner:
                 f"{', '.join(missing) or 'a JSON object in its last line'}; correct `metrics` or `evaluation`."
             )
         return record
+
+    def form(self, run: Run) -> dict[str, Any]:
+        """Arguments of the evaluation script: what is changed off the shelf, and where the picture goes."""
+        changes = {} if run.trained else dict(run.arguments)
+        if self.comparison.pictures and run.seed == self.comparison.seeds[0] and run.prunes:
+            changes["picture"] = str(self.folder(run) / PRUNING)
+        return changes
 
     def evaluated(self, run: Run, changes: Mapping[str, Any], log: str) -> dict[str, float]:
         """What the evaluation script finds, with arguments that are changed."""

@@ -117,6 +117,20 @@ def test_every_run_is_trained_or_taken_and_evaluated_once_though_interrupted(scr
 
 
 @pytest.mark.full
+def test_pictures_are_drawn_for_the_first_seed_also_where_they_are_asked_for_later(scripts, write, tmp_path):
+    few = FEW | {"methods": ["random"], "seeds": [0, 1]}
+    Runner(Comparison.from_file(write(**few)), tmp_path)()
+    assert not any("picture" in settings for _, settings in scripts.calls)
+    scripts.calls.clear()
+    Runner(Comparison.from_file(write(**few, pictures=True)), tmp_path)()
+    assert scripts.counts() == {"evaluate.py": 2}
+    assert [Path(settings["picture"]) for _, settings in scripts.calls] == [
+        tmp_path / "runs" / run / "pruning.png" for run in ("random_half_seed_0", "random_half_off_the_shelf_seed_0")
+    ]
+    assert "token_reducer" not in scripts.calls[0][1] and scripts.calls[1][1]["token_reducer"] == "random"
+
+
+@pytest.mark.full
 def test_what_scripts_are_told(scripts, write, tmp_path):
     Runner(Comparison.from_file(write(seeds=[3])), tmp_path / "out")()
     trainings = [settings for script, settings in scripts.calls if script == "train.py"]

@@ -129,11 +129,15 @@ GROUPS: dict[str, list[BenchmarkArguments]] = {
         for dtype in ("float32", "bfloat16")
         for batch_size in (1, 8)
     ],
-    "methods": [
+    "methods": [  # ToMe's rates, and what is usual for the others
         BenchmarkArguments(
             size=size, token_reducer=method, pruning_rate=rate, batch_size=8, min_rounds=rounds, max_rounds=rounds
         )
-        for size, rate, rounds, methods in (("small", 13, 15, ("cropr", "tome")), ("large", 8, 5, ("tome",)))
+        for size, rate, rounds, methods in (
+            ("small", 13, 15, ("cropr", "tome")),
+            ("small", None, 15, ("evit", "dynamicvit", "idlevit", "ailurus", "itpn")),
+            ("large", 8, 5, ("tome",)),
+        )
         for method in methods
     ],
 }
