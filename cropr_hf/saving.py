@@ -44,6 +44,7 @@ HUB_ARGUMENTS = ("commit_message", "commit_description", "private", "token", "cr
 CARD_NAME = "README.md"
 RECORD_NAME = "record.json"
 PICTURE_NAME = "pruning.png"
+ID_DIGITS = 16  # of the digest by which weights are known
 CARD_MARK = "<!-- Written by cropr_hf from record.json. Remove this line to keep changes of your own. -->"
 
 
@@ -216,7 +217,8 @@ class StrippableModel(PreTrainedModel):
         See `PreTrainedModel.save_pretrained` for the rest.
 
         Except in a folder to resume from, `record.json` and the model card `README.md` lie beside the weights (where
-        `cropr_hf` is installed); a card that somebody wrote or changed by hand stays.
+        `cropr_hf` is installed); a card that somebody wrote or changed by hand stays,
+        and so does `pruning.png` if it shows that.
 
         Args:
             strip_auxiliary_heads: `None` is as above; `True` and `False` decide.
@@ -255,7 +257,8 @@ class StrippableModel(PreTrainedModel):
         os.makedirs(save_directory, exist_ok=True)
         stale = [*_stale_files(kwargs.get("variant")), *replaced]
         if is_published:
-            stale += [RECORD_NAME, PICTURE_NAME, *([] if is_own_card(save_directory) else [CARD_NAME])]
+            card = own_card(save_directory)
+            stale += [*_stale_facts(card), *([CARD_NAME] if card is None else [])]
         with staged(save_directory, CONFIG_NAME, stale) as staging:
             if beside is not None:
                 beside(staging)
@@ -288,8 +291,8 @@ class StrippableModel(PreTrainedModel):
     ) -> str:
         """Uploads what `save_pretrained` writes, stripped weights and model card, in one commit.
 
-        A card on the Hub that somebody wrote or changed by hand stays. See `PreTrainedModel.push_to_hub` for the
-        arguments.
+        A card on the Hub that somebody wrote or changed by hand stays, with the picture that it shows. See
+        `PreTrainedModel.push_to_hub` for the arguments.
         """
         if tags:
             self.add_model_tags(tags)
@@ -429,26 +432,33 @@ def _upload(
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/pr"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    kept = [CARD_NAME] if _has_own_card(api, repo_id, revision) else None
+    card = _own_card_on_hub(api, repo_id, revision)
+    kept = None if card is None else [CARD_NAME]
     if os.path.exists(os.path.join(folder, CONFIG_NAME)):  # not adapters alone
-        kwargs["delete_patterns"] = [*_stale_files(weights_variant), RECORD_NAME, PICTURE_NAME]
+        kwargs["delete_patterns"] = [*_stale_files(weights_variant), *_stale_facts(card)]
     return api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, ignore_patterns=kept, **kwargs)
 
 
-def _has_own_card(api: HfApi, repo_id: str, revision: str | None) -> bool:
-    """Whether the card of a repository was written or taken over by somebody."""
+def _own_card_on_hub(api: HfApi, repo_id: str, revision: str | None) -> str | None:
+    """See `own_card`."""
     if not api.file_exists(repo_id, CARD_NAME, revision=revision):
-        return False
-    return is_own_card(os.path.dirname(api.hf_hub_download(repo_id, CARD_NAME, revision=revision)))
+        return None
+    return own_card(os.path.dirname(api.hf_hub_download(repo_id, CARD_NAME, revision=revision)))
 
 
-def is_own_card(folder: str | os.PathLike) -> bool:
-    """Whether there is a card in a folder that somebody wrote or took over."""
+def own_card(folder: str | os.PathLike) -> str | None:
+    """The text of the card in a folder that somebody wrote or took over; `None` if there is none."""
     path = os.path.join(folder, CARD_NAME)
     if not os.path.isfile(path):
-        return False
+        return None
     with open(path, encoding="utf-8", errors="replace") as file:
-        return CARD_MARK not in file.read()
+        text = file.read()
+    return None if CARD_MARK in text else text
+
+
+def _stale_facts(card: str | None) -> list[str]:
+    """What must not stay of what was said about an older model; a picture stays that somebody's own card shows."""
+    return [RECORD_NAME] if card is not None and PICTURE_NAME in card else [RECORD_NAME, PICTURE_NAME]
 
 
 def _stale_files(variant: str | None) -> list[str]:
@@ -462,30 +472,42 @@ def _stale_files(variant: str | None) -> list[str]:
 
 
 def _identify_weights(folder: str) -> None:
-    """Writes into `config.json` and into each file of weights which weights they are, a digest of all of them."""
+    """Writes into `config.json` and into each file of weights which weights they are, a digest of all of them.
+
+    The files are read once: each is copied with a blank in its header, which is filled in when the digest is known.
+    """
     files = sorted(glob.glob(os.path.join(glob.escape(folder), "*.safetensors")))
     config = os.path.join(folder, CONFIG_NAME)
     if not files or not os.path.exists(config):  # adapters alone, for instance
         return
-    digest = hashlib.sha256()
-    for path in files:
-        with open(path, "rb") as weights:
-            while chunk := weights.read(2**24):
-                digest.update(chunk)
-    weights_id = digest.hexdigest()[:16]
+    digest, headers = hashlib.sha256(), {}
     for path in files:  # 8 bytes with the length of the header, the header in JSON, the weights
         with open(path, "rb") as source, open(f"{path}.new", "wb") as target:
-            header = json.loads(source.read(int.from_bytes(source.read(8), "little")))
-            header["__metadata__"] = {**header.get("__metadata__", {}), WEIGHTS_ID: weights_id}
-            text = json.dumps(header, separators=(",", ":")).encode()
-            text += b" " * (-len(text) % 8)
-            target.write(len(text).to_bytes(8, "little") + text)
-            shutil.copyfileobj(source, target, 2**24)
+            length = source.read(8)
+            text = source.read(int.from_bytes(length, "little"))
+            headers[path] = json.loads(text)
+            target.write(_header(headers[path], "0" * ID_DIGITS))
+            digest.update(length + text)
+            while chunk := source.read(2**24):
+                digest.update(chunk)
+                target.write(chunk)
         os.replace(f"{path}.new", path)
+    weights_id = digest.hexdigest()[:ID_DIGITS]
+    for path, header in headers.items():
+        with open(path, "r+b") as target:
+            target.write(_header(header, weights_id))
     with open(config, encoding="utf-8") as file:
         stored = json.load(file)
     with open(config, "w", encoding="utf-8") as file:
         json.dump({**stored, WEIGHTS_ID: weights_id}, file, indent=2, sort_keys=True)
+
+
+def _header(header: dict[str, Any], weights_id: str) -> bytes:
+    """The beginning of a file of weights, as long for one identity as for another."""
+    metadata = {**header.get("__metadata__", {}), WEIGHTS_ID: weights_id}
+    text = json.dumps({**header, "__metadata__": metadata}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _check_weights_id(folder: str, weights_ids: set[str | None]) -> list[tuple[int, int]]:

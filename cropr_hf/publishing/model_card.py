@@ -26,7 +26,7 @@ from transformers.utils import logging
 
 from ..configuration_cropr_vit import CroprViTConfig
 from ..files import finite, source_name, write_file, write_json
-from ..saving import CARD_MARK, CARD_NAME, PICTURE_NAME, RECORD_NAME, is_own_card
+from ..saving import CARD_MARK, CARD_NAME, PICTURE_NAME, RECORD_NAME, own_card
 from ..speed.cost import multiply_adds, unpruned_config
 from ..tasks import find_task
 from ..token_reduction import TOKEN_REDUCERS
@@ -137,7 +137,7 @@ def write_record(folder: str | os.PathLike, record: dict[str, Any], target: str 
             f"again, or correct {RECORD_NAME}."
         ) from error
     write_json(folder / RECORD_NAME, record)
-    if is_own_card(target):
+    if own_card(target) is not None:
         logger.info(f"{target / CARD_NAME} was not written by cropr_hf, or was changed since, and stays as it is.")
         return
     write_file(folder / CARD_NAME, text)
