@@ -23,7 +23,7 @@ import re
 import shutil
 import tempfile
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,6 +44,7 @@ HUB_ARGUMENTS = ("commit_message", "commit_description", "private", "token", "cr
 CARD_NAME = "README.md"
 RECORD_NAME = "record.json"
 PICTURE_NAME = "pruning.png"
+REPLACED_HEAD = "leave its fields as they are, or let `ignore_mismatched_sizes=True` put a new head in the place"
 ID_DIGITS = 16  # of the digest by which weights are known
 CARD_MARK = "<!-- Written by cropr_hf from record.json. Remove this line to keep changes of your own. -->"
 
@@ -179,12 +180,8 @@ class StrippableModel(PreTrainedModel):
                 f"The checkpoint {path} has other shapes for {', '.join(resized[:3])}; only a task head can be "
                 "replaced. Leave the fields of the backbone as they are; the model interpolates positions by itself."
             )
-        if info["mismatched_keys"] and not replaces_head:
-            name, stored, own = min(info["mismatched_keys"])
-            raise ShapesDiffer(
-                f"The checkpoint {path} has {name} of the shape {tuple(stored)}, the configuration says {tuple(own)}; "
-                "leave its fields as they are, or let `ignore_mismatched_sizes=True` put a new head in the place."
-            )
+        if not replaces_head:
+            refuse_resized(path, info["mismatched_keys"], REPLACED_HEAD)
         missing = [name for name in info["missing_keys"] if "head" not in new_parts or name.startswith(prefix)]
         missing = sorted(name for name in missing if not any(part in name for part in new_parts))
         if missing:
@@ -325,27 +322,40 @@ class ShapesDiffer(ValueError, RuntimeError):
     """Weights of other shapes than the model's: a `ValueError` as everywhere here, and what Transformers raises."""
 
 
+def refuse_resized(
+    path: str | os.PathLike, mismatched: Collection[Any], remedy: str = "restore its fields, or the weights"
+) -> None:
+    """Raises `ShapesDiffer` for weights of other shapes, as the loading report of Transformers lists them."""
+    if mismatched:
+        name, stored, own = min(mismatched)
+        raise ShapesDiffer(
+            f"The checkpoint {path} has {name} of the shape {tuple(stored)}, the configuration says {tuple(own)}; "
+            f"{remedy}."
+        )
+
+
 @contextmanager
 def named_damage(path: str | os.PathLike) -> Iterator[None]:
-    """Turns errors of readers that met a damaged or foreign file into a `ValueError` that names its folder."""
+    """Turns errors of readers that met a damaged or foreign file into a `ValueError` that names its folder.
+
+    What an error is follows from its type, and from the code that raised it: words differ from release to release.
+    """
     try:
         yield
     except OSError:
         raise
     except Exception as error:
-        frames = traceback.walk_tb(error.__traceback__)
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        modules = [frame.f_globals.get("__name__") for frame in frames]
         # Whatever `torch.load` raises: junk makes it fail in any way, and its words advise to run what is there.
-        is_pickle = any(frame.f_globals.get("__name__") == torch.load.__module__ for frame, _ in frames)
+        is_pickle = torch.load.__module__ in modules
         if is_pickle or isinstance(error, (SafetensorError, json.JSONDecodeError)):
             reason = "what it holds is not tensors" if is_pickle else error
             text = f"The weights in {path} are damaged or truncated ({reason}); save them again."
             raise ValueError(text) from error
-        if "ignore_mismatched_sizes" in str(error):
-            raise ShapesDiffer(
-                f"The weights in {path} have other shapes than its `config.json` says, which the log lists; restore "
-                "its fields, or the weights that belong to it."
-            ) from error
-        is_argument = "keyword argument" in str(error)  # the caller's
+        # Transformers calls the class with the caller's arguments, and those it does not take never get there.
+        is_call = modules[-1] == PreTrainedModel.__module__ and frames[-1].f_code.co_name == "from_pretrained"
+        is_argument = isinstance(error, TypeError) and is_call
         if is_argument or not isinstance(error, (AttributeError, LookupError, RecursionError, TypeError)):
             raise
         raise ValueError(

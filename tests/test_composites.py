@@ -642,6 +642,13 @@ def test_rf_detr_with_damaged_weights_is_refused(tmp_path):
         CroprRfDetrForObjectDetection.from_pretrained(tmp_path)
 
 
+def test_rf_detr_with_weights_of_other_shapes_is_refused(tmp_path):
+    build_rf_detr().save_pretrained(tmp_path)
+    message = r"class_embed.bias of the shape .*, the configuration says \(7,\); .*`ignore_mismatched_sizes=True`"
+    with pytest.raises(ValueError, match=message):
+        CroprRfDetrForObjectDetection.from_pretrained(tmp_path, num_labels=7)
+
+
 def test_rf_detr_evaluates_with_one_group():
     model = build_rf_detr()
     with torch.no_grad():

@@ -703,10 +703,18 @@ def test_junk_instead_of_weights_raises_value_error(name, content, tmp_path):
         CroprViTForImageClassification.from_pretrained(tmp_path)
 
 
-def test_arguments_that_a_model_does_not_know_stay_the_callers_fault(tmp_path):
+@pytest.mark.parametrize(("words", "named"), [((), {"nonsense": 1}), ((1,), {})], ids=["by name", "by place"])
+def test_arguments_that_a_model_does_not_know_stay_the_callers_fault(words, named, tmp_path):
     trainable().save_pretrained(tmp_path)
-    with pytest.raises(TypeError, match="keyword argument"):
-        CroprViTForImageClassification.from_pretrained(tmp_path, nonsense=1)
+    with pytest.raises(TypeError, match=r"argument"):
+        CroprViTForImageClassification.from_pretrained(tmp_path, *words, **named)
+
+
+def test_damage_is_told_by_where_it_was_met_and_not_by_words(tmp_path):
+    with pytest.raises(ValueError, match="does not hold what a saved model holds"), saving.named_damage(tmp_path):
+        raise TypeError("unexpected keyword argument of a stored configuration")
+    with pytest.raises(RuntimeError, match=r"^ignore_mismatched_sizes$"), saving.named_damage(tmp_path):
+        raise RuntimeError("ignore_mismatched_sizes")
 
 
 def test_truncated_weights_raise_value_error(tmp_path):
