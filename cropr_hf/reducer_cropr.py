@@ -164,6 +164,10 @@ class Scorer(OwnWeights):
                 norm_weight=getattr(self.norm, "weight", None),
             )
 
+    def stripped_weights(self) -> dict[str, torch.Tensor]:
+        """See `OwnWeights.stripped_weights`: that of `FoldedScorer`."""
+        return {"folded_query": self()}
+
     def draw_patches(self, grid_size: tuple[int, int] | None) -> torch.Tensor | None:
         """Patches (n,) of an image of `grid_size` whose queries predict in a training step; `None` is all."""
         if self.query_grid is None or self.queries_per_step is None:
