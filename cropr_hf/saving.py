@@ -342,7 +342,13 @@ def named_damage(path: str | os.PathLike) -> Iterator[None]:
     """
     try:
         yield
-    except OSError:
+    except OSError as error:
+        if isinstance(error.__context__, (json.JSONDecodeError, UnicodeDecodeError)):
+            raise ValueError(
+                f"The `config.json` of {path} is not valid JSON ({error.__context__}); save the model again."
+            ) from error
+        if os.path.isdir(path):
+            raise OSError(f"{error} Save the model in {path} again, or give the folder that holds it.") from error
         raise
     except Exception as error:
         frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
@@ -374,15 +380,8 @@ def _stored_config(path: str | os.PathLike, kwargs: dict[str, Any]) -> dict[str,
     """The configuration stored at `path`; raises `ValueError` if there is none, or one of another model type."""
     names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
     where = {name: kwargs[name] for name in names if name in kwargs}
-    try:
-        with named_damage(path):
-            stored, _ = CroprViTConfig.get_config_dict(path, **where)
-    except OSError as error:
-        if isinstance(error.__context__, (json.JSONDecodeError, UnicodeDecodeError)):
-            raise ValueError(
-                f"The `config.json` of {path} is not valid JSON ({error.__context__}); save the model again."
-            ) from error
-        raise
+    with named_damage(path):
+        stored, _ = CroprViTConfig.get_config_dict(path, **where)
     model_type = stored.get("model_type") if isinstance(stored, dict) else None
     if model_type is None:  # Transformers would go on with default values
         raise ValueError(

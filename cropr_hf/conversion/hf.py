@@ -266,7 +266,15 @@ def load_transformers(source: str | os.PathLike, **loading: Any) -> PreTrainedMo
     """
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, **loading)
+    except ValueError as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{source} holds no `config.json` of a model that this release of Transformers knows ({reason}); name the "
+            f"folder or repository of one of the types {', '.join(FAMILIES)}."
+        ) from error
     except OSError as error:
+        if os.path.isdir(source):
+            raise
         raise OSError(
             f"{source} is neither a folder of a model nor a repository that can be reached: {error}"
         ) from error
