@@ -34,6 +34,7 @@ from transformers.models.rf_detr.modeling_rf_detr import (
 
 from .class_names import settle_labels, with_new_labels
 from .configuration_cropr_vit import CroprViTConfig, check_finite
+from .detection_heads import check_not_nan
 from .labels import check_labels_per_image, check_object_labels
 from .modeling_cropr_vit import CroprViTBackbone
 from .saving import REPLACED_HEAD, named_damage, refuse_resized, refuse_unexpected
@@ -235,6 +236,7 @@ class CroprRfDetrForObjectDetection(CroprRfDetrPreTrainedModel, RfDetrForObjectD
 
         Raises:
             `ValueError`: for pixels and labels that the other detectors do not take either.
+            `FloatingPointError`: in evaluation, for scores or boxes that are not a number.
         """
         CroprViTEmbeddings.check_pixels(pixel_values)
         if labels is not None:
@@ -243,7 +245,10 @@ class CroprRfDetrForObjectDetection(CroprRfDetrPreTrainedModel, RfDetrForObjectD
             for image, label in enumerate(labels):
                 check_object_labels(self.config, image, label, (height, width), has_masks=False)  # type: ignore[arg-type]
             labels = [{**label, "class_labels": label["class_labels"].long()} for label in labels]
-        return super().forward(pixel_values, pixel_mask, labels, **kwargs)
+        outputs = super().forward(pixel_values, pixel_mask, labels, **kwargs)
+        if not self.training and not torch.compiler.is_compiling():
+            check_not_nan(outputs.logits, outputs.pred_boxes)
+        return outputs
 
     @property  # type: ignore[misc]
     def loss_function(self):
