@@ -168,7 +168,7 @@ class KeptPatches:
     """Which share of the patches is kept to the end, of objects and of all: how well a method finds objects.
 
     Args:
-        num_blocks: of the model, L. A patch that was pruned before the last block, or merged into another, is lost.
+        num_blocks: of the model, L. A patch that was pruned or merged into another before the last block is lost.
     """
 
     def __init__(self, num_blocks: int):
