@@ -14,7 +14,9 @@ def parse_config(text: str, argument: str = "config", example: str = '{"pruning_
     try:
         fields = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"--{argument} is {text!r}, which is not valid JSON ({error}).") from error
+        raise ValueError(
+            f"--{argument} is {text!r}, which is not valid JSON ({error}); write it as '{example}'."
+        ) from error
     if not isinstance(fields, dict):
         raise ValueError(f"--{argument} is {text!r}; give an object, such as '{example}'.")
     return fields

@@ -186,7 +186,8 @@ def visualize(args: Namespace) -> str:
     processor = _image_processor(args.model, required=True)
     pixels = _pixels(args.images, processor)
     outputs = model.base_model(pixels, output_pruning=True)
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (processor.image_mean, processor.image_std))
+    scales = (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0], [1.0])
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in scales)
     shown = ((pixels * std + mean).clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).numpy()
     grid_size = (pixels.shape[-2] // model.config.patch_size, pixels.shape[-1] // model.config.patch_size)
     names = [Path(path).name for path in args.images]
@@ -297,7 +298,15 @@ def _image_batches(folder: str, processor: Any, batch_size: int) -> Iterator[tor
 
 def _pixels(paths: Sequence[str | Path], processor: Any) -> torch.Tensor:
     """Images as the model takes them: (B, channels, height, width)."""
-    return processor([open_image(path) for path in paths], return_tensors="pt")["pixel_values"]
+    images = [open_image(path) for path in paths]
+    try:
+        return processor(images, return_tensors="pt")["pixel_values"]
+    except (ValueError, TypeError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"The image processor of the model makes no batch of {len(images)} images ({reason}); give images of one "
+            "size, or correct the image processor."
+        ) from error
 
 
 def _take_over_record(model: CroprViTPreTrainedModel, source: str, without: Sequence[str] = ()) -> None:
@@ -314,7 +323,10 @@ def _load(name_or_path: str, stripped: bool = True, **fields: Any) -> CroprViTPr
     architecture = _architecture(name_or_path)
     found = find_task(architecture)
     if found is None:
-        raise ValueError(f"{name_or_path} holds a {architecture or 'model without a class'}, not a `CroprViT*` model.")
+        raise ValueError(
+            f"{name_or_path} holds {architecture or 'no model whose class is known'}, not a `CroprViT*` model; name "
+            "what `save_pretrained` of one wrote. `cropr-hf convert` makes one of another ViT."
+        )
     if stripped:
         fields["use_auxiliary_heads"] = False
     return found[1].model_class.from_pretrained(name_or_path, **fields)
@@ -322,6 +334,8 @@ def _load(name_or_path: str, stripped: bool = True, **fields: Any) -> CroprViTPr
 
 def _architecture(name_or_path: str) -> str:
     """The class that a model was saved with; empty if that is not known."""
+    if Path(name_or_path).is_file():
+        raise ValueError(f"{name_or_path} is a file; name the folder of a model, or a Hub id.")
     try:
         with named_damage(name_or_path):
             fields, _ = PreTrainedConfig.get_config_dict(name_or_path)
@@ -508,6 +522,8 @@ def _reason(error: Exception) -> str:
     message = str(error).strip()
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in message:
         return f"There is too little memory; take fewer or smaller images, or a smaller model. {message}".strip()
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename!r}: {error.strerror}; give another path, or make this one usable."
     if isinstance(error, KeyError) or " " not in message:
         place = traceback.extract_tb(error.__traceback__)[-1]
         return f"{type(error).__name__}: {message or 'no reason'} ({Path(place.filename).name}, line {place.lineno})"

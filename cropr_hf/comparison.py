@@ -343,7 +343,7 @@ class Runner:
         """Writes the model of a run as ONNX; the metrics of that file, or why there is none."""
         file = self.folder(run) / ONNX_NAME
         try:
-            export_model(self.load(run)[0], file)
+            export_model(self.load(run), file)
         except (ValueError, RuntimeError) as error:  # what draws by chance, and what ONNX has no operator for
             return {"error": shown(str(error).partition("\n")[0])}
         return {"metrics": self.evaluated(run, {"exported": str(file)}, "evaluate_file.log")}
@@ -362,35 +362,42 @@ class Runner:
         """The sections `machine`, `versions`, `models` and `speed` of the record.
 
         Times are of one process on one machine: those that are there are kept if nothing has changed, else all are
-        taken anew.
+        taken anew. Models are loaded once, all of them, since they are timed in turns.
         """
         speed, device = self.comparison.speed, parse_device(self.comparison.speed.device)
         facts = {"machine": machine_name(device), "versions": library_versions(), "settings": asdict(speed)}
-        facts["models"] = {name: self.load(run)[1] for name, run in runs.items()}
+        models = {name: self.load(run) for name, run in runs.items()}
+        facts["models"] = {name: facts_of(model) for name, model in models.items()}
         file = self.output_dir / "speed.json"
         stored = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         if {name: stored.get(name) for name in facts} != json.loads(json.dumps(facts)):
             settings = itertools.product(speed.dtypes, speed.batch_sizes)
-            stored = {**facts, "speed": [self.timed(runs, dtype, batch_size) for dtype, batch_size in settings]}
+            files = {name: self.folder(run) / ONNX_NAME for name, run in runs.items()}
+            times = [self.timed(models, files, dtype, batch_size) for dtype, batch_size in settings]
+            stored = {**facts, "speed": times}
             write_json(file, stored)
         return {name: stored[name] for name in ("machine", "versions", "models", "speed")}
 
-    def timed(self, runs: Mapping[str, Run], dtype: str, batch_size: int) -> dict[str, Any]:
-        """Images per second of all models, and how much faster than the unpruned one each is, in one process."""
+    def timed(
+        self, models: Mapping[str, Any], files: Mapping[str, Path], dtype: str, batch_size: int
+    ) -> dict[str, Any]:
+        """Images per second of all models, and how much faster than the unpruned one each is, in one process.
+
+        Their weights are rounded to the type and stay so, which changes no time.
+        """
         speed = self.comparison.speed
         calls: dict[str, Callable[[], Any]] = {}
         torch.compiler.reset()
-        for name, run in runs.items():
-            model = self.load(run)[0].eval().to(speed.device, getattr(torch, dtype))
+        for name, model in models.items():
+            model.to(speed.device, getattr(torch, dtype))
             shape = (batch_size, model.config.num_channels, *model.config.input_size)
             pixel_values = torch.randn(shape, device=speed.device, dtype=model.dtype)
             calls[name] = partial(model, pixel_values)
             if speed.compiled:
                 is_detector = find_task(type(model).__name__)[1].is_detector  # type: ignore[index]
                 calls[f"{name}, {COMPILED}"] = partial(torch.compile(model, fullgraph=not is_detector), pixel_values)
-            file = self.folder(run) / ONNX_NAME
-            if self.comparison.exported and dtype == "float32" and file.exists():
-                calls[f"{name}, {ONNX}"] = onnx_call(file, pixel_values)
+            if self.comparison.exported and dtype == "float32" and files[name].exists():
+                calls[f"{name}, {ONNX}"] = onnx_call(files[name], pixel_values)
         with torch.inference_mode():
             timings = compare(
                 calls, UNPRUNED, speed.min_rounds, speed.max_rounds, speed.tolerance, torch.device(speed.device)
@@ -401,24 +408,27 @@ class Runner:
         }
         return {"dtype": dtype, "batch_size": batch_size, "results": results}
 
-    def load(self, run: Run) -> tuple[Any, dict[str, Any]]:
-        """The model of a run, with what is to be known about it."""
+    def load(self, run: Run) -> Any:
+        """The model of a run, stripped."""
         folder = self.model(run)
         changes = {} if run.trained else {"pruning_rate": None, "pruning_schedule": None, **run.arguments}
         task = find_task((CroprViTConfig.from_pretrained(folder).architectures or [""])[0])
         if task is None:
             raise ValueError(f"{folder} holds no `CroprViT*` model; `train` must write one.")
-        model = task[1].model_class.from_pretrained(folder, use_auxiliary_heads=False, **changes)
-        config = model.config
-        with torch.no_grad():
-            head = head_multiply_adds(model.eval(), {"pixel_values": torch.zeros(1, 3, *config.input_size)})
-        facts = {
-            "patches": config.num_patches,
-            "patches_left": config.kept_patches()[-1] if config.token_reducer else config.num_patches,
-            "multiply_adds": multiply_adds(config) + head,
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        }
-        return model, facts
+        return task[1].model_class.from_pretrained(folder, use_auxiliary_heads=False, **changes).eval()
+
+
+def facts_of(model: Any) -> dict[str, Any]:
+    """What is to be known about a model besides its times."""
+    config = model.config
+    with torch.no_grad():
+        head = head_multiply_adds(model, {"pixel_values": torch.zeros(1, 3, *config.input_size)})
+    return {
+        "patches": config.num_patches,
+        "patches_left": config.kept_patches()[-1] if config.token_reducer else config.num_patches,
+        "multiply_adds": multiply_adds(config) + head,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
 
 
 def name_of(method: str, budget: str | None) -> str:

@@ -34,9 +34,10 @@ from transformers.models.rf_detr.modeling_rf_detr import (
 
 from .class_names import settle_labels, with_new_labels
 from .configuration_cropr_vit import CroprViTConfig, check_finite
+from .detection_heads import check_not_nan
 from .labels import check_labels_per_image, check_object_labels
 from .modeling_cropr_vit import CroprViTBackbone
-from .saving import named_damage, refuse_unexpected
+from .saving import REPLACED_HEAD, named_damage, refuse_resized, refuse_unexpected
 from .vit_layers import CroprViTEmbeddings
 
 
@@ -141,13 +142,17 @@ class CroprRfDetrPreTrainedModel(RfDetrPreTrainedModel):
         """See `PreTrainedModel.from_pretrained`.
 
         Raises:
-            `ValueError`: when the checkpoint is damaged, or has other weights of the backbone than the configuration
-                says.
+            `ValueError`: when the checkpoint is damaged, or has other weights of the backbone, or weights of other
+                shapes, than the configuration says.
         """
         path = pretrained_model_name_or_path
+        replaces_head = kwargs.pop("ignore_mismatched_sizes", False)
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # they are checked below, by name
         with named_damage(path):
-            loaded: Any = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
+            loaded: Any = super().from_pretrained(path, *args, **kwargs)
         model, info = loaded
+        if not replaces_head:
+            refuse_resized(path, info["mismatched_keys"], REPLACED_HEAD)
         unexpected = [name for name in info["unexpected_keys"] if ".cropr_vit." in name]
         refuse_unexpected(path, [name for name in unexpected if ".token_reducers." not in name])
         return loaded if output_loading_info else model
@@ -231,6 +236,7 @@ class CroprRfDetrForObjectDetection(CroprRfDetrPreTrainedModel, RfDetrForObjectD
 
         Raises:
             `ValueError`: for pixels and labels that the other detectors do not take either.
+            `FloatingPointError`: in evaluation, for scores or boxes that are not a number.
         """
         CroprViTEmbeddings.check_pixels(pixel_values)
         if labels is not None:
@@ -239,7 +245,10 @@ class CroprRfDetrForObjectDetection(CroprRfDetrPreTrainedModel, RfDetrForObjectD
             for image, label in enumerate(labels):
                 check_object_labels(self.config, image, label, (height, width), has_masks=False)  # type: ignore[arg-type]
             labels = [{**label, "class_labels": label["class_labels"].long()} for label in labels]
-        return super().forward(pixel_values, pixel_mask, labels, **kwargs)
+        outputs = super().forward(pixel_values, pixel_mask, labels, **kwargs)
+        if not self.training and not torch.compiler.is_compiling():
+            check_not_nan(outputs.logits, outputs.pred_boxes)
+        return outputs
 
     @property  # type: ignore[misc]
     def loss_function(self):

@@ -66,7 +66,7 @@ class CroprViTModelOutput(ModelOutput):
         pooler_output: (B, D), (B, 2 D) with `cls_patch_mean`, or (B, `config.projection_dim`); pooled, normalised and
             projected. `None` in models of dense tasks.
         pruned_after_block: (B, patches), with `output_pruning=True`: the block (1 to L) after which each patch was
-            pruned (or merged into another), L if it never was.
+            pruned, or in which it was merged into another; L if neither was the case before the last block.
         token_indices: (B or 1, T), with `output_pruning=True`: place of each token of `last_hidden_state` in the
             unpruned sequence, prefix tokens first. Tokens that have none (new ones; those that a method masks in
             training) have the first index that no place has.

@@ -127,8 +127,10 @@ def aggregate_tokens(queries: torch.Tensor, keys: torch.Tensor, values: torch.Te
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _init_truncated_normal(tensor: torch.Tensor, std: float) -> None:
-    init.trunc_normal_(tensor, mean=0.0, std=std, a=-2 * std, b=2 * std)
+def _init_query(tensor: torch.Tensor) -> None:
+    """As in the reference code: normal, standard deviation D^(-1/2), cut at two of these."""
+    std = tensor.shape[-1] ** -0.5
+    init.trunc_normal_(tensor, std=std, a=-2 * std, b=2 * std)
 
 
 class Scorer(OwnWeights):
@@ -151,8 +153,8 @@ class Scorer(OwnWeights):
         self.key_projection = nn.Linear(size, size, bias=False) if config.scorer_key_projection else nn.Identity()
 
     def init_weights(self) -> None:
-        """Queries as in the paper: truncated normal, standard deviation D^(-1/2)."""
-        _init_truncated_normal(self.queries, std=self.queries.shape[-1] ** -0.5)
+        """See `_init_query`; projections and norm are those of the library."""
+        _init_query(self.queries)
 
     def forward(self) -> torch.Tensor:
         """The one vector (D,) that scores as all queries together do."""
@@ -163,6 +165,10 @@ class Scorer(OwnWeights):
                 key_projection=getattr(self.key_projection, "weight", None),
                 norm_weight=getattr(self.norm, "weight", None),
             )
+
+    def stripped_weights(self) -> dict[str, torch.Tensor]:
+        """See `OwnWeights.stripped_weights`: that of `FoldedScorer`."""
+        return {"folded_query": self()}
 
     def draw_patches(self, grid_size: tuple[int, int] | None) -> torch.Tensor | None:
         """Patches (n,) of an image of `grid_size` whose queries predict in a training step; `None` is all."""
@@ -215,7 +221,7 @@ class FoldedScorer(OwnWeights):
 
     def init_weights(self) -> None:
         """Spread of a single query."""
-        _init_truncated_normal(self.folded_query, std=self.folded_query.shape[-1] ** -0.5)
+        _init_query(self.folded_query)
 
     def forward(self) -> torch.Tensor:
         """The folded vector (D,)."""
@@ -278,8 +284,8 @@ class AuxiliaryClassifier(OwnWeights, nn.Linear):
     """Linear layer with first weights of its own."""
 
     def init_weights(self) -> None:
-        """As in the reference code: truncated normal 0.02, bias 0."""
-        _init_truncated_normal(self.weight, std=0.02)
+        """As in the reference code: normal, standard deviation 0.02, in effect not cut (at 100 of these); bias 0."""
+        init.trunc_normal_(self.weight, std=0.02)
         init.zeros_(self.bias)
 
 

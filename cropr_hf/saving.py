@@ -23,7 +23,7 @@ import re
 import shutil
 import tempfile
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,6 +44,8 @@ HUB_ARGUMENTS = ("commit_message", "commit_description", "private", "token", "cr
 CARD_NAME = "README.md"
 RECORD_NAME = "record.json"
 PICTURE_NAME = "pruning.png"
+REPLACED_HEAD = "leave its fields as they are, or let `ignore_mismatched_sizes=True` put a new head in the place"
+ID_DIGITS = 16  # of the digest by which weights are known
 CARD_MARK = "<!-- Written by cropr_hf from record.json. Remove this line to keep changes of your own. -->"
 
 
@@ -178,12 +180,8 @@ class StrippableModel(PreTrainedModel):
                 f"The checkpoint {path} has other shapes for {', '.join(resized[:3])}; only a task head can be "
                 "replaced. Leave the fields of the backbone as they are; the model interpolates positions by itself."
             )
-        if info["mismatched_keys"] and not replaces_head:
-            name, stored, own = min(info["mismatched_keys"])
-            raise ShapesDiffer(
-                f"The checkpoint {path} has {name} of the shape {tuple(stored)}, the configuration says {tuple(own)}; "
-                "leave its fields as they are, or let `ignore_mismatched_sizes=True` put a new head in the place."
-            )
+        if not replaces_head:
+            refuse_resized(path, info["mismatched_keys"], REPLACED_HEAD)
         missing = [name for name in info["missing_keys"] if "head" not in new_parts or name.startswith(prefix)]
         missing = sorted(name for name in missing if not any(part in name for part in new_parts))
         if missing:
@@ -216,7 +214,8 @@ class StrippableModel(PreTrainedModel):
         See `PreTrainedModel.save_pretrained` for the rest.
 
         Except in a folder to resume from, `record.json` and the model card `README.md` lie beside the weights (where
-        `cropr_hf` is installed); a card that somebody wrote or changed by hand stays.
+        `cropr_hf` is installed); a card that somebody wrote or changed by hand stays,
+        and so does `pruning.png` if it shows that.
 
         Args:
             strip_auxiliary_heads: `None` is as above; `True` and `False` decide.
@@ -255,7 +254,8 @@ class StrippableModel(PreTrainedModel):
         os.makedirs(save_directory, exist_ok=True)
         stale = [*_stale_files(kwargs.get("variant")), *replaced]
         if is_published:
-            stale += [RECORD_NAME, PICTURE_NAME, *([] if is_own_card(save_directory) else [CARD_NAME])]
+            card = own_card(save_directory)
+            stale += [*_stale_facts(card), *([CARD_NAME] if card is None else [])]
         with staged(save_directory, CONFIG_NAME, stale) as staging:
             if beside is not None:
                 beside(staging)
@@ -288,8 +288,8 @@ class StrippableModel(PreTrainedModel):
     ) -> str:
         """Uploads what `save_pretrained` writes, stripped weights and model card, in one commit.
 
-        A card on the Hub that somebody wrote or changed by hand stays. See `PreTrainedModel.push_to_hub` for the
-        arguments.
+        A card on the Hub that somebody wrote or changed by hand stays, with the picture that it shows. See
+        `PreTrainedModel.push_to_hub` for the arguments.
         """
         if tags:
             self.add_model_tags(tags)
@@ -322,27 +322,46 @@ class ShapesDiffer(ValueError, RuntimeError):
     """Weights of other shapes than the model's: a `ValueError` as everywhere here, and what Transformers raises."""
 
 
+def refuse_resized(
+    path: str | os.PathLike, mismatched: Collection[Any], remedy: str = "restore its fields, or the weights"
+) -> None:
+    """Raises `ShapesDiffer` for weights of other shapes, as the loading report of Transformers lists them."""
+    if mismatched:
+        name, stored, own = min(mismatched)
+        raise ShapesDiffer(
+            f"The checkpoint {path} has {name} of the shape {tuple(stored)}, the configuration says {tuple(own)}; "
+            f"{remedy}."
+        )
+
+
 @contextmanager
 def named_damage(path: str | os.PathLike) -> Iterator[None]:
-    """Turns errors of readers that met a damaged or foreign file into a `ValueError` that names its folder."""
+    """Turns errors of readers that met a damaged or foreign file into a `ValueError` that names its folder.
+
+    What an error is follows from its type, and from the code that raised it: words differ from release to release.
+    """
     try:
         yield
-    except OSError:
+    except OSError as error:
+        if isinstance(error.__context__, (json.JSONDecodeError, UnicodeDecodeError)):
+            raise ValueError(
+                f"The `config.json` of {path} is not valid JSON ({error.__context__}); save the model again."
+            ) from error
+        if os.path.isdir(path):
+            raise OSError(f"{error} Save the model in {path} again, or give the folder that holds it.") from error
         raise
     except Exception as error:
-        frames = traceback.walk_tb(error.__traceback__)
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        modules = [frame.f_globals.get("__name__") for frame in frames]
         # Whatever `torch.load` raises: junk makes it fail in any way, and its words advise to run what is there.
-        is_pickle = any(frame.f_globals.get("__name__") == torch.load.__module__ for frame, _ in frames)
+        is_pickle = torch.load.__module__ in modules
         if is_pickle or isinstance(error, (SafetensorError, json.JSONDecodeError)):
             reason = "what it holds is not tensors" if is_pickle else error
             text = f"The weights in {path} are damaged or truncated ({reason}); save them again."
             raise ValueError(text) from error
-        if "ignore_mismatched_sizes" in str(error):
-            raise ShapesDiffer(
-                f"The weights in {path} have other shapes than its `config.json` says, which the log lists; restore "
-                "its fields, or the weights that belong to it."
-            ) from error
-        is_argument = "keyword argument" in str(error)  # the caller's
+        # Transformers calls the class with the caller's arguments, and those it does not take never get there.
+        is_call = modules[-1] == PreTrainedModel.__module__ and frames[-1].f_code.co_name == "from_pretrained"
+        is_argument = isinstance(error, TypeError) and is_call
         if is_argument or not isinstance(error, (AttributeError, LookupError, RecursionError, TypeError)):
             raise
         raise ValueError(
@@ -361,15 +380,8 @@ def _stored_config(path: str | os.PathLike, kwargs: dict[str, Any]) -> dict[str,
     """The configuration stored at `path`; raises `ValueError` if there is none, or one of another model type."""
     names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
     where = {name: kwargs[name] for name in names if name in kwargs}
-    try:
-        with named_damage(path):
-            stored, _ = CroprViTConfig.get_config_dict(path, **where)
-    except OSError as error:
-        if isinstance(error.__context__, (json.JSONDecodeError, UnicodeDecodeError)):
-            raise ValueError(
-                f"The `config.json` of {path} is not valid JSON ({error.__context__}); save the model again."
-            ) from error
-        raise
+    with named_damage(path):
+        stored, _ = CroprViTConfig.get_config_dict(path, **where)
     model_type = stored.get("model_type") if isinstance(stored, dict) else None
     if model_type is None:  # Transformers would go on with default values
         raise ValueError(
@@ -429,26 +441,33 @@ def _upload(
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/pr"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    kept = [CARD_NAME] if _has_own_card(api, repo_id, revision) else None
+    card = _own_card_on_hub(api, repo_id, revision)
+    kept = None if card is None else [CARD_NAME]
     if os.path.exists(os.path.join(folder, CONFIG_NAME)):  # not adapters alone
-        kwargs["delete_patterns"] = [*_stale_files(weights_variant), RECORD_NAME, PICTURE_NAME]
+        kwargs["delete_patterns"] = [*_stale_files(weights_variant), *_stale_facts(card)]
     return api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, ignore_patterns=kept, **kwargs)
 
 
-def _has_own_card(api: HfApi, repo_id: str, revision: str | None) -> bool:
-    """Whether the card of a repository was written or taken over by somebody."""
+def _own_card_on_hub(api: HfApi, repo_id: str, revision: str | None) -> str | None:
+    """See `own_card`."""
     if not api.file_exists(repo_id, CARD_NAME, revision=revision):
-        return False
-    return is_own_card(os.path.dirname(api.hf_hub_download(repo_id, CARD_NAME, revision=revision)))
+        return None
+    return own_card(os.path.dirname(api.hf_hub_download(repo_id, CARD_NAME, revision=revision)))
 
 
-def is_own_card(folder: str | os.PathLike) -> bool:
-    """Whether there is a card in a folder that somebody wrote or took over."""
+def own_card(folder: str | os.PathLike) -> str | None:
+    """The text of the card in a folder that somebody wrote or took over; `None` if there is none."""
     path = os.path.join(folder, CARD_NAME)
     if not os.path.isfile(path):
-        return False
+        return None
     with open(path, encoding="utf-8", errors="replace") as file:
-        return CARD_MARK not in file.read()
+        text = file.read()
+    return None if CARD_MARK in text else text
+
+
+def _stale_facts(card: str | None) -> list[str]:
+    """What must not stay of what was said about an older model; a picture stays that somebody's own card shows."""
+    return [RECORD_NAME] if card is not None and PICTURE_NAME in card else [RECORD_NAME, PICTURE_NAME]
 
 
 def _stale_files(variant: str | None) -> list[str]:
@@ -462,30 +481,42 @@ def _stale_files(variant: str | None) -> list[str]:
 
 
 def _identify_weights(folder: str) -> None:
-    """Writes into `config.json` and into each file of weights which weights they are, a digest of all of them."""
+    """Writes into `config.json` and into each file of weights which weights they are, a digest of all of them.
+
+    The files are read once: each is copied with a blank in its header, which is filled in when the digest is known.
+    """
     files = sorted(glob.glob(os.path.join(glob.escape(folder), "*.safetensors")))
     config = os.path.join(folder, CONFIG_NAME)
     if not files or not os.path.exists(config):  # adapters alone, for instance
         return
-    digest = hashlib.sha256()
-    for path in files:
-        with open(path, "rb") as weights:
-            while chunk := weights.read(2**24):
-                digest.update(chunk)
-    weights_id = digest.hexdigest()[:16]
+    digest, headers = hashlib.sha256(), {}
     for path in files:  # 8 bytes with the length of the header, the header in JSON, the weights
         with open(path, "rb") as source, open(f"{path}.new", "wb") as target:
-            header = json.loads(source.read(int.from_bytes(source.read(8), "little")))
-            header["__metadata__"] = {**header.get("__metadata__", {}), WEIGHTS_ID: weights_id}
-            text = json.dumps(header, separators=(",", ":")).encode()
-            text += b" " * (-len(text) % 8)
-            target.write(len(text).to_bytes(8, "little") + text)
-            shutil.copyfileobj(source, target, 2**24)
+            length = source.read(8)
+            text = source.read(int.from_bytes(length, "little"))
+            headers[path] = json.loads(text)
+            target.write(_header(headers[path], "0" * ID_DIGITS))
+            digest.update(length + text)
+            while chunk := source.read(2**24):
+                digest.update(chunk)
+                target.write(chunk)
         os.replace(f"{path}.new", path)
+    weights_id = digest.hexdigest()[:ID_DIGITS]
+    for path, header in headers.items():
+        with open(path, "r+b") as target:
+            target.write(_header(header, weights_id))
     with open(config, encoding="utf-8") as file:
         stored = json.load(file)
     with open(config, "w", encoding="utf-8") as file:
         json.dump({**stored, WEIGHTS_ID: weights_id}, file, indent=2, sort_keys=True)
+
+
+def _header(header: dict[str, Any], weights_id: str) -> bytes:
+    """The beginning of a file of weights, as long for one identity as for another."""
+    metadata = {**header.get("__metadata__", {}), WEIGHTS_ID: weights_id}
+    text = json.dumps({**header, "__metadata__": metadata}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _check_weights_id(folder: str, weights_ids: set[str | None]) -> list[tuple[int, int]]:

@@ -62,11 +62,15 @@ class AttentionFacts:
 
 
 class OwnWeights(nn.Module):
-    """A module that initialises what Transformers cannot. It must hold parameters itself, or it is passed over."""
+    """A module with weights that no library knows. It must hold parameters itself, or it is passed over."""
 
     def init_weights(self) -> None:
         """Gives the parameters their first values, by `transformers.initialization`."""
         raise NotImplementedError
+
+    def stripped_weights(self) -> dict[str, torch.Tensor]:
+        """What the stripped model has in the same place under other names, computed from its own weights."""
+        return {}
 
 
 @strict

@@ -24,7 +24,7 @@ def plot_pruning(
 ) -> "Figure":
     """A grid of pairs: the image, and the image with each pruned patch in the colour of the block that pruned it.
 
-    Patches that were kept to the end stay clear.
+    Patches that entered the last block as tokens of their own stay clear.
 
     Args:
         images: B images, each a `PIL.Image.Image` or an array (height, width, 3) of bytes.

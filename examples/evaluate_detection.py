@@ -18,7 +18,7 @@ account (the figures for boxes leave `maskness_threshold` out):
         '{"nms_method": "linear", "nms_threshold": 0.6, "score_threshold": 0.0, "maskness_threshold": 0.5}'
 
 It prints one line of JSON: COCO's metrics, and the share of the patches that are kept to the end, of those that boxes
-of objects touch and of all.
+of objects touch and of all that show the picture.
 """
 
 import json
@@ -30,7 +30,7 @@ import torch
 from coco import CocoMetrics, annotations, label_names
 from datasets import Dataset
 from detection import DIGITS, FILES, DataArguments, detections, load_source, picture_of, prepare_split
-from evaluation import KeptPatches
+from evaluation import KeptPatches, picture_patches
 from shared import record_evaluation
 from torchvision.ops import box_convert
 from transformers import (
@@ -158,7 +158,9 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     for start in logging.tqdm(range(0, len(images), args.batch_size), desc="Evaluation"):
         rows = list(images.select(range(start, min(start + args.batch_size, len(images)))))
         outputs, sizes = detector.forward([picture_of(row)[0] for row in rows])
-        patches.add(outputs.pruned_after_block, touched_patches(rows, data_args.box_format, sizes, config))
+        shape = [length * config.patch_size for length in config.grid_size]
+        touched = touched_patches(rows, data_args.box_format, sizes, config)
+        patches.add(outputs.pruned_after_block, touched, picture_patches(sizes, shape, config.patch_size))
         found = detections(outputs, detector.processor, [(row["height"], row["width"]) for row in rows])
         for row, objects in zip(rows, found):
             metrics.add(row["image_id"], objects)

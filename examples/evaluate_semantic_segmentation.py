@@ -17,7 +17,7 @@ As in the paper, each image is resized to fit into the input, whose rest is fill
 It prints one line of JSON with the mean intersection over union. Classes are compared by their names, where the data
 set has them: `--id2label`, or `id2label.json` in `--data_dir`. Where one is `background`, and windows do not slide, it
 also says which share of the patches of objects (those at least half covered) the model keeps to the end, and of all
-patches, which is what chance would keep of objects.
+patches of the picture, which is what chance would keep of objects.
 """
 
 import json
@@ -30,7 +30,7 @@ import evaluate
 import numpy as np
 import torch
 from datasets import Dataset
-from evaluation import KeptPatches, PublishedArguments, covered_patches
+from evaluation import KeptPatches, PublishedArguments, covered_patches, picture_patches
 from shared import class_numbers, record_evaluation, shortened
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
@@ -118,7 +118,9 @@ class Segmenter:
             logits = upsample(outputs.logits, self.size)
             objects = np.isin(labels, [self.background, self.ignore_index], invert=True)
             shown = fill_up(self.size, {tv_tensors.Mask: 0}, self.resize(tv_tensors.Mask(np.uint8(objects)[None])))
-            self.kept.add(outputs.pruned_after_block, covered_patches(shown, self.model.config.patch_size))
+            patch_size = self.model.config.patch_size
+            picture = picture_patches([resized.shape[-2:]], self.size, patch_size)
+            self.kept.add(outputs.pruned_after_block, covered_patches(shown, patch_size), picture)
         height, width = resized.shape[-2:]
         logits = torch.nn.functional.interpolate(logits[..., :height, :width], image.shape[-2:], mode="bilinear")
         return logits.argmax(dim=1)[0].cpu()

@@ -6,7 +6,7 @@
 # specific language governing permissions and limitations under the License.
 """What the evaluation scripts share: which form of a published model to measure, and how well it finds objects."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -168,23 +168,27 @@ class KeptPatches:
     """Which share of the patches is kept to the end, of objects and of all: how well a method finds objects.
 
     Args:
-        num_blocks: of the model, L. A patch that was pruned before the last block, or merged into another, is lost.
+        num_blocks: of the model, L. A patch that was pruned or merged into another before the last block is lost.
     """
 
     def __init__(self, num_blocks: int):
         self.num_blocks = num_blocks
         self.counts = torch.zeros(4, dtype=torch.int64)  # of objects, those of them kept, all, all kept
 
-    def add(self, pruned_after_block: torch.Tensor, objects: torch.Tensor) -> None:
+    def add(
+        self, pruned_after_block: torch.Tensor, objects: torch.Tensor, picture: torch.Tensor | None = None
+    ) -> None:
         """Counts in a batch.
 
         Args:
             pruned_after_block: (B, patches), as `CroprViTModelOutput` has it.
             objects: (B, rows, columns), which patches are those of objects.
+            picture: (B, rows, columns), which patches show the picture and not what fills up the input; `None` is all.
         """
         objects = objects.flatten(1)
         kept = pruned_after_block.cpu() == self.num_blocks
-        counted = (objects, objects & kept, torch.ones_like(kept), kept)
+        shown = torch.ones_like(kept) if picture is None else picture.flatten(1) | objects
+        counted = (objects, objects & kept, shown, shown & kept)
         self.counts += torch.stack([patches.sum() for patches in counted])
 
     def compute(self) -> dict[str, float]:
@@ -209,3 +213,19 @@ def covered_patches(objects: torch.Tensor, patch_size: int) -> torch.Tensor:
         (B, rows, columns)
     """
     return torch.nn.functional.avg_pool2d(objects[:, None].float(), patch_size)[:, 0] >= 0.5
+
+
+def picture_patches(sizes: Sequence[tuple[int, int]], input_size: tuple[int, int], patch_size: int) -> torch.Tensor:
+    """Which patches show the picture, half or more, in inputs that are filled up below and on the right.
+
+    Args:
+        sizes: (height, width) of the picture in each input.
+        input_size: (height, width) of all inputs.
+
+    Returns:
+        (B, rows, columns)
+    """
+    shown = torch.zeros(len(sizes), *input_size)
+    for image, (height, width) in zip(shown, sizes):
+        image[:height, :width] = 1
+    return covered_patches(shown, patch_size)

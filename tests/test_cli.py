@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -292,7 +293,9 @@ def test_card_adds_metadata_and_makes_records_for_old_folders(checkpoint, tmp_pa
         (["benchmark", "--update_record"], "--model_name_or_path"),
         (["benchmark", "--task", "poetry"], "poetry"),
         (["convert", "nowhere/at-all", "out"], "nowhere/at-all"),
-        (["convert", "x", "out", "--config", "{"], "--config"),
+        (["convert", "x", "out", "--config", "{"], "which is not valid JSON (Expecting property name"),
+        (["convert", "x", "out", "--config", "{"], "; write it as '{\"pruning_rate\": 8}'"),
+        (["convert", "x-ray", "out"], "looks like 'owner/name'; correct the name"),
         (["benchmark", "--config", "[1]"], "--config"),
         (["export", "nowhere/at-all", "model.onnx"], "nowhere/at-all"),
         (["benchmark", "--sweep", "batch_size"], "such as batch_size=1,8,64"),
@@ -319,6 +322,61 @@ def test_failures_say_why_and_exit_with_1(arguments, reason, tmp_path, monkeypat
     assert main(arguments) == 1
     assert reason in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def wrong_folders(vit, checkpoint, tmp_path, monkeypatch):
+    """In the working directory: folders that hold no model, or not the one that a command takes."""
+    monkeypatch.chdir(tmp_path)
+    for name, config in {"empty": None, "unknown": "{}", "broken": "{", "weightless": None}.items():
+        (tmp_path / name).mkdir()
+        if config is not None:
+            (tmp_path / name / "config.json").write_text(config)
+    Path("file.txt").write_text("text")
+    shutil.copy(vit / "config.json", "weightless")
+    shutil.copytree(vit, "vit")
+    shutil.copytree(checkpoint, "headless")
+    Path("headless/model.safetensors").unlink()
+    Image.new("RGB", (8, 8)).save("photo.png")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ("convert empty out", "that this release of Transformers knows .*; name the folder or repository of one of"),
+        ("convert unknown out", "that this release of Transformers knows .*; name the folder or repository of one of"),
+        ("convert broken out", r"`config\.json` of broken is not valid JSON .*; save the model again"),
+        ("convert weightless out", "found in directory weightless.* Save the model in weightless again, or give"),
+        ('convert vit out --config {"dtype":"float33"}', "make no configuration .*float33.*; give each a value"),
+        ('convert vit out --config {"id2label":3}', "make no configuration .*; give each a value"),
+        ('convert vit file.txt/out --config {"pruning_rate":2}', "'file.txt/out': .*; give another path"),
+        ("strip empty out", "empty holds no model whose class is known, not .*; name what `save_pretrained` of one"),
+        ("strip file.txt out", "file.txt is a file; name the folder of a model, or a Hub id"),
+        ("strip vit out", "vit holds ViT.*, not a .*; name what .*`cropr-hf convert` makes one"),
+        ("strip broken out", r"`config\.json` of broken is not valid JSON .*; save the model again"),
+        ("strip headless out", "found in directory headless.* Save the model in headless again, or give"),
+        ("visualize vit photo.png --output out.png", "vit holds ViT.*, not a .*; name what"),
+        ("visualize file.txt photo.png --output out.png", "file.txt is a file; name the folder of a model"),
+    ],
+)
+def test_wrong_folders_and_values_are_named_with_a_remedy(arguments, reason, wrong_folders, capsys):
+    assert main(arguments.split()) == 1
+    assert re.search(reason, capsys.readouterr().err)
+    assert not Path("out.png").exists() and not Path("out").exists()
+
+
+def test_images_that_make_no_batch_are_refused_and_unnormalised_ones_drawn_as_they_are(checkpoint, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    shutil.copytree(checkpoint, tmp_path / "model")
+    ViTImageProcessor(do_resize=False, do_normalize=False).save_pretrained(tmp_path / "model")
+    photos = [tmp_path / "small.png", tmp_path / "large.png"]
+    for photo, size in zip(photos, (32, 64)):
+        Image.new("RGB", (size, size)).save(photo)
+    assert run("visualize", tmp_path / "model", *photos, "--output", tmp_path / "out.png") == 1
+    assert "makes no batch of 2 images (" in capsys.readouterr().err
+    assert run("visualize", tmp_path / "model", photos[0], "--output", tmp_path / "out.png") == 0
+    with Image.open(tmp_path / "out.png") as picture:
+        assert (0, 0, 0) in {colour for _, colour in picture.convert("RGB").getcolors(2**24)}  # it was black
 
 
 def test_no_output_replaces_an_input_or_a_file_of_a_model(checkpoint, tmp_path, capsys):
@@ -412,6 +470,7 @@ def fail_with(monkeypatch):
     [
         (ValueError("There are no images."), "There are no images."),
         (OSError(28, "No space left on device"), "No space left on device"),
+        (FileNotFoundError(2, "No such file", "a/b"), "'a/b': No such file; give another path"),
         (KeyError("weights"), "KeyError: 'weights' (test_cli.py, line "),
         (IndexError(0), "IndexError: 0 (test_cli.py, line "),
         (AssertionError(), "AssertionError: no reason (test_cli.py, line "),

@@ -179,6 +179,18 @@ def test_times_of_another_machine_are_not_kept(scripts, write, tmp_path, monkeyp
     assert second["runs"] == first["runs"]
 
 
+def test_each_model_is_loaded_once_for_all_that_is_measured(scripts, write, tmp_path, monkeypatch):
+    speed = CONTENT["speed"] | {"batch_sizes": [1, 2], "dtypes": ["bfloat16", "float32"]}
+    runner, loaded = Runner(Comparison.from_file(write(**FEW | {"speed": speed})), tmp_path), []
+    load = runner.load
+    monkeypatch.setattr(runner, "load", lambda run: loaded.append(run.name) or load(run))
+    record = runner()
+    assert len(loaded) == len({*loaded}) == len(record["models"])
+    assert [(each["dtype"], each["batch_size"]) for each in record["speed"]] == [
+        ("bfloat16", 1), ("bfloat16", 2), ("float32", 1), ("float32", 2)
+    ]  # fmt: skip
+
+
 def cost(unpruned, method, pruning):
     fields = unpruned.to_dict() | {"token_reducer": method, "last_layer_fusion": False} | pruning
     return multiply_adds(CroprViTConfig(**fields))

@@ -592,7 +592,7 @@ def test_rf_detr_learns_a_batch():
     train_routers(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     losses = []
-    for _ in range(15):
+    for _ in range(25):  # at 15 some seeds have hardly begun
         loss = training_loss(model, boxes())
         losses.append(loss.item())
         optimizer.zero_grad()
@@ -640,6 +640,26 @@ def test_rf_detr_with_damaged_weights_is_refused(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"junk")
     with pytest.raises(ValueError, match=r"are damaged or truncated"):
         CroprRfDetrForObjectDetection.from_pretrained(tmp_path)
+
+
+def test_rf_detr_with_weights_of_other_shapes_is_refused(tmp_path):
+    build_rf_detr().save_pretrained(tmp_path)
+    message = r"class_embed.bias of the shape .*, the configuration says \(7,\); .*`ignore_mismatched_sizes=True`"
+    with pytest.raises(ValueError, match=message):
+        CroprRfDetrForObjectDetection.from_pretrained(tmp_path, num_labels=7)
+
+
+@pytest.mark.parametrize("part", ["pixel_values", "class_embed", "bbox_embed.layers.0"])
+@torch.no_grad()
+def test_what_rf_detr_computes_that_is_not_a_number_is_an_error_and_not_no_objects(part):
+    model, images = build_rf_detr(), IMAGES.clone()
+    if part == "pixel_values":
+        images[:] = torch.nan
+    else:
+        model.get_submodule(part).weight.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match=r"not a number.* in its weights or in `pixel"):
+        model(images)
+    model.train()(images)
 
 
 def test_rf_detr_evaluates_with_one_group():

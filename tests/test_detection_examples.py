@@ -226,9 +226,10 @@ class TestEvaluation:
         objects = {"bbox": [[2.0, 2.0, 26.0, 10.0], [16.0, 32.0, 25.0, 32.0]], "category": [0, 1]}
         row = {"image_id": 0, "width": 48, "height": 64, "objects": objects}  # twice the size of the input
         block = torch.tensor([[5, 2, 3, 1, 1, 1], [1, 5, 5, 5, 5, 5], [1, 1, 5, 1, 1, 1], [5, 5, 1, 1, 1, 1]])
-        patches.add(block.view(1, 24), script.touched_patches([row], "xywh", [(32, 24)], config))
+        picture = script.picture_patches([(32, 24)], (32, 48), 8)
+        patches.add(block.view(1, 24), script.touched_patches([row], "xywh", [(32, 24)], config), picture)
         # Columns 0 and 1 of row 0, of which one is kept; columns 1 and 2 of rows 2 and 3, of which two are
-        assert patches.compute() == {"object_patches_kept": 3 / 6, "patches_kept": 9 / 24}
+        assert patches.compute() == {"object_patches_kept": 3 / 6, "patches_kept": 6 / 12}
 
     @pytest.mark.full
     def test_it_finds_what_the_pipeline_finds(self, example, tiny_vit, tmp_path):

@@ -173,6 +173,16 @@ class TestKeptPatches:
         patches.add(torch.tensor([[4, 4, 4, 4, 4, 4]]), ~objects)
         assert patches.compute() == {"object_patches_kept": 4 / 6, "patches_kept": 9 / 12}
 
+    def test_what_fills_up_the_input_is_not_counted(self, example):
+        script = example("evaluation")
+        patches = script.KeptPatches(num_blocks=4)
+        picture = script.picture_patches([(8, 7), (3, 12)], (8, 12), 4)
+        assert picture.tolist() == [[[True, True, False]] * 2, [[True] * 3, [False] * 3]]
+        objects = torch.zeros(2, 2, 3, dtype=torch.bool)
+        objects[1, 1, 0] = True  # of an object patches count in any case
+        patches.add(torch.tensor([[4, 1, 4, 4, 1, 4], [1, 1, 4, 4, 4, 4]]), objects, picture)
+        assert patches.compute() == {"object_patches_kept": 1.0, "patches_kept": 4 / 8}
+
     def test_half_a_patch_is_enough(self, example):
         objects = torch.zeros(1, 4, 8)
         objects[0, :2, :4] = 1  # half of the first patch
@@ -244,7 +254,7 @@ class TestKeptPatches:
         labels = np.full((48, 96), 255)  # half of the input, in which it is 24 pixels high
         labels[:, :48] = 1
         own.label_map(Image.new("RGB", (96, 48)), labels)
-        assert own.kept.counts.tolist()[0] == 9 and own.kept.counts.tolist()[2] == 36
+        assert own.kept.counts.tolist()[0] == 9 and own.kept.counts.tolist()[2] == 18  # of 36 in the input
 
     def test_without_a_class_for_the_background_nothing_is_said(self, example, segmenter, monkeypatch):
         script = example("evaluate_semantic_segmentation")

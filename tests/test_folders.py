@@ -415,6 +415,14 @@ def test_what_belonged_to_another_model_goes(models, expected, tmp_path):
     assert version_in(tmp_path, expected) == NEW
 
 
+@pytest.mark.parametrize("card", ["# Mine", "# Mine\n![pruned](pruning.png)"])
+def test_somebodys_own_card_keeps_the_picture_that_it_shows(card, models, tmp_path):
+    fill(tmp_path, {"README.md": card, "pruning.png": "mine", "record.json": "old"})
+    models[NEW].save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == card
+    assert (tmp_path / "pruning.png").exists() == ("pruning.png" in card)
+
+
 def test_an_image_processor_that_was_saved_first_stays(models, tmp_path):
     processor(NEW).save_pretrained(tmp_path)
     save_for_hub(models[NEW], tmp_path)

@@ -180,3 +180,7 @@ def test_nothing_that_travels_registers_with_the_auto_classes():
     for module in TRAVELS:
         names = {node.id for node in ast.walk(syntax_tree(module)) if isinstance(node, ast.Name)}
         assert not {name for name in names if name.startswith("Auto")}
+
+
+def test_what_surrounds_the_encoder_does_not_know_the_method_of_the_paper():
+    assert [name for name in MODULES if "reducer_cropr" in {ours for ours, _ in imports_of(name)}] == ["reducers"]

@@ -5,6 +5,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,11 +15,12 @@ from markdown_it import MarkdownIt
 from test_training import ColouredSquares, tiny_model, training_arguments
 from torch.utils.data import Subset
 
-from cropr_hf import CroprViTForSemanticSegmentation
+from cropr_hf import CroprViTBackbone, CroprViTForSemanticSegmentation
 from cropr_hf.publishing.hub import save_for_hub
 from cropr_hf.publishing.model_card import add_to_record, model_facts, read_record, render_card, write_record
 from cropr_hf.training import CroprTrainer, changed_settings
 from cropr_hf.training.record import licence_of
+from tests.common import make_model, tiny_config
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,6 +92,21 @@ class TestSaving:
         save_for_hub(tiny_model(), tmp_path / "with_code")
         assert "trust_remote_code=True" not in card_of(tmp_path / "plain")
         assert "trust_remote_code=True" in card_of(tmp_path / "with_code")
+
+    def test_the_usage_of_a_backbone_loads_a_folder(self, tmp_path, monkeypatch):
+        model = make_model(CroprViTBackbone, tiny_config(use_auxiliary_heads=True))
+        model.save_pretrained(tmp_path / "maps")
+        (usage,) = re.findall(r"```python\n(.*?)```", card_of(tmp_path / "maps"), flags=re.DOTALL)
+        monkeypatch.chdir(tmp_path)
+        names: dict[str, Any] = {}
+        exec(usage, names)
+        assert type(names["model"]) is CroprViTBackbone
+        # Without the package only an Auto class finds the code that comes along, on the Hub alone.
+        save_for_hub(model, tmp_path / "code")
+        assert "trust_remote_code" not in card_of(tmp_path / "code")
+        save_for_hub(model, tmp_path / "code", repo_id="me/maps")
+        assert 'AutoBackbone.from_pretrained("me/maps")' in card_of(tmp_path / "code")
+        assert "trust_remote_code=True" in card_of(tmp_path / "code")
 
     def test_no_path_of_this_machine_is_published(self, tmp_path):
         saved(tmp_path / "private" / "base")

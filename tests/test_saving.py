@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import re
@@ -12,7 +13,8 @@ import torch
 from accelerate import cpu_offload
 from huggingface_hub import HfApi
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoBackbone,
     AutoConfig,
@@ -25,7 +27,8 @@ from transformers import (
     pipeline,
 )
 
-from cropr_hf import CroprViTBackbone, CroprViTConfig, CroprViTForImageClassification, CroprViTModel
+from cropr_hf import CroprViTBackbone, CroprViTConfig, CroprViTForImageClassification, CroprViTModel, saving
+from cropr_hf.saving import CARD_MARK
 from tests.common import (
     CONFIGS,
     IMAGE_SIZE,
@@ -593,6 +596,31 @@ def test_variants_live_side_by_side(tmp_path):
     assert_same_model(second, CroprViTForImageClassification.from_pretrained(tmp_path, variant="other"))
 
 
+def test_weights_are_known_by_a_digest_of_all_files_each_read_once(tmp_path, monkeypatch):
+    tensors = {"model-1.safetensors": {"a": torch.arange(3.0)}, "model-2.safetensors": {"0" * 16: torch.ones(2, 5)}}
+    for name, content in tensors.items():
+        save_file(content, tmp_path / name, {"format": "pt"})
+    (tmp_path / "config.json").write_text("{}")
+    expected = hashlib.sha256(b"".join((tmp_path / name).read_bytes() for name in tensors)).hexdigest()[:16]
+    opened = []
+
+    def counted(path, mode="r", **kwargs):
+        opened.append((os.path.basename(path), mode))
+        return open(path, mode, **kwargs)
+
+    monkeypatch.setattr(saving, "open", counted, raising=False)
+    saving._identify_weights(str(tmp_path))
+    assert [name for name, mode in opened if mode == "rb"] == [*tensors]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", *tensors]
+    assert json.loads((tmp_path / "config.json").read_text()) == {"weights_id": expected}
+    for name, content in tensors.items():
+        with safe_open(tmp_path / name, "pt") as file:
+            assert file.metadata() == {"format": "pt", "weights_id": expected}
+            assert {key: file.get_tensor(key).tolist() for key in file.keys()} == {
+                key: tensor.tolist() for key, tensor in content.items()
+            }
+
+
 class Interrupted(Exception):
     pass
 
@@ -675,10 +703,18 @@ def test_junk_instead_of_weights_raises_value_error(name, content, tmp_path):
         CroprViTForImageClassification.from_pretrained(tmp_path)
 
 
-def test_arguments_that_a_model_does_not_know_stay_the_callers_fault(tmp_path):
+@pytest.mark.parametrize(("words", "named"), [((), {"nonsense": 1}), ((1,), {})], ids=["by name", "by place"])
+def test_arguments_that_a_model_does_not_know_stay_the_callers_fault(words, named, tmp_path):
     trainable().save_pretrained(tmp_path)
-    with pytest.raises(TypeError, match="keyword argument"):
-        CroprViTForImageClassification.from_pretrained(tmp_path, nonsense=1)
+    with pytest.raises(TypeError, match=r"argument"):
+        CroprViTForImageClassification.from_pretrained(tmp_path, *words, **named)
+
+
+def test_damage_is_told_by_where_it_was_met_and_not_by_words(tmp_path):
+    with pytest.raises(ValueError, match="does not hold what a saved model holds"), saving.named_damage(tmp_path):
+        raise TypeError("unexpected keyword argument of a stored configuration")
+    with pytest.raises(RuntimeError, match=r"^ignore_mismatched_sizes$"), saving.named_damage(tmp_path):
+        raise RuntimeError("ignore_mismatched_sizes")
 
 
 def test_truncated_weights_raise_value_error(tmp_path):
@@ -811,6 +847,19 @@ def test_push_to_hub_uploads_stripped_files(hub):
     assert dict(hub.calls)["upload_folder"]["commit_message"] == "first"
     assert json.loads(hub.files["record.json"])["model"]["name"] == "me/pruned"
     assert dict(hub.calls)["create_repo"]["private"] is True
+
+
+@pytest.mark.parametrize("card", ["# Mine", "# Mine\n![pruned](pruning.png)", f"{CARD_MARK}\n![pruned](pruning.png)"])
+def test_a_picture_on_the_hub_stays_if_somebodys_own_card_shows_it(card, hub, tmp_path, monkeypatch):
+    (tmp_path / "README.md").write_text(card)
+    monkeypatch.setattr(HfApi, "file_exists", lambda self, *args, **kwargs: True)
+    monkeypatch.setattr(HfApi, "hf_hub_download", lambda self, *args, **kwargs: str(tmp_path / "README.md"))
+    trainable().push_to_hub("me/pruned")
+    upload = dict(hub.calls)["upload_folder"]
+    is_own = CARD_MARK not in card
+    assert upload["ignore_patterns"] == (["README.md"] if is_own else None)
+    assert ("pruning.png" in upload["delete_patterns"]) != (is_own and "pruning.png" in card)
+    assert "record.json" in upload["delete_patterns"]
 
 
 @pytest.mark.parametrize(

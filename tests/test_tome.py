@@ -265,6 +265,15 @@ def test_checkpointing_gives_equal_gradients(use_reentrant):
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-10, atol=1e-12, msg=name)
 
 
+def test_the_pruning_map_shows_what_enters_the_last_block():
+    """Also where it merges in the last block, whose attention still tells these tokens apart."""
+    model = make_model(CroprViTModel, tome_config())
+    kept = model.config.kept_patches()
+    assert kept[-1] < kept[-2]
+    blocks = model(make_images(), output_pruning=True).pruned_after_block
+    assert (blocks == model.config.num_hidden_layers).sum(dim=1).tolist() == [kept[-2]] * 2
+
+
 def test_dense_tasks_get_copies_back_before_the_last_block():
     config = tome_config(last_layer_fusion=True, num_queries=None)
     assert config.kept_patches() == [14, 12, 10, 8, 8]

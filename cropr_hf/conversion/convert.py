@@ -199,10 +199,13 @@ def build_config(
     if not issubclass(cls, (CroprViTModel, CroprViTForImageClassification)):  # which do not pool
         fields["projection_dim"] = None
         fields["pooling"] = "patch_mean" if fields["pooling"] == "attention" else fields["pooling"]
-    fields |= {**cls.conversion_fields, **_labels(cls, description, overrides), **overrides}
     if "out_indices" in overrides and "out_features" not in overrides:
         fields.pop("out_features", None)
-    config = config_class(**fields)
+    try:
+        fields |= {**cls.conversion_fields, **_labels(cls, description, overrides), **overrides}
+        config = config_class(**fields)
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"{overrides} make no configuration ({error}); give each a value of its kind.") from error
     has_loss = not issubclass(cls, (CroprViTModel, CroprViTBackbone))
     learns_embedding = issubclass(cls, CroprViTModel) and config.auxiliary_task == "embedding"
     if "use_auxiliary_heads" not in overrides and (has_loss or learns_embedding):

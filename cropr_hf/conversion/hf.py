@@ -34,6 +34,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from ..saving import refuse_resized
 from .table import Rule, SourceDescription
 
 
@@ -259,13 +260,21 @@ def load_transformers(source: str | os.PathLike, **loading: Any) -> PreTrainedMo
         loading: keyword arguments of `PreTrainedModel.from_pretrained` that say where and how to load.
 
     Raises:
-        `ValueError`: when the family is not supported, the checkpoint lacks weights that the conversion needs, or it
-            has others than the class.
+        `ValueError`: when the family is not supported, the checkpoint lacks weights that the conversion needs, has
+            some of other shapes than its configuration says, or others than the class.
         `OSError`: when there is no such folder or repository, or it is out of reach.
     """
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, **loading)
+    except ValueError as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{source} holds no `config.json` of a model that this release of Transformers knows ({reason}); name the "
+            f"folder or repository of one of the types {', '.join(FAMILIES)}."
+        ) from error
     except OSError as error:
+        if os.path.isdir(source):
+            raise
         raise OSError(
             f"{source} is neither a folder of a model nor a repository that can be reached: {error}"
         ) from error
@@ -278,8 +287,14 @@ def load_transformers(source: str | os.PathLike, **loading: Any) -> PreTrainedMo
     description = SourceDescription({}, (), dropped=family.dropped, prefix=family.prefix)
     for model_class in classes if isinstance(classes, tuple) else (classes,):
         model, info = model_class.from_pretrained(
-            source, config=config, output_loading_info=True, trust_remote_code=False, **loading
+            source,
+            config=config,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused here, by name
+            trust_remote_code=False,
+            **loading,
         )
+        refuse_resized(source, info["mismatched_keys"])
         missing, unexpected = (
             sorted(name for name in info[kind] if not description.drops(name))
             for kind in ("missing_keys", "unexpected_keys")

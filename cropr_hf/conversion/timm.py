@@ -312,6 +312,6 @@ def load_timm(name: str, **loading: Any) -> nn.Module:
         near = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=3))
         raise ValueError(
             f"{name!r} is not a folder, not a model of timm{near and f' (near matches: {near})'}, and not the name of "
-            "a repository on the Hub, which looks like 'owner/name'."
+            "a repository on the Hub, which looks like 'owner/name'; correct the name."
         )
     return timm.create_model(name, pretrained=True, cache_dir=loading.get("cache_dir"))

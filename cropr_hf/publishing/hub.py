@@ -52,7 +52,7 @@ def save_for_hub(
 
     A folder that holds another model holds all of that one or all of this one at any moment, whatever interrupts the
     save: its image processor, code, results and picture go with it. A card that somebody wrote or changed by hand
-    stays.
+    stays, with the picture that it shows.
 
     Args:
         model: any `CroprViT*` model.

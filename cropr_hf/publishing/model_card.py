@@ -26,7 +26,7 @@ from transformers.utils import logging
 
 from ..configuration_cropr_vit import CroprViTConfig
 from ..files import finite, source_name, write_file, write_json
-from ..saving import CARD_MARK, CARD_NAME, PICTURE_NAME, RECORD_NAME, is_own_card
+from ..saving import CARD_MARK, CARD_NAME, PICTURE_NAME, RECORD_NAME, own_card
 from ..speed.cost import multiply_adds, unpruned_config
 from ..tasks import find_task
 from ..token_reduction import TOKEN_REDUCERS
@@ -34,6 +34,7 @@ from ..token_reduction import TOKEN_REDUCERS
 
 logger = logging.get_logger(__name__)
 
+REGISTERS = "import cropr_hf  # registers the models with the Auto classes"
 TEMPLATE = resources.files(__package__) / "templates" / "model_card.md"
 BAR_LENGTH = 40
 
@@ -137,7 +138,7 @@ def write_record(folder: str | os.PathLike, record: dict[str, Any], target: str 
             f"again, or correct {RECORD_NAME}."
         ) from error
     write_json(folder / RECORD_NAME, record)
-    if is_own_card(target):
+    if own_card(target) is not None:
         logger.info(f"{target / CARD_NAME} was not written by cropr_hf, or was changed since, and stays as it is.")
         return
     write_file(folder / CARD_NAME, text)
@@ -215,6 +216,8 @@ def render_card(record: Mapping[str, Any], folder: str | os.PathLike | None = No
         tags=["vision", *([model["token_reducer"], kind] if is_pruned else []), *metadata.get("tags", [])],
         **({"model_name": name, "eval_results": results} if (results := _eval_results(record)) else {}),
     )
+    has_code = folder is not None and (folder / "modeling_cropr_vit.py").exists()
+    usage = _usage(model["class"], name, has_code)
     return ModelCard.from_template(
         data,
         template_str=TEMPLATE.read_text(encoding="utf-8"),
@@ -235,8 +238,8 @@ def render_card(record: Mapping[str, Any], folder: str | os.PathLike | None = No
         throughput=record.get("throughput"),
         method=method if is_pruned else None,
         is_stripped=method is not None and method.supports_auxiliary_heads and not model.get("use_auxiliary_heads"),
-        usage=_usage(model["class"], name),
-        has_code=folder is not None and (folder / "modeling_cropr_vit.py").exists(),
+        usage=usage,
+        has_code=has_code and REGISTERS in usage,
         training=_training_table(training),
         settings=_yaml(training.get("settings")),
     )
@@ -285,10 +288,12 @@ def _giga(count: int) -> str:
     return f"{count / 1e9:.1f} G" if count >= 1e9 else f"{count / 1e6:.0f} M"
 
 
-def _usage(class_name: str, name: str) -> str:
+def _usage(class_name: str, name: str, has_code: bool) -> str:
     found = find_task(class_name)
     auto_class, pipeline = ("AutoModel", None) if found is None else (found[1].auto_class, found[1].pipeline)
-    lines = ["import cropr_hf  # registers the models with the Auto classes"]
+    if auto_class == "AutoBackbone" and not (has_code and _is_hub_id(name)):  # it takes no folder
+        return f"from cropr_hf import {class_name}\n\nmodel = {class_name}.from_pretrained({_literal(name)})"
+    lines = [REGISTERS]
     if found is not None and found[1].has_loss:  # the pipeline of the others has no use for pruned features
         subtask = ', subtask="instance"' if class_name == "CroprViTForInstanceSegmentation" else ""
         lines += ["from transformers import pipeline", "", f'model = pipeline("{pipeline}", model={_literal(name)})']

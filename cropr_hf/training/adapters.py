@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ..files import source_name
 from ..modeling_cropr_vit import CroprViTModel, CroprViTPreTrainedModel
-from ..reducer_cropr import Scorer
+from ..token_reduction import OwnWeights
 from ..vit_layers import CroprViTAttention, CroprViTDropPath
 
 
@@ -95,25 +95,27 @@ def lora_model(
     )
     adapted = get_peft_model(model, config)
     for module in adapted.modules():
-        if isinstance(module, Scorer) and module.queries.requires_grad:
-            module.register_state_dict_post_hook(_add_folded_query)
-            module.register_load_state_dict_pre_hook(_drop_folded_query)
+        if isinstance(module, OwnWeights) and any(parameter.requires_grad for parameter in module.parameters()):
+            module.register_state_dict_post_hook(_add_stripped)
+            module.register_load_state_dict_pre_hook(_drop_stripped)
     return adapted  # type: ignore[return-value]
 
 
-def _add_folded_query(scorer: Scorer, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
-    """What a stripped base has in place of the queries is saved with them, for PEFT to load there.
+@torch.no_grad()
+def _add_stripped(module: OwnWeights, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+    """What a stripped base has in place of a module's weights is saved with them, for PEFT to load there.
 
-    PEFT asks the scorer alone for its weights, and the model for those of modules that it saves; others, such as a
+    PEFT asks the module alone for its weights, and the model for those of modules that it saves; others, such as a
     merged model, stay as they are.
     """
     if not prefix or ".modules_to_save." in prefix:
-        with torch.no_grad():
-            state_dict[f"{prefix}folded_query"] = scorer()
+        state_dict |= {prefix + name: tensor for name, tensor in module.stripped_weights().items()}
 
 
-def _drop_folded_query(_: Scorer, state_dict: dict[str, Any], prefix: str, *__: Any) -> None:
-    state_dict.pop(f"{prefix}folded_query", None)
+@torch.no_grad()
+def _drop_stripped(module: OwnWeights, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    for name in module.stripped_weights():
+        state_dict.pop(prefix + name, None)
 
 
 def merge_lora(model: "PeftModel") -> CroprViTPreTrainedModel:
