@@ -190,7 +190,7 @@ def test_export_of_rf_detr_at_another_rate(tmp_path, capsys):
         model.set_pruning(None)
         assert (boxes - model(images).pred_boxes).abs().max() > 1e-4
     assert run("strip", tmp_path / "detector", tmp_path / "out") == 1
-    assert "holds a CroprRfDetrForObjectDetection, not a `CroprViT*` model" in capsys.readouterr().err
+    assert "holds CroprRfDetrForObjectDetection, not a `CroprViT*` model" in capsys.readouterr().err
 
 
 def test_benchmark_adds_to_the_record(checkpoint, tmp_path, capsys):

@@ -451,8 +451,8 @@ def test_the_demo_without_processes_of_its_own(example, tiny_digits_vit, tmp_pat
     ("task", "patches", "schedule"),
     [
         ("image_classification", 36, [30, 15, 15, 15]),
-        ("semantic_segmentation", 36, [30, 15, 15, 15]),
-        ("instance_segmentation", 256, [100, 25, 25, 25]),
+        pytest.param("semantic_segmentation", 36, [30, 15, 15, 15], marks=pytest.mark.slow),
+        pytest.param("instance_segmentation", 256, [100, 25, 25, 25], marks=pytest.mark.slow),
     ],
 )
 def test_the_demo_prints_its_table(example, task, patches, schedule, tiny_digits_vit, tmp_path):
