@@ -19,7 +19,7 @@ L blocks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -180,6 +180,8 @@ class TokenState:
 
     def updated(self, **changes: Any) -> TokenState:
         """A copy with other values: `dataclasses.replace`, whose time shows when every block makes a copy or two."""
+        if torch.compiler.is_compiling():  # torch 2.8 cannot trace what is below, and there is no time to save
+            return replace(self, **changes)
         state = object.__new__(TokenState)
         state.__dict__.update(self.__dict__)
         state.__dict__.update(changes)
