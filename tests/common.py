@@ -4,6 +4,7 @@ A new task class joins the suite by one line in `TASKS`, a new kind of backbone 
 """
 
 import random
+import socket
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
@@ -277,6 +278,13 @@ def tiny_config(name: str = "plain", **overrides: Any) -> CroprViTConfig:
 def with_heads(name: str) -> bool:
     """Whether a configuration of the table can have auxiliary heads."""
     return CONFIGS[name].get("token_reducer", "cropr") == "cropr"
+
+
+def free_port() -> int:
+    """A port for processes that meet on this machine; with older releases of Accelerate they never do at port 0."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def full(*values: Any) -> list[Any]:

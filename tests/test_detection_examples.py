@@ -25,6 +25,7 @@ from transformers import (
 )
 
 import cropr_hf
+from tests.common import free_port
 
 
 TINY_HEADS = {
@@ -180,7 +181,7 @@ class TestTraining:
         """Five images to evaluate on two processes: one image comes twice."""
         launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
         launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        launch += ["--main_process_port", "0", str(EXAMPLES / "train_instance_segmentation.py")]
+        launch += ["--main_process_port", str(free_port()), str(EXAMPLES / "train_instance_segmentation.py")]
         arguments = command(tiny_vit, tmp_path, per_device_train_batch_size=2, max_eval_samples=5)
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         result = subprocess.run([*launch, *arguments], capture_output=True, text=True, env=environment)

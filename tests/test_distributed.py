@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
-from common import assert_close_relative
+from common import assert_close_relative, free_port
 from distributed_worker import CURRICULUM, TAUGHT, WatchSchedule, losses, make_trainer, result
 from safetensors.torch import load_file
 from test_training import ColouredSquares, tiny_model
@@ -39,7 +39,7 @@ SHARDED = {"CPU_AS_DEVICES": "1", "DS_ACCELERATOR": "cpu"}
 def launch(folder: Path, config: str, *scenarios: str, **environment: str) -> dict[str, Any]:
     """Two processes by `accelerate launch`; what they found, by scenario."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / config)]
-    command += ["--num_machines", "1", "--num_processes", "2", "--main_process_port", "0"]
+    command += ["--num_machines", "1", "--num_processes", "2", "--main_process_port", str(free_port())]
     # "cpu" instead of "cpu:0", to which the oldest supported torch does not load optimizers
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_TORCH_DEVICE": "cpu"}
     process = subprocess.run(

@@ -29,7 +29,7 @@ from transformers import (
 import cropr_hf
 from cropr_hf.publishing.model_card import read_record
 from cropr_hf.training import PruningCurriculum
-from tests.common import full
+from tests.common import free_port, full
 
 
 EXAMPLES = Path(cropr_hf.__file__).parents[1] / "examples"
@@ -184,7 +184,7 @@ class TestTrainImageClassification:
         """`accelerate launch` with two CPU processes (gloo)."""
         launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
         launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        launch += ["--main_process_port", "0"]
+        launch += ["--main_process_port", str(free_port())]
         script = str(EXAMPLES / f"train_{task}.py")
         command = digits_command(tiny_vit, tmp_path, num_train_epochs=1, per_device_train_batch_size=4)
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from cropr_hf import CroprViTForImageClassification
 from cropr_hf.training import CroprTrainer, last_whole_checkpoint
-from tests.common import full
+from tests.common import free_port, full
 from tests.test_training import ColouredSquares, losses, tiny_model, training_arguments
 
 
@@ -250,9 +249,7 @@ def train_as_process(rank: int, port: int, folder: Path) -> None:
 
 @pytest.mark.full
 def test_a_checkpoint_is_whole_when_every_process_has_written(start, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     first, second = [start(train_as_process, rank, port, tmp_path) for rank in range(2)]
     wait_for_death(second)
     first.join(120)
