@@ -84,10 +84,10 @@ class CroprViTEmbeddings(OwnWeights):
                 f"`pixel_values` are {pixel_values.dtype}; give normalised floating-point values, as image processors "
                 "return them."
             )
-        if pixel_values.dim() != 4 or pixel_values.shape[0] == 0:
+        if pixel_values.dim() != 4 or 0 in pixel_values.shape:
             raise ValueError(
                 f"`pixel_values` has the shape {tuple(pixel_values.shape)}; it must be (batch, channels, height, "
-                "width), with one image or more."
+                "width), with one image or more, and none of them empty."
             )
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
@@ -100,7 +100,7 @@ class CroprViTEmbeddings(OwnWeights):
                 f"`pixel_values` has {channels} channels, the model takes {self.config.num_channels}; convert the "
                 "images (for instance to RGB), or build the model with another `num_channels`."
             )
-        if height % patch_size or width % patch_size or not height or not width:
+        if height % patch_size or width % patch_size:
             raise ValueError(
                 f"`pixel_values` is {height} x {width}, not a multiple of the patch size {patch_size}; resize or pad "
                 "the images."

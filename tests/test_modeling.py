@@ -738,7 +738,7 @@ def test_dropout_acts_in_training_only():
     ("name", "shape", "message"),
     [
         ("plain", (2, 1, 32, 32), r"has 1 channels, the model takes 3; convert"),
-        ("plain", (2, 3, 0, 32), r"is 0 x 32"),
+        ("plain", (2, 3, 0, 32), r"none of them empty"),
         ("plain", (2, 3, 16, 16), r"A pruning rate of 2 at 3 modules leaves -3 of 4 patch tokens"),
         ("schedule", (2, 3, 16, 16), r"keeps 10 patch tokens after block 2, but the input has only 4"),
         ("plain", (3, 32, 32), r"\(3, 32, 32\).*\(batch, channels, height, width\)"),
