@@ -99,6 +99,8 @@ def exported(tmp_path_factory) -> Callable[[str, str], tuple[Any, Path]]:
 @pytest.mark.parametrize("suffix", ONNX_IN_FULL)
 @pytest.mark.parametrize("name", ["classification", *full(*(name for name in MODELS if name != "classification"))])
 def test_a_file_computes_what_the_model_computes(name, suffix, exported):
+    if (name, suffix) == ("rf_detr", ".onnx") and torch.__version__ < "2.9":
+        pytest.skip("torch 2.8 has no ONNX operator for the attention of Transformers' RF-DETR decoder")
     model, path = exported(name, suffix)
     for batch_size in (1, 2, 5):
         side = 64 if name == "rf_detr" else 32
