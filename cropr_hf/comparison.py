@@ -34,6 +34,7 @@ from .files import replacing, source_name, write_file, write_json
 from .publishing.export import export_model
 from .publishing.model_card import read_record
 from .reducer_random import RandomReducer
+from .saving import PICTURE_NAME
 from .speed.alternatives import COMPILED, SMALLER_IMAGE, SMALLER_MODEL, smaller_image
 from .speed.benchmark import UNPRUNED
 from .speed.cost import head_multiply_adds, multiply_adds
@@ -48,7 +49,6 @@ from .token_reduction import TOKEN_REDUCERS, find_token_reducer
 logger = logging.get_logger(__name__)
 
 RECORD, TABLE, PICTURE = "comparison.json", "comparison.md", "comparison.png"
-PRUNING = "pruning.png"
 ONNX, ONNX_NAME = "ONNX", "model.onnx"
 SHARE = "multiply_adds"  # of a budget: the share of the unpruned model's multiply-adds
 BUDGETS = (SHARE, "pruning_rate", "pruning_schedule")
@@ -298,7 +298,7 @@ class Runner:
         if done.exists():
             record = json.loads(done.read_text(encoding="utf-8"))
             check_same(record["command"], json.loads(json.dumps(command)), folder)
-            if "picture" in self.form(run) and not (folder / PRUNING).exists():  # asked for since
+            if "picture" in self.form(run) and not (folder / PICTURE_NAME).exists():  # asked for since
                 self.evaluated(run, self.form(run), "evaluate.log")
         else:
             record = self.trained(run) | {"command": command}
@@ -331,7 +331,7 @@ class Runner:
         """Arguments of the evaluation script: what is changed off the shelf, and where the picture goes."""
         changes = {} if run.trained else dict(run.arguments)
         if self.comparison.pictures and run.seed == self.comparison.seeds[0] and run.prunes:
-            changes["picture"] = str(self.folder(run) / PRUNING)
+            changes["picture"] = str(self.folder(run) / PICTURE_NAME)
         return changes
 
     def evaluated(self, run: Run, changes: Mapping[str, Any], log: str) -> dict[str, float]:

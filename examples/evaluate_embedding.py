@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from embedding_metrics import embedding_agreement
 from evaluate_image_classification import Arguments as ImageArguments
-from evaluate_image_classification import ObjectMaps, load_images
+from evaluate_image_classification import ObjectMaps, load_images, save_picture
 from shared import read_picture, record_evaluation
 from transformers import AutoImageProcessor, AutoModel, HfArgumentParser
 from transformers.hf_argparser import HfArg
@@ -28,7 +28,6 @@ from transformers.utils import logging
 import cropr_hf  # noqa: F401 (registers the models with the Auto classes)
 from cropr_hf.files import finite
 from cropr_hf.training.distillation import load_teacher
-from cropr_hf.visualization import plot_pruning
 
 
 @dataclass
@@ -60,7 +59,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     side = args.teacher_image_size
     other_size = {} if side is None else {"size": {"height": side, "width": side}}
     object_maps = None if args.object_maps is None else ObjectMaps(args.object_maps, processor, model.config)
-    own, right, pruned = [], [], []
+    own, right = [], []
     for start in logging.tqdm(range(0, len(values), args.batch_size), desc="Evaluation"):
         batch = values[start : start + args.batch_size]
         pictures = [read_picture(value) for value in batch]
@@ -70,17 +69,13 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         if other_size:
             pixel_values = processor(pictures, return_tensors="pt", **other_size)["pixel_values"].to(args.device)
         right.append(teacher(pixel_values).pooler_output.cpu())
-        pruned.append(outputs.pruned_after_block)
         if object_maps is not None:
             object_maps.add(batch, outputs.pruned_after_block)
     metrics = embedding_agreement(torch.cat(own), torch.cat(right))
     if object_maps is not None:
         metrics |= object_maps.kept.compute()
     if args.picture is not None:
-        shown = [read_picture(value) for value in values[: args.picture_images]]
-        places = torch.cat(pruned)[: args.picture_images]
-        figure = plot_pruning(shown, places, model.config.num_hidden_layers, model.config.grid_size)
-        figure.savefig(args.picture, dpi=110)
+        save_picture(model, processor, values, args)
     if args.update_record:
         record_evaluation(args.model_name_or_path, args, args.split, len(values), metrics)
     return metrics

@@ -182,15 +182,15 @@ def predict(
 
 
 @torch.inference_mode()
-def save_picture(model: Any, processor: Any, images: list, labels: list[int], args: Arguments) -> None:
-    """Draws the first images and their pruned patches."""
+def save_picture(model: Any, processor: Any, images: list, args: Arguments, labels: list[int] | None = None) -> None:
+    """Draws the first images and their pruned patches, with right and predicted classes if there are `labels`."""
     images = [read_picture(image) for image in images[: args.picture_images]]
     pixel_values = processor(images, return_tensors="pt")["pixel_values"].to(args.device)
     outputs = model(pixel_values, output_pruning=True)
-    names = model.config.id2label
-    titles = [
-        f"{names[label]}, predicted {names[guess]}" for label, guess in zip(labels, outputs.logits.argmax(-1).tolist())
-    ]
+    titles = None
+    if labels is not None:
+        names, guesses = model.config.id2label, outputs.logits.argmax(-1).tolist()
+        titles = [f"{names[label]}, predicted {names[guess]}" for label, guess in zip(labels, guesses)]
     figure = plot_pruning(
         images, outputs.pruned_after_block, model.config.num_hidden_layers, model.config.grid_size, titles
     )
@@ -208,7 +208,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     object_maps = None if args.object_maps is None else ObjectMaps(args.object_maps, processor, model.config)
     predictions = predict(model, processor, pictures, args, object_maps)
     if args.picture is not None:
-        save_picture(model, processor, pictures, labels, args)
+        save_picture(model, processor, pictures, args, labels)
     metrics = evaluate.load(ACCURACY).compute(predictions=predictions, references=labels)
     if object_maps is not None:
         metrics |= object_maps.kept.compute()
