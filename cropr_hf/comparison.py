@@ -58,8 +58,9 @@ PERCENT = range(50, 151)  # of a schedule's pruning
 OWN_ARGUMENTS = ("output_dir", "seed", "token_reducer", *BUDGETS)
 # What the fields of a file hold, where a slip is likely.
 KINDS: dict[str, type] = {"methods": dict, "budgets": dict, "arguments": dict, "pruned": dict, "evaluation": dict}
-KINDS |= {"speed": dict, "seeds": list, "metrics": list}
+KINDS |= {"speed": dict, "seeds": list, "metrics": list, "off_the_shelf": bool, "exported": bool, "pictures": bool}
 WORDS: dict[type, str] = {dict: "names and values, `name: value`", list: "a list, `[first, second]`"}
+WORDS |= {bool: "true or false"}
 
 
 @dataclass

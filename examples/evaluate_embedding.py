@@ -46,6 +46,10 @@ class Arguments(ImageArguments):
             raise ValueError("--teacher_name_or_path is missing; name the model whose embeddings are the right ones.")
         if self.exported is not None:
             raise ValueError("--exported is for files that compute logits; leave it out.")
+        if self.teacher_image_size is not None and self.teacher_image_size < 1:
+            raise ValueError(
+                f"--teacher_image_size is {self.teacher_image_size}; give pixels, a multiple of the patch size."
+            )
 
 
 @torch.inference_mode()

@@ -71,7 +71,6 @@ class Arguments(PublishedArguments):
     label_column_name: str = HfArg(default="label", help="Column of the classes.")
     batch_size: int = HfArg(default=64, help="Images per step.")
     seed: int = HfArg(default=0, help="Of the drawn images.")
-    picture_images: int = HfArg(default=8, help="Images in that picture.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -36,11 +36,14 @@ class PublishedArguments(PruningArguments):
     )
     device: str = HfArg(default="cpu", help="Where to run.")
     picture: str | None = HfArg(default=None, help="A PNG file for a picture of what was pruned.")
+    picture_images: int = HfArg(default=8, help="Images in that picture.")
     update_record: bool = HfArg(
         default=False, help="Whether to add the result to the record and the card of that folder."
     )
 
     def __post_init__(self) -> None:
+        if self.picture_images < 1:
+            raise ValueError(f"--picture_images is {self.picture_images}; give 1 or more, or leave --picture out.")
         names = [each.name for each in fields(PruningArguments)]
         changes = [f"--{name}" for name in given_fields(self, [*names, "exported"])]
         if self.update_record and changes:

@@ -231,6 +231,7 @@ def test_a_budget_that_is_out_of_reach():
         ({"budgets": {"a b": {"pruning_rate": 1}, "a-b": {"pruning_rate": 2}}}, "differ in signs alone"),
         ({"arguments": ["a"]}, r"`arguments` of .* is \['a'\]; write names and values"),
         ({"seeds": 3}, r"`seeds` of .* is 3; write a list"),
+        ({"pictures": 3}, r"`pictures` of .* is 3; write true or false"),
         ({"methods": "cropr"}, r"`methods` of .* is 'cropr'; write names"),
         ({"seeds": [0, 0]}, r"`seeds` is \[0, 0\]"),
         ({"arguments": {"seed": 1}}, "'seed', which the comparison itself sets"),

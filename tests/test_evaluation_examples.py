@@ -161,6 +161,10 @@ class TestEmbedding:
             example("evaluate_embedding").main(["--model_name_or_path", str(encoder)])
         with pytest.raises(ValueError, match="--exported is for files that compute logits"):
             measure(encoder, "--exported", "model.onnx")
+        with pytest.raises(ValueError, match="--teacher_image_size is 0; give pixels"):
+            measure(encoder, "--teacher_image_size", 0)
+        with pytest.raises(ValueError, match="--picture_images is 0; give 1 or more"):
+            measure(encoder, "--picture", "pruning.png", "--picture_images", 0)
 
 
 class TestKeptPatches:
