@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from common import DETECTOR, make_images, object_labels
-from test_training import ColouredMaps, ColouredSquares, tiny_model, training_arguments
 from transformers import Trainer, TrainerCallback
 
 from cropr_hf import (
@@ -31,6 +29,8 @@ from cropr_hf.training import (
     last_whole_checkpoint,
     layer_decay_optimizer,
 )
+from tests.common import DETECTOR, make_images, object_labels
+from tests.test_training import ColouredMaps, ColouredSquares, tiny_model, training_arguments
 
 
 GLOBAL_BATCH = 8

@@ -15,10 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from common import TASKS, assert_close_relative, make_images
 from PIL import Image
-from test_composites import build_rf_detr
-from test_training import tiny_model
 from transformers import (
     AutoImageProcessor,
     SegformerImageProcessor,
@@ -31,6 +28,9 @@ from transformers import (
 from cropr_hf import CroprViTForImageClassification, CroprViTForObjectDetection, __version__, cli
 from cropr_hf.cli import build_parser, main
 from cropr_hf.publishing.model_card import read_record
+from tests.common import TASKS, assert_close_relative, make_images
+from tests.test_composites import build_rf_detr
+from tests.test_training import tiny_model
 
 
 COMMANDS = ("convert", "strip", "export", "benchmark", "visualize", "card", "schedule")

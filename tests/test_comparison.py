@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from common import TINY, full, tiny_config
 
 from cropr_hf import CroprViTConfig, CroprViTForImageClassification, comparison
 from cropr_hf.cli import main
 from cropr_hf.comparison import Comparison, Runner, pruning_of, tradeoff_curves
 from cropr_hf.publishing.model_card import class_name, model_facts, write_record
 from cropr_hf.speed.cost import multiply_adds, unpruned_config
+from tests.common import TINY, full, tiny_config
 
 
 SPEED = {"batch_sizes": [1], "compiled": False, "min_rounds": 3, "max_rounds": 3}

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from common import assert_close_relative, enable_activation_checkpointing, make_images, make_model, tiny_config
 from PIL import Image
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -45,6 +44,7 @@ from cropr_hf import CroprViTBackbone, CroprViTForImageClassification, CroprViTM
 from cropr_hf.modeling_cropr_rf_detr import CroprRfDetrConfig, CroprRfDetrForObjectDetection, CroprRfDetrModel
 from cropr_hf.training import train_routers
 from cropr_hf.training.composite import presence_in_labels
+from tests.common import assert_close_relative, enable_activation_checkpointing, make_images, make_model, tiny_config
 
 
 NUM_LABELS = 5

@@ -13,7 +13,6 @@ import torch
 from datasets import ClassLabel, Dataset, Features, List, Value
 from datasets import Image as ImageFeature
 from PIL import Image
-from test_examples import EXAMPLES, digits_command, history, losses
 from torchvision.ops import box_convert
 from transformers import (
     AutoConfig,
@@ -26,6 +25,7 @@ from transformers import (
 
 import cropr_hf
 from tests.common import free_port
+from tests.test_examples import EXAMPLES, digits_command, history, losses
 
 
 TINY_HEADS = {

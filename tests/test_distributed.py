@@ -12,10 +12,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
-from common import assert_close_relative, free_port
-from distributed_worker import CURRICULUM, TAUGHT, WatchSchedule, losses, make_trainer, result
 from safetensors.torch import load_file
-from test_training import ColouredSquares, tiny_model
 from transformers import Trainer, TrainingArguments
 
 import cropr_hf
@@ -23,6 +20,9 @@ from cropr_hf import CroprViTForImageClassification
 from cropr_hf.reducer_cropr import CroprModule
 from cropr_hf.saving import strip_state_dict
 from cropr_hf.training import CroprTrainer
+from tests.common import assert_close_relative, free_port
+from tests.distributed_worker import CURRICULUM, TAUGHT, WatchSchedule, losses, make_trainer, result
+from tests.test_training import ColouredSquares, tiny_model
 
 
 ROOT = Path(cropr_hf.__file__).parents[1]
@@ -42,6 +42,7 @@ def launch(folder: Path, config: str, *scenarios: str, **environment: str) -> di
     command += ["--num_machines", "1", "--num_processes", "2", "--main_process_port", str(free_port())]
     # "cpu" instead of "cpu:0", to which the oldest supported torch does not load optimizers
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_TORCH_DEVICE": "cpu"}
+    environment["PYTHONPATH"] = str(ROOT)  # the worker is a script, and imports from the tests
     process = subprocess.run(
         [*command, str(WORKER), str(folder), *scenarios], capture_output=True, text=True, env=os.environ | environment
     )

@@ -13,8 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from common import TASKS, assert_close_relative, full, make_images
-from test_composites import build_rf_detr
 from torch.testing import assert_close
 from transformers import ViTConfig, ViTModel
 
@@ -22,6 +20,8 @@ import cropr_hf
 from cropr_hf import CroprViTForImageClassification
 from cropr_hf.publishing import export
 from cropr_hf.publishing.export import export_model
+from tests.common import TASKS, assert_close_relative, full, make_images
+from tests.test_composites import build_rf_detr
 
 
 # One module, a block on the tokens that are left, fusion; fewer blocks make smaller graphs.

@@ -9,12 +9,9 @@ from collections.abc import Iterable
 import numpy as np
 import pytest
 import torch
-from common import assert_close_relative, enable_activation_checkpointing, full
 from datasets import Dataset, load_dataset
 from PIL import Image
 from safetensors.torch import load_file
-from test_examples import EXAMPLES, digits_command, losses
-from test_training import ColouredSquares, tiny_model, training_arguments
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForImageClassification,
@@ -43,6 +40,9 @@ from cropr_hf.training import (
     lora_model,
     merge_lora,
 )
+from tests.common import assert_close_relative, enable_activation_checkpointing, full
+from tests.test_examples import EXAMPLES, digits_command, losses
+from tests.test_training import ColouredSquares, tiny_model, training_arguments
 
 
 DETECTOR = {"pyramid_channels": 8, "box_head_size": 16, "use_cls_token": False, "pooling": "patch_mean"}

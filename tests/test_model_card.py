@@ -12,7 +12,6 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
-from test_training import ColouredSquares, tiny_model, training_arguments
 from torch.utils.data import Subset
 
 from cropr_hf import CroprViTBackbone, CroprViTForSemanticSegmentation
@@ -21,6 +20,7 @@ from cropr_hf.publishing.model_card import add_to_record, model_facts, read_reco
 from cropr_hf.training import CroprTrainer, changed_settings
 from cropr_hf.training.record import licence_of
 from tests.common import make_model, tiny_config
+from tests.test_training import ColouredSquares, tiny_model, training_arguments
 
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from test_examples import EXAMPLES, history
 
 from cropr_hf import CroprViTConfig, CroprViTForImageClassification
 from cropr_hf.training import changed_settings
+from tests.test_examples import EXAMPLES, history
 
 
 RECIPES = sorted((EXAMPLES / "recipes").glob("*.yaml"))

@@ -8,9 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from common import DETECTOR, assert_close_relative, full, make_identity_blocks
 from PIL import Image
-from test_schedules import tiny_model
 from torch.nn.modules.module import register_module_forward_hook
 from transformers import ViTImageProcessor
 
@@ -28,6 +26,8 @@ from cropr_hf.speed.cost import multiply_adds
 from cropr_hf.speed.timing import Timing
 from cropr_hf.token_state import TokenState
 from cropr_hf.vit_layers import CroprViTEmbeddings, CroprViTLayer
+from tests.common import DETECTOR, assert_close_relative, full, make_identity_blocks
+from tests.test_schedules import tiny_model
 
 
 SHAPES = ["free", *full("constant", "one_shot")]

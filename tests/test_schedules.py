@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-from common import assert_close_relative
 
 from cropr_hf import (
     CroprViTConfig,
@@ -20,6 +19,7 @@ from cropr_hf.speed.benchmark import UNPRUNED
 from cropr_hf.speed.cost import multiply_adds
 from cropr_hf.speed.plots import plot_tradeoff
 from cropr_hf.speed.timing import Timing
+from tests.common import assert_close_relative
 
 
 ROUNDS = {"min_rounds": 3, "max_rounds": 3}

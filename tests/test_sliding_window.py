@@ -4,12 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from common import assert_close_relative, make_images, make_model, tiny_config
 from torch import nn
 
 from cropr_hf import CroprViTForSemanticSegmentation
 from cropr_hf.modeling_cropr_vit_segmentation import upsample
 from cropr_hf.sliding_window import sliding_window_logits
+from tests.common import assert_close_relative, make_images, make_model, tiny_config
 
 
 class Recorder(nn.Module):

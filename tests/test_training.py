@@ -7,7 +7,6 @@ import re
 
 import pytest
 import torch
-from common import full
 from torch._dynamo.testing import CompileCounter
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -21,6 +20,7 @@ from cropr_hf.training import (
     layer_decay_optimizer,
 )
 from cropr_hf.training.optimizer import layer_of
+from tests.common import full
 
 
 def tiny_model(model_class: type = CroprViTForImageClassification, **kwargs):
