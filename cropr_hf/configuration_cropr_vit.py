@@ -181,11 +181,6 @@ def check_windows(config: Any) -> None:
             f"`window_block_indices` is {indices}; it must hold different blocks from 0 to "
             f"{config.num_hidden_layers - 1}."
         )
-    if config.num_prefix_tokens:
-        raise ValueError(
-            f"Windowed attention has no place for the {config.num_prefix_tokens} CLS and register tokens; set "
-            "`use_cls_token=False`, `num_register_tokens=0` and `pooling='patch_mean'`."
-        )
     if config.window_rope_mode not in WINDOW_ROPE_MODES:
         raise ValueError(
             f"`window_rope_mode` is {config.window_rope_mode!r}; choose one of {', '.join(WINDOW_ROPE_MODES)}."
@@ -255,7 +250,7 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
         window_size (`int`): side, in patches, of the windows of windowed attention; 0 is no windows.
         window_block_indices (`list[int]`): blocks, from 0, whose attention is windowed; the others are global. Pruned
             tokens form a smaller grid, in raster order, which is cut into windows again; where their number does not
-            tile into windows, attention is global.
+            tile into windows, attention is global. Prefix tokens attend to all, and windows to them.
         window_rope_mode (`str`): rotary positions of tokens in windowed blocks after pruning. `"origin"`: place in the
             window where the token stood in the image; `"slot"`: place in the window where it stands now; `"global"`:
             place in the image.

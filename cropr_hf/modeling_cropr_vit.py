@@ -78,7 +78,7 @@ class CroprViTModelOutput(ModelOutput):
             there, has the state in which it was pruned.
         hidden_states: L + 1 tensors (B, tokens there, D): shorter where tokens were pruned.
         attentions: L tensors (B, heads, tokens there, tokens there), with eager attention; of windowed blocks
-            (B * windows, heads, window size ** 2, window size ** 2).
+            (B * windows, heads, window size ** 2, prefix tokens + window size ** 2).
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -407,7 +407,7 @@ class CroprViTModel(CroprViTPreTrainedModel):
     def embed(
         self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None = None
     ) -> tuple[TokenState, Rotation | None]:
-        """The state before the first block, and the rotary positions of a window, (1, window size ** 2, d / 2).
+        """The state before the first block, and rotary positions (1, prefix + window size ** 2, d / 2) of a window.
 
         See `forward`.
         """
@@ -421,6 +421,7 @@ class CroprViTModel(CroprViTPreTrainedModel):
             if window_table is not None and self.config.window_rope_mode == "origin":
                 rows, columns = (torch.arange(length, device=hidden_states.device) % size for length in grid_size)
                 places = (rows[:, None] * size + columns).flatten()  # of each patch within its window
+                places = F.pad(places + prefix, (prefix, 0))  # those of prefix tokens are not used
                 rotary_tables["window"] = (window_table[0][:, places], window_table[1][:, places])
         if self.config.prune_padding_first and pixel_mask is not None:
             if pixel_mask.shape != (len(pixel_values), *pixel_values.shape[2:]):
@@ -444,9 +445,11 @@ class CroprViTModel(CroprViTPreTrainedModel):
     def window_positions(self, state: TokenState, window_grid: tuple[int, int], window_table: Rotation) -> Rotation:
         """Rotary positions for a windowed block: (1 or B * windows, window size ** 2, d / 2); see `config`."""
         size, mode = self.config.window_size, self.config.window_rope_mode
+        prefix = state.num_prefix_tokens
         if mode == "slot" or state.is_whole:  # the same in every window
-            return window_table
-        cos, sin = state.rotations["image" if mode == "global" else "window"]
+            cos, sin = window_table
+            return cos[:, prefix:], sin[:, prefix:]
+        cos, sin = (table[:, prefix:] for table in state.rotations["image" if mode == "global" else "window"])
         images = state.hidden_states.shape[0]
         return (
             partition_windows(cos.expand(images, -1, -1), window_grid, size),

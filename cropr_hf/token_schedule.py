@@ -230,12 +230,12 @@ def curriculum_schedule(config: Any, progress: float) -> list[int]:
     tiles = window > 0 and all(kept % window == 0 for kept in final if kept < all_patches)
     schedule = []
     for kept in final:
-        tokens = prefix + kept + (1.0 - progress) * (all_patches - kept)
+        patches = kept + (1.0 - progress) * (all_patches - kept)
         if tiles:
-            rounded = (math.ceil(math.sqrt(tokens) / config.window_size) * config.window_size) ** 2
+            rounded = (math.ceil(math.sqrt(patches) / config.window_size) * config.window_size) ** 2
         else:
-            rounded = math.ceil(tokens / CURRICULUM_MULTIPLE) * CURRICULUM_MULTIPLE
-        schedule.append(min(rounded - prefix, all_patches))
+            rounded = math.ceil((prefix + patches) / CURRICULUM_MULTIPLE) * CURRICULUM_MULTIPLE - prefix
+        schedule.append(min(rounded, all_patches))
     return schedule
 
 

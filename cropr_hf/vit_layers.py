@@ -18,6 +18,7 @@ Symbols: B images, T tokens now, D hidden size, d head size.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -230,20 +231,24 @@ class CroprViTAttention(SharedInput):
         hidden_states: torch.Tensor,
         position_embeddings: Rotation | None = None,
         key_bias: torch.Tensor | None = None,
+        window_grid: tuple[int, int] | None = None,
         output_facts: bool = False,
         **kwargs: Any,
     ) -> tuple[Any, ...]:
         """(B, T, D) -> (B, T, D), the weights if the implementation returns them, and with `output_facts` these.
 
         Args:
-            position_embeddings: rotary positions of the tokens.
+            position_embeddings: rotary positions of the tokens, or of the patch tokens in windows.
             key_bias: (B, T), added to the logits of each token as a key.
+            window_grid: rows and columns of the patch tokens if their attention is to stay within windows. They attend
+                to the prefix tokens as well, and these to all: they gather what is in the windows, and spread it.
         """
-        # (B, T, D) -> (B, T, heads, d) -> (B, heads, T, d)
-        query, key, value = (
-            projected.view(*hidden_states.shape[:2], -1, self.head_dim).transpose(1, 2)
-            for projected in self.project(hidden_states, self.q_proj, self.k_proj, self.v_proj)
-        )
+        prefix = None
+        if window_grid is not None:
+            num_prefix = self.config.num_prefix_tokens
+            prefix = hidden_states[:, :num_prefix] if num_prefix else None
+            hidden_states = partition_windows(hidden_states[:, num_prefix:], window_grid, self.config.window_size)
+        query, key, value = self.heads(hidden_states)
         content_key = key
         if position_embeddings is not None:
             query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
@@ -251,21 +256,60 @@ class CroprViTAttention(SharedInput):
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        output, weights = attention_interface(
+        attend = partial(
+            attention_interface,
             self,
-            query,
-            key,
-            value,
-            mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             **kwargs,
         )
-        # (B, T, heads, d) -> (B, T, D)
-        output = self.o_proj(output.flatten(2))
+        if prefix is not None and window_grid is not None:
+            output, weights = self.attend_with_prefix(attend, prefix, (query, key, value), window_grid)
+        else:
+            output, weights = attend(query, key, value, mask)
+            output = output.flatten(2)  # (B, T, heads, d) -> (B, T, D)
+            if window_grid is not None:
+                output = merge_windows(output, window_grid, self.config.window_size)
+        output = self.o_proj(output)
         if not output_facts:
             return output, weights
         return output, weights, AttentionFacts(query, key, content_key, self.scaling, key_bias)
+
+    def attend_with_prefix(
+        self,
+        attend: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
+        prefix: torch.Tensor,
+        windows: tuple[torch.Tensor, ...],
+        window_grid: tuple[int, int],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Prefix tokens (B, P, D) attend to all tokens, windows to themselves and the prefix; (B, P + patches, D).
+
+        Args:
+            windows: queries, keys and values of the patch tokens, (B * W, heads, window size ** 2, d) each.
+        """
+        prefix_query, prefix_key, prefix_value = self.heads(prefix)
+        query, *keys_and_values = windows
+        down, across = (-(-length // self.config.window_size) for length in window_grid)
+        in_windows, of_all = [], []
+        for of_prefix, of_windows in zip((prefix_key, prefix_value), keys_and_values):
+            # (B, heads, P, d) -> (B * W, heads, P, d)
+            repeated = of_prefix[:, None].expand(-1, down * across, -1, -1, -1).flatten(0, 1)
+            in_windows.append(torch.cat([repeated, of_windows], dim=2))
+            # (B * W, heads, w * w, d) -> (B * W, w * w, D) -> (B, patches, D), what fills the grid up left out
+            merged = merge_windows(of_windows.transpose(1, 2).flatten(2), window_grid, self.config.window_size)
+            merged = merged.unflatten(2, (-1, self.head_dim)).transpose(1, 2)
+            of_all.append(torch.cat([of_prefix, merged], dim=2))
+        gathered, _ = attend(prefix_query, *of_all, None)
+        output, weights = attend(query, *in_windows, None)
+        output = merge_windows(output.flatten(2), window_grid, self.config.window_size)
+        return torch.cat([gathered.flatten(2), output], dim=1), weights
+
+    def heads(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(B, T, D) -> queries, keys and values, (B, heads, T, d) each."""
+        return tuple(
+            projected.view(*hidden_states.shape[:2], -1, self.head_dim).transpose(1, 2)
+            for projected in self.project(hidden_states, self.q_proj, self.k_proj, self.v_proj)
+        )
 
     def queries_and_keys(
         self, hidden_states: torch.Tensor, position_embeddings: Rotation | None = None
@@ -357,7 +401,6 @@ class CroprViTLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: CroprViTConfig, drop_path_rate: float = 0.0):
         super().__init__()
-        self.window_size = config.window_size
         self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attention = CroprViTAttention(config)
         self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -394,9 +437,7 @@ class CroprViTLayer(GradientCheckpointingLayer):
         """(B, T, D) -> (B, T, D); with `reduce` or `choose` (B, K, D), and the state that it returned.
 
         Args:
-            position_embeddings: rotary positions of the tokens, or of the tokens in windows.
-            window_grid: rows and columns of the T tokens if attention is to stay within windows.
-            key_bias: see `TokenState`.
+            position_embeddings, window_grid, key_bias: see `CroprViTAttention`.
             reduce: of a method that acts inside, called between attention and MLP.
             choose: of a method that lets tokens idle, called with the tokens and this block, before anything is done.
         """
@@ -406,13 +447,9 @@ class CroprViTLayer(GradientCheckpointingLayer):
             hidden_states, position_embeddings = state.hidden_states, state.rotations.get("image")
         residual = hidden_states
         hidden_states = self.layernorm_before(hidden_states)
-        if window_grid is not None:
-            hidden_states = partition_windows(hidden_states, window_grid, self.window_size)
         hidden_states, _, *facts = self.attention(
-            hidden_states, position_embeddings, key_bias, output_facts=reduce is not None, **kwargs
+            hidden_states, position_embeddings, key_bias, window_grid, output_facts=reduce is not None, **kwargs
         )
-        if window_grid is not None:
-            hidden_states = merge_windows(hidden_states, window_grid, self.window_size)
         residual = hidden_states = self.add(residual, hidden_states, self.layer_scale1)
         if reduce is not None:
             state = reduce(hidden_states, *facts)

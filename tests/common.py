@@ -419,34 +419,43 @@ def naive_block(
 ) -> torch.Tensor:
     """One block on tokens with their places; with `shape`, the rows and columns that they form, window by window.
 
-    In a window that reaches over the edge of the grid, zeros fill up the normalised tokens, and attend like them.
+    In a window that reaches over the edge of the grid, zeros fill up the normalised tokens, and attend like them. Each
+    window also sees the prefix tokens, which see all tokens, as the windows have turned them.
     """
-    tokens = torch.stack([token for _, token in alive])
+    tokens, prefix = torch.stack([token for _, token in alive]), model.config.num_prefix_tokens
     normed, attended = layer.layernorm_before(tokens), torch.empty_like(tokens)
-    windows = [[(index, None) for index in range(len(alive))]]  # all in one, at their places in the image
+    everything = [(index, None) for index in range(len(alive))]  # at their places in the image
+    groups = [(everything, everything)]  # whose output is found, among whom
     if shape is not None:
-        size, (rows, columns) = layer.window_size, shape
+        size, (rows, columns) = model.config.window_size, shape
+        first = everything[:prefix]
         windows = [
             [
-                (row * columns + column if row < rows and column < columns else None, (row - top, column - left))
+                (
+                    prefix + row * columns + column if row < rows and column < columns else None,
+                    (row - top, column - left),
+                )
                 for row in range(top, top + size)
                 for column in range(left, left + size)
             ]
             for top in range(0, rows, size)
             for left in range(0, columns, size)
         ]
-    for window in windows:
-        inside = torch.stack([torch.zeros_like(tokens[0]) if index is None else normed[index] for index, _ in window])
+        groups = [(window, first + window) for window in windows]
+        inside_the_grid = [place for window in windows for place in window if place[0] is not None]
+        groups += [(first, first + inside_the_grid)] if prefix else []
+    for found, group in groups:
+        inside = torch.stack([torch.zeros_like(tokens[0]) if index is None else normed[index] for index, _ in group])
         positions = None
         if model.rotary_embedding is not None:
             pairs = [
                 naive_rotation(model, None if index is None else alive[index][0], slot, grid_size, len(alive))
-                for index, slot in window
+                for index, slot in group
             ]
             positions = tuple(torch.stack(parts)[None] for parts in zip(*pairs))
         output, _ = layer.attention(inside[None], positions)
-        for (index, _), row in zip(window, output[0]):
-            if index is not None:
+        for (index, slot), row in zip(group, output[0]):
+            if index is not None and (index, slot) in found:
                 attended[index] = row
     scales = [1.0 if scale is None else scale.lambda1 for scale in (layer.layer_scale1, layer.layer_scale2)]
     tokens = tokens + scales[0] * attended
@@ -464,15 +473,15 @@ def naive_rotation(
         grid_size: of the image.
         num_tokens: in the sequence now.
     """
-    config, size = model.config, model.config.window_size
+    config, size, prefix = model.config, model.config.window_size, model.config.num_prefix_tokens
     columns = grid_size[1]
-    pruned = num_tokens < grid_size[0] * columns
+    pruned = num_tokens < prefix + grid_size[0] * columns
     if slot is None or (pruned and config.window_rope_mode == "global"):
         table, index = grid_size, place
     else:
         if pruned and config.window_rope_mode == "origin":
-            slot = (place // columns % size, place % columns % size)
-        table, index = (size, size), slot[0] * size + slot[1]
+            slot = ((place - prefix) // columns % size, (place - prefix) % columns % size)
+        table, index = (size, size), prefix + slot[0] * size + slot[1]
     cos, sin = model.rotary_embedding(table, model.dtype, torch.device("cpu"))
     return cos[0, index], sin[0, index]
 

@@ -357,8 +357,6 @@ def test_names_of_classes_are_completed(config_class, tmp_path):
         ({"window_block_indices": [0, 5]}, r"is \[0, 5\]; it must hold different blocks from 0 to 4"),
         ({"window_block_indices": [-1, 0]}, r"is \[-1, 0\]; it must hold different blocks"),
         ({"window_block_indices": (1, 1)}, r"is \[1, 1\]; it must hold different blocks"),
-        ({"use_cls_token": True}, r"no place for the 1 CLS and register tokens; set `use_cls_token=False`"),
-        ({"num_register_tokens": 2}, r"no place for the 2 CLS and register tokens; .*`num_register_tokens=0`"),
         ({"window_rope_mode": "place"}, r"`window_rope_mode` is 'place'; choose one of origin, slot, global"),
     ],
 )

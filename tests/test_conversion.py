@@ -1028,9 +1028,20 @@ def test_overrides_that_the_weights_contradict_are_refused():
     source = build("vit")
     with pytest.raises(ValueError, match=r"`hidden_size` is 64, but the weights of the source have 32; leave it out"):
         CroprViTModel.from_vit(source, hidden_size=64)
-    with pytest.raises(ValueError, match="`num_register_tokens` is 4, but the weights of the source have 0"):
-        CroprViTModel.from_vit(source, num_register_tokens=4)
     assert CroprViTModel.from_vit(source, patch_size=8, hidden_size=32, pruning_rate=2)
+    with pytest.raises(ValueError, match="`num_register_tokens` is 4, but the weights of the source have 3"):
+        CroprViTModel.from_vit(build("dinov2_with_registers"), num_register_tokens=4)
+
+
+@torch.no_grad()
+def test_register_tokens_of_a_source_without_are_new():
+    source = build("vit")
+    model = CroprViTModel.from_vit(source, num_register_tokens=4, token_reducer=None)
+    tokens = model.embeddings.register_tokens
+    assert tokens.shape == (1, 4, 32) and 0 < tokens.std() < 0.05
+    old = CroprViTModel.from_vit(source, token_reducer=None).state_dict()
+    for name, tensor in model.state_dict().items():
+        assert name == "embeddings.register_tokens" or torch.equal(tensor, old[name])
 
 
 def test_patches_that_are_not_square_are_refused():

@@ -1414,11 +1414,16 @@ def test_a_source_without_prefix_tokens_gives_its_tokens_before_the_final_norm()
     assert_close_relative(source.layernorm(patches), source(make_images()).last_hidden_state)
 
 
-def test_windows_and_a_kept_cls_token_are_refused():
-    with pytest.raises(ValueError, match=r"no place for the 1 CLS and register tokens"):
-        CroprViTForObjectDetection.from_vit(
-            CASES["vit"].build(), use_cls_token=True, window_size=2, window_block_indices=[0]
-        )
+@torch.no_grad()
+def test_a_kept_cls_token_gathers_what_windows_find():
+    fields = {"use_cls_token": True, "token_reducer": None, "num_labels": 4, **DETECTOR}
+    source, images = CASES["vit"].build(), make_images()
+    windows = {"window_size": 4, "window_block_indices": [0, 1]}  # of one, on the whole grid of 4 x 4
+    torch.manual_seed(0)
+    expected = CroprViTForObjectDetection.from_vit(source, **fields)(images)
+    torch.manual_seed(0)
+    found = CroprViTForObjectDetection.from_vit(source, **fields, **windows)(images)
+    assert_close_relative(found.logits, expected.logits)
 
 
 # Pinned numbers

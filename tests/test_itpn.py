@@ -100,7 +100,6 @@ def test_token_counts():
         ({"reducer_config": {"blocks": [3, 2]}}, r"`blocks` is \[3, 2\]"),
         ({"reducer_config": {"blocks": [2, 5]}}, r"Token migration has \[5\]; with 5 blocks they must be in 1 to 4"),
         ({"pruning_schedule": [16, 7, 7, 7, 7]}, "Token migration can only leave 8 there"),
-        ({"window_size": 2, "window_block_indices": [0], "use_cls_token": False, "pooling": "mean"}, "windowed"),
     ],
 )
 def test_what_it_cannot_do(fields, message):

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from cropr_hf import CroprViTBackbone, CroprViTConfig, CroprViTModel, schedule_from_sides
 from cropr_hf.configuration_cropr_vit import WINDOW_ROPE_MODES
+from cropr_hf.token_schedule import curriculum_schedule
 from cropr_hf.vit_layers import merge_windows, partition_windows
 from tests.common import (
     NUM_BLOCKS,
@@ -25,6 +26,7 @@ from tests.common import (
 
 
 WITHOUT_WINDOWS = {"window_size": 0, "window_block_indices": []}
+GATHERING = {"use_cls_token": True, "num_register_tokens": 2, "pooling": "cls"}  # tokens that attend to all
 assert_close = torch.testing.assert_close
 
 
@@ -86,10 +88,11 @@ def test_windows_hold_squares_of_patches_in_raster_order_and_zeros_outside(grid)
 
 
 @pytest.mark.parametrize("mode", WINDOW_ROPE_MODES)
+@pytest.mark.parametrize("prefix", [{}, GATHERING], ids=["patches", "gathering"])
 @pytest.mark.parametrize("coordinates", ["index", "centered"])
-def test_one_window_over_the_whole_grid_is_global_attention(mode, coordinates):
+def test_one_window_over_the_whole_grid_is_global_attention(mode, prefix, coordinates):
     """Then the two rotary tables are the same."""
-    overrides = {"token_reducer": None, "pruning_schedule": None, "rope_coordinates": coordinates}
+    overrides = {"token_reducer": None, "pruning_schedule": None, "rope_coordinates": coordinates, **prefix}
     model = build(window_size=4, window_block_indices=list(range(NUM_BLOCKS)), window_rope_mode=mode, **overrides)
     images = make_images()
     grids = layer_inputs(model)
@@ -111,16 +114,32 @@ def test_a_patch_reaches_its_window_alone():
     assert (difference == 0).all()
 
 
+def test_what_gathers_carries_a_patch_to_all_windows_one_block_later():
+    fields = {"token_reducer": None, "pruning_schedule": None, "num_hidden_layers": 2, "window_block_indices": [0, 1]}
+    model = build(**fields, **GATHERING)
+    images = make_images(1, 48, 32)
+    changed = images.clone()
+    changed[..., 24:32, 8:16] += 1  # row 3, column 1
+    with torch.no_grad():
+        states = [model(pixels, output_hidden_states=True).hidden_states for pixels in (images, changed)]
+    # The last state is normalised, which can hide no difference
+    after_one, after_two = ((new - old).abs().amax(dim=(0, 2)) for old, new in list(zip(*states))[1:])
+    reached = after_one[3:].view(6, 4) > 0
+    assert (after_one[:3] > 0).all() and reached[2:4, :2].all() and reached.sum() == 4
+    assert (after_two > 0).all()
+
+
 # The model
 
 
 @pytest.mark.parametrize("window_size", [2, 3])
+@pytest.mark.parametrize("prefix", [{}, GATHERING], ids=["patches", "gathering"])
 @pytest.mark.parametrize("mode", WINDOW_ROPE_MODES)
-def test_the_model_equals_a_naive_loop_over_windows(mode, window_size):
+def test_the_model_equals_a_naive_loop_over_windows(mode, prefix, window_size):
     """In float64, so that the order of sums decides between no two tokens."""
     images = {2: make_images(2, 48, 32), 3: make_images(2, 48, 72)}[window_size].double()
     overrides = {} if window_size == 2 else {"pruning_schedule": [45, 27, 20, 20, 20], "image_size": [48, 72]}
-    model = build(window_rope_mode=mode, window_size=window_size, **overrides).double()
+    model = build(window_rope_mode=mode, window_size=window_size, **overrides, **prefix).double()
     with torch.no_grad():
         outputs = model(images, output_pruning=True)
     for index in range(2):
@@ -130,9 +149,10 @@ def test_the_model_equals_a_naive_loop_over_windows(mode, window_size):
 
 
 @pytest.mark.parametrize("mode", ["origin", "slot"])
+@pytest.mark.parametrize("prefix", [{}, GATHERING], ids=["patches", "gathering"])
 @pytest.mark.parametrize(("height", "width"), [(40, 48), (24, 56)])
-def test_windows_over_the_edge_of_the_grid_are_filled_up_with_zeros(mode, height, width):
-    model, images = build(window_rope_mode=mode).double(), make_images(1, height, width).double()
+def test_windows_over_the_edge_of_the_grid_are_filled_up_with_zeros(mode, prefix, height, width):
+    model, images = build(window_rope_mode=mode, **prefix).double(), make_images(1, height, width).double()
     assert_close(tokens_of(model, images)[0], naive_forward(model, images)[0], rtol=0, atol=1e-9)
 
 
@@ -199,14 +219,16 @@ def test_rotary_positions_of_every_token_by_hand(mode):
 
 
 @pytest.mark.parametrize("mode", WINDOW_ROPE_MODES)
+@pytest.mark.parametrize("reducer", ["cropr", "itpn"])
 @torch.no_grad()
-def test_tokens_stay_in_raster_order_and_fusion_returns_each_once(mode):
-    model = build(window_rope_mode=mode)
+def test_tokens_stay_in_raster_order_and_fusion_returns_each_once(mode, reducer):
+    model = build(window_rope_mode=mode, token_reducer=reducer, last_layer_fusion=True)
     make_identity_blocks(model)
     images, inputs = make_images(3), layer_inputs(model)
     embedded, _ = model.embeddings(images)
     assert torch.equal(model(images).last_hidden_state, embedded)
     assert [tokens.shape[1] for tokens, _, _ in inputs] == [16, 12, 8, 6, 16]
+    assert [grid for _, _, grid in inputs] == [(4, 4), (2, 6), None, None, (4, 4)]
     for tokens, _, _ in inputs:
         for image in range(3):
             places = (tokens[image][:, None] == embedded[image]).all(dim=-1).int().argmax(dim=1)
@@ -227,7 +249,7 @@ def test_attention_is_global_where_the_patches_do_not_tile(mode):
 @pytest.mark.parametrize("mode", WINDOW_ROPE_MODES)
 @pytest.mark.parametrize("reducer", ["cropr", "random"])
 def test_a_schedule_that_keeps_all_patches_equals_the_dense_model(mode, reducer):
-    model = build(window_rope_mode=mode, token_reducer=reducer)
+    model = build(window_rope_mode=mode, token_reducer=reducer, last_layer_fusion=True)
     dense = twin(model, window_rope_mode=mode, token_reducer=None, pruning_schedule=None)
     for height, width in ((32, 32), (40, 48)):
         images = make_images(2, height, width)
@@ -249,28 +271,32 @@ def test_feature_maps_are_those_of_the_blocks():
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("prefix", [{}, GATHERING], ids=["patches", "gathering"])
 @pytest.mark.parametrize("mode", WINDOW_ROPE_MODES)
 @torch.no_grad()
-def test_graph_has_no_break(mode):
+def test_graph_has_no_break(mode, prefix):
     torch._dynamo.reset()
     fields = {"num_hidden_layers": 3, "window_block_indices": [0, 1, 2], "pruning_schedule": [12, 12, 12]}
-    model, images = build(window_rope_mode=mode, **fields), make_images(2, 32, 40)
+    model, images = build(window_rope_mode=mode, **fields, **prefix), make_images(2, 32, 40)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager" if mode == "origin" else "eager")
     assert_close_relative(compiled(images).last_hidden_state, tokens_of(model, images))
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("prefix", [{}, GATHERING], ids=["patches", "gathering"])
 @torch.no_grad()
-def test_exported_program_equals_the_model():
-    model, images = build(), make_images(2, 32, 40)
+def test_exported_program_equals_the_model(prefix):
+    model, images = build(**prefix), make_images(2, 32, 40)
     program = torch.export.export(model, (images,), strict=False)
     assert_close_relative(program.module()(images).last_hidden_state, tokens_of(model, images))
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("prefix", [{}, GATHERING], ids=["patches", "gathering"])
 @torch.no_grad()
-def test_a_program_can_leave_every_dimension_free():
-    model = build(num_hidden_layers=2, pruning_schedule=[12, 12], last_layer_fusion=False, window_block_indices=[1])
+def test_a_program_can_leave_every_dimension_free(prefix):
+    fields = {"num_hidden_layers": 2, "pruning_schedule": [12, 12], "window_block_indices": [1]}
+    model = build(last_layer_fusion=False, **fields, **prefix)
     free = (dict.fromkeys(range(4), torch.export.Dim.AUTO),)
     program = torch.export.export(model, (make_images(3),), dynamic_shapes=free, strict=False).module()
     assert_close_relative(program(make_images(2)).last_hidden_state, tokens_of(model, make_images(2)))
@@ -432,3 +458,11 @@ def test_the_ranking_among_the_patches_of_the_image_stays():
     assert (blocks == 3).nonzero().flatten().tolist() == sorted(
         [*(~inside).nonzero().flatten().tolist(), worst.item()]
     )
+
+
+@pytest.mark.parametrize("progress", [0.2, 0.5, 0.9])
+def test_a_curriculum_goes_through_squares_of_windows_whatever_gathers(progress):
+    fields = {"image_size": 64, "pruning_schedule": [36, 16, 16, 16, 16]}
+    expected = curriculum_schedule(tiny_config("windows", **fields), progress)
+    assert curriculum_schedule(tiny_config("windows", **fields, **GATHERING), progress) == expected
+    assert all(math.isqrt(kept) % 2 == 0 for kept in expected)

@@ -33,7 +33,7 @@ from ..modeling_cropr_vit import (
 from ..saving import named_damage
 from ..token_reduction import has_auxiliary_heads
 from . import hf, timm
-from .table import SourceDescription, Weights, audit_weights, convert_weights
+from .table import REGISTER_TOKENS, SourceDescription, Weights, audit_weights, convert_weights
 
 
 SUPPORTED_FAMILIES = (*hf.FAMILIES, "timm vit", "timm deit", "timm eva02", "timm vit_dinov3", "timm vit_pe")
@@ -105,7 +105,8 @@ def convert_vit(cls: type[CroprViTPreTrainedModel], source: str | os.PathLike | 
             and for a source that is loaded `revision`, `token`, `cache_dir` and the like. With another `image_size`
             the position table is resampled, with another `patch_size` the patch embedding as well (an EVA-02 with
             patches of 14 pixels becomes one of 16: `patch_size=16, image_size=512`). `use_cls_token=False`,
-            `num_register_tokens=0` and `use_final_norm=False` leave behind what the source has; detectors do so.
+            `num_register_tokens=0` and `use_final_norm=False` leave behind what the source has; detectors do so. A
+            source without register tokens can get new ones, such as those that gather what windows find.
 
     Returns:
         A model of the class `cls`, in evaluation mode, with the dtype and on the device of the source.
@@ -134,8 +135,10 @@ def convert_vit(cls: type[CroprViTPreTrainedModel], source: str | os.PathLike | 
     config.dtype = config.dtype or first.dtype
     # Building under the dtype, instead of casting, keeps rotary frequencies in float32.
     model = cls._from_config(config)
-    if _moves_norm(cls, description, config):
-        weights |= {name: tensor for name, tensor in model.base_model.state_dict().items() if name in FINAL_NORM}
+    new = set(FINAL_NORM) if _moves_norm(cls, description, config) else set()
+    if config.num_register_tokens and not description.fields.get("num_register_tokens"):
+        new.add(REGISTER_TOKENS)
+    weights |= {name: tensor for name, tensor in model.base_model.state_dict().items() if name in new}
     _fill(model, weights, _keeps_classifier(cls, description, config))
     return model.to(first.device).eval()
 
@@ -178,10 +181,11 @@ def check_fixed_fields(description: SourceDescription, overrides: dict[str, Any]
     defaults = CroprViTConfig(**description.fields, token_reducer=None)
     for name in (*FIXED_FIELDS, *DROPPABLE_FIELDS):
         native = getattr(defaults, name)
-        if overrides.get(name, native) != native and (name in FIXED_FIELDS or overrides[name]):
-            raise ValueError(
-                f"`{name}` is {overrides[name]}, but the weights of the source have {native}; leave it out."
-            )
+        wanted = overrides.get(name, native)
+        is_left_out = name in DROPPABLE_FIELDS and not wanted
+        is_new = name == "num_register_tokens" and not native
+        if wanted != native and not is_left_out and not is_new:
+            raise ValueError(f"`{name}` is {wanted}, but the weights of the source have {native}; leave it out.")
     if overrides.get("pooling") == "attention" != defaults.pooling:
         raise ValueError(
             f"`pooling` is 'attention', but the source has no weights for it; leave it out for {defaults.pooling!r}."

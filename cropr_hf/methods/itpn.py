@@ -15,7 +15,8 @@
 
 They skip the blocks that follow, and come back where no attention needs them: in feature maps, pyramids, dense heads.
 The authors' code has none of it, and their text says no more than that a similarity decides: which blocks, how many,
-and the similarity itself are ours. It has no parameters and needs no training.
+and the similarity itself are ours. It has no parameters and needs no training. Their second idea, tokens that gather
+what windows find, is no method but what prefix tokens do in windowed attention (`CroprViTAttention`).
 """
 
 import math
@@ -75,6 +76,7 @@ class MigrationReducer(StagedReducer):
     url = "https://arxiv.org/abs/2211.12735"
     citation = CITATION
     config_class = MigrationConfig
+    supports_windows = True
 
     @classmethod
     def kept_by_default(cls, config: CroprViTConfig, num_patches: int) -> list[int]:
