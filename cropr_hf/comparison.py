@@ -399,7 +399,9 @@ class Runner:
                 calls[f"{name}, {COMPILED}"] = partial(torch.compile(model, fullgraph=not is_detector), pixel_values)
             if self.comparison.exported and dtype == "float32" and files[name].exists():
                 calls[f"{name}, {ONNX}"] = onnx_call(files[name], pixel_values)
-        with torch.inference_mode():
+        # All models run the same code, of which torch compiles 8 variants if nobody asks for more
+        limit = max(torch._dynamo.config.recompile_limit, len(models))
+        with torch.inference_mode(), torch._dynamo.config.patch(recompile_limit=limit):
             timings = compare(
                 calls, UNPRUNED, speed.min_rounds, speed.max_rounds, speed.tolerance, torch.device(speed.device)
             )
