@@ -75,16 +75,18 @@ class TestMultiplyAdds:
             assert multiply_adds(config, attention=attention) / 1e9 == pytest.approx(expected, abs=0.05)
 
     @pytest.mark.parametrize("window_size", [1, 2, 3])
-    def test_windows_of_a_grid_with_padding(self, window_size):
+    @pytest.mark.parametrize("prefix", [0, 3])
+    def test_windows_of_a_grid_with_padding(self, prefix, window_size):
         fields = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
         fields |= {"image_size": [20, 16], "patch_size": 4, "use_cls_token": False, "pooling": "patch_mean"}
-        config = CroprViTConfig(
-            **fields, token_reducer=None, window_size=window_size, window_block_indices=[0], num_channels=1
-        )
+        fields |= {"num_register_tokens": prefix, "window_size": window_size, "window_block_indices": [0]}
+        config = CroprViTConfig(**fields, token_reducer=None, num_channels=1)
         side = window_size
         padded = -(-5 // side) * -(-4 // side) * side**2
-        expected = 20 * 16 * 8 + padded * 4 * 8**2 + 20 * 2 * 8 * 24 + 2 * padded * side**2 * 8
-        assert multiply_adds(config) == expected
+        tokens = prefix + 20
+        projections = 3 * (prefix + padded) * 8**2 + tokens * 8**2  # the output is projected without padding
+        attention = 2 * padded * (prefix + side**2) * 8 + 2 * prefix * tokens * 8
+        assert multiply_adds(config) == 20 * 16 * 8 + projections + tokens * 2 * 8 * 24 + attention
 
     def test_heads_are_counted_as_they_run(self):
         config = CroprViTConfig(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48)

@@ -132,7 +132,7 @@ def test_what_gathers_carries_a_patch_to_all_windows_one_block_later():
 # The model
 
 
-@pytest.mark.parametrize("window_size", [2, 3])
+@pytest.mark.parametrize("window_size", [2, *full(3)])
 @pytest.mark.parametrize("prefix", [{}, GATHERING], ids=["patches", "gathering"])
 @pytest.mark.parametrize("mode", WINDOW_ROPE_MODES)
 def test_the_model_equals_a_naive_loop_over_windows(mode, prefix, window_size):
@@ -150,7 +150,7 @@ def test_the_model_equals_a_naive_loop_over_windows(mode, prefix, window_size):
 
 @pytest.mark.parametrize("mode", ["origin", "slot"])
 @pytest.mark.parametrize("prefix", [{}, GATHERING], ids=["patches", "gathering"])
-@pytest.mark.parametrize(("height", "width"), [(40, 48), (24, 56)])
+@pytest.mark.parametrize(("height", "width"), [(40, 48), *full((24, 56))])
 def test_windows_over_the_edge_of_the_grid_are_filled_up_with_zeros(mode, prefix, height, width):
     model, images = build(window_rope_mode=mode, **prefix).double(), make_images(1, height, width).double()
     assert_close(tokens_of(model, images)[0], naive_forward(model, images)[0], rtol=0, atol=1e-9)
