@@ -404,6 +404,7 @@ PAGES: dict[str, dict[str, tuple[Callable[..., str], list[str]]]] = {
             partial(format_sweep, names=["size", "pruning_rate", "batch_size", "token_reducer"]),
             ["speed/methods"],
         ),
+        "digits_classification": (comparison_table, ["comparisons/digits_classification"]),
         "garments_classification": (comparison_table, ["comparisons/garments_classification"]),
     },
     "docs/schedules.md": {"budgets": (budgets_table, ["speed/budgets"]), "shapes": (shapes_table, ["speed/shapes"])},
