@@ -150,6 +150,7 @@ def test_what_scripts_are_told(scripts, write, tmp_path):
     }
 
 
+@pytest.mark.full
 def test_other_settings_or_data_are_refused(scripts, write, tmp_path, monkeypatch):
     photos = tmp_path / "photos"
     photos.mkdir()

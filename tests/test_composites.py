@@ -586,6 +586,7 @@ def build_rf_detr(**overrides: Any) -> CroprRfDetrForObjectDetection:
     return COMPOSITES["rf_detr"].build(**overrides)
 
 
+@pytest.mark.full
 def test_rf_detr_learns_a_batch():
     torch.manual_seed(0)
     model = CroprRfDetrForObjectDetection(rf_detr(backbone_config(**MAPS)))  # first weights as they are

@@ -77,6 +77,7 @@ def fail():
     raise RuntimeError("no such kernel")
 
 
+@pytest.mark.full
 def test_what_fails_is_recorded_and_the_others_go_on(script, setup):
     def not_there():
         raise script.NotInstalledError("flash_attn")

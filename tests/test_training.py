@@ -227,6 +227,7 @@ class TestLossParts:
 
 
 class TestStockTrainer:
+    @pytest.mark.full
     def test_a_resumed_run_repeats_the_uninterrupted_one(self, tmp_path):
         """With best-model loading: nothing of a checkpoint may be lost, and the published folder is stripped."""
         kwargs = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 4, "save_steps": 4}
