@@ -407,7 +407,7 @@ class CroprViTModel(CroprViTPreTrainedModel):
     def embed(
         self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None = None
     ) -> tuple[TokenState, Rotation | None]:
-        """The state before the first block, and rotary positions (1, prefix + window size ** 2, d / 2) of a window.
+        """The state before the first block, and the rotary positions of a window, (1, window size ** 2, d / 2).
 
         See `forward`.
         """
@@ -417,11 +417,12 @@ class CroprViTModel(CroprViTPreTrainedModel):
         if self.rotary_embedding is not None:
             rotary_tables["image"] = self.rotary_embedding(grid_size, hidden_states.dtype, hidden_states.device)
             if size:
-                window_table = self.rotary_embedding((size, size), hidden_states.dtype, hidden_states.device)
+                cos, sin = self.rotary_embedding((size, size), hidden_states.dtype, hidden_states.device)
+                window_table = (cos[:, prefix:], sin[:, prefix:])
             if window_table is not None and self.config.window_rope_mode == "origin":
                 rows, columns = (torch.arange(length, device=hidden_states.device) % size for length in grid_size)
                 places = (rows[:, None] * size + columns).flatten()  # of each patch within its window
-                places = F.pad(places + prefix, (prefix, 0))  # those of prefix tokens are not used
+                places = F.pad(places, (prefix, 0))  # those of prefix tokens are not used
                 rotary_tables["window"] = (window_table[0][:, places], window_table[1][:, places])
         if self.config.prune_padding_first and pixel_mask is not None:
             if pixel_mask.shape != (len(pixel_values), *pixel_values.shape[2:]):
@@ -445,11 +446,11 @@ class CroprViTModel(CroprViTPreTrainedModel):
     def window_positions(self, state: TokenState, window_grid: tuple[int, int], window_table: Rotation) -> Rotation:
         """Rotary positions for a windowed block: (1 or B * windows, window size ** 2, d / 2); see `config`."""
         size, mode = self.config.window_size, self.config.window_rope_mode
-        prefix = state.num_prefix_tokens
         if mode == "slot" or state.is_whole:  # the same in every window
-            cos, sin = window_table
-            return cos[:, prefix:], sin[:, prefix:]
-        cos, sin = (table[:, prefix:] for table in state.rotations["image" if mode == "global" else "window"])
+            return window_table
+        cos, sin = (
+            table[:, state.num_prefix_tokens :] for table in state.rotations["image" if mode == "global" else "window"]
+        )
         images = state.hidden_states.shape[0]
         return (
             partition_windows(cos.expand(images, -1, -1), window_grid, size),

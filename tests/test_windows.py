@@ -249,7 +249,7 @@ def test_attention_is_global_where_the_patches_do_not_tile(mode):
 @pytest.mark.parametrize("mode", WINDOW_ROPE_MODES)
 @pytest.mark.parametrize("reducer", ["cropr", "random"])
 def test_a_schedule_that_keeps_all_patches_equals_the_dense_model(mode, reducer):
-    model = build(window_rope_mode=mode, token_reducer=reducer, last_layer_fusion=True)
+    model = build(window_rope_mode=mode, token_reducer=reducer)
     dense = twin(model, window_rope_mode=mode, token_reducer=None, pruning_schedule=None)
     for height, width in ((32, 32), (40, 48)):
         images = make_images(2, height, width)
