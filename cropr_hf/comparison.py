@@ -362,20 +362,21 @@ class Runner:
     def measured(self, runs: Mapping[str, Run]) -> dict[str, Any]:
         """The sections `machine`, `versions`, `models` and `speed` of the record.
 
-        Times are of one process on one machine: those that are there are kept if nothing has changed, else all are
-        taken anew. Models are loaded once, all of them, since they are timed in turns.
+        The times of a type and a batch size are of one process, where models take turns, so that all are loaded
+        first. Those that are there are kept if machine, versions and models are the same; else all are taken anew.
         """
         speed, device = self.comparison.speed, parse_device(self.comparison.speed.device)
         facts = {"machine": machine_name(device), "versions": library_versions(), "settings": asdict(speed)}
         models = {name: self.load(run) for name, run in runs.items()}
         facts["models"] = {name: facts_of(model) for name, model in models.items()}
+        files = {name: self.folder(run) / ONNX_NAME for name, run in runs.items()}
         file = self.output_dir / "speed.json"
         stored = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         if {name: stored.get(name) for name in facts} != json.loads(json.dumps(facts)):
-            settings = itertools.product(speed.dtypes, speed.batch_sizes)
-            files = {name: self.folder(run) / ONNX_NAME for name, run in runs.items()}
-            times = [self.timed(models, files, dtype, batch_size) for dtype, batch_size in settings]
-            stored = {**facts, "speed": times}
+            stored = {**facts, "speed": []}
+        settings = list(itertools.product(speed.dtypes, speed.batch_sizes))
+        for dtype, batch_size in settings[len(stored["speed"]) :]:
+            stored["speed"].append(self.timed(models, files, dtype, batch_size))
             write_json(file, stored)
         return {name: stored[name] for name in ("machine", "versions", "models", "speed")}
 

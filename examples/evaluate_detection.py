@@ -30,7 +30,7 @@ import torch
 from coco import CocoMetrics, annotations, label_names
 from datasets import Dataset
 from detection import DIGITS, FILES, DataArguments, detections, load_source, picture_of, prepare_split
-from evaluation import KeptPatches, picture_patches
+from evaluation import KeptPatches, PictureArguments, picture_patches
 from shared import record_evaluation
 from torchvision.ops import box_convert
 from transformers import (
@@ -49,7 +49,7 @@ from cropr_hf.visualization import plot_detections
 
 
 @dataclass
-class EvaluationArguments:
+class EvaluationArguments(PictureArguments):
     """Which model to evaluate, and how."""
 
     model_name_or_path: str = HfArg(default="outputs/object_detection", help="Folder or Hub id of a detector.")
@@ -58,8 +58,6 @@ class EvaluationArguments:
     batch_size: int = HfArg(default=2, help="Images per forward pass.")
     device: str = HfArg(default="cpu", help="Where to run.")
     seed: int = HfArg(default=0, help="Of the drawn images.")
-    picture: str | None = HfArg(default=None, help="A PNG file for a picture of detections and of what was pruned.")
-    picture_images: int = HfArg(default=8, help="Images in that picture.")
     picture_threshold: float = HfArg(default=0.5, help="Least score of a detection in that picture.")
     update_record: bool = HfArg(
         default=False, help="Whether to add the result to the record and the card of that folder."

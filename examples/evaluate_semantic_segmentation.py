@@ -66,8 +66,6 @@ class EvaluationArguments(PublishedArguments):
     stride: int | None = HfArg(default=None, help="Step of sliding windows in pixels, if they are to slide.")
     batch_size: int = HfArg(default=8, help="Windows per forward pass.")
     seed: int = HfArg(default=0, help="Of the drawn images.")
-    picture: str | None = HfArg(default=None, help="A PNG file for a picture of predictions and of what was pruned.")
-    picture_images: int = HfArg(default=6, help="Images in that picture.")
 
 
 class Segmenter:

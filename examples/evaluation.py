@@ -21,7 +21,19 @@ from cropr_hf.token_reduction import TOKEN_REDUCERS
 
 
 @dataclass(kw_only=True)
-class PublishedArguments(PruningArguments):
+class PictureArguments:
+    """Where a picture of examples goes."""
+
+    picture: str | None = HfArg(default=None, help="A PNG file for a picture of predictions and of what was pruned.")
+    picture_images: int = HfArg(default=8, help="Images in that picture.")
+
+    def __post_init__(self) -> None:
+        if self.picture_images < 1:
+            raise ValueError(f"--picture_images is {self.picture_images}; give 1 or more, or leave --picture out.")
+
+
+@dataclass(kw_only=True)
+class PublishedArguments(PictureArguments, PruningArguments):
     """Which published model to measure, and in which form, if not as its folder has it."""
 
     model_name_or_path: str = HfArg(default="outputs", help="Folder or Hub id of a model.")
@@ -35,15 +47,12 @@ class PublishedArguments(PruningArguments):
         default=None, help="File of `cropr-hf export` (.onnx, .pt2) that predicts in the place of the folder's model."
     )
     device: str = HfArg(default="cpu", help="Where to run.")
-    picture: str | None = HfArg(default=None, help="A PNG file for a picture of what was pruned.")
-    picture_images: int = HfArg(default=8, help="Images in that picture.")
     update_record: bool = HfArg(
         default=False, help="Whether to add the result to the record and the card of that folder."
     )
 
     def __post_init__(self) -> None:
-        if self.picture_images < 1:
-            raise ValueError(f"--picture_images is {self.picture_images}; give 1 or more, or leave --picture out.")
+        super().__post_init__()
         names = [each.name for each in fields(PruningArguments)]
         changes = [f"--{name}" for name in given_fields(self, [*names, "exported"])]
         if self.update_record and changes:

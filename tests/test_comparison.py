@@ -181,16 +181,29 @@ def test_times_of_another_machine_are_not_kept(scripts, write, tmp_path, monkeyp
     assert second["runs"] == first["runs"]
 
 
-def test_each_model_is_loaded_once_for_all_that_is_measured(scripts, write, tmp_path, monkeypatch):
+def test_times_are_taken_once_though_interrupted_with_each_model_loaded_once(scripts, write, tmp_path, monkeypatch):
     speed = CONTENT["speed"] | {"batch_sizes": [1, 2], "dtypes": ["bfloat16", "float32"]}
-    runner, loaded = Runner(Comparison.from_file(write(**FEW | {"speed": speed})), tmp_path), []
-    load = runner.load
+    runner, loaded, settings = Runner(Comparison.from_file(write(**FEW | {"speed": speed})), tmp_path), [], []
+    load, timed = runner.load, runner.timed
     monkeypatch.setattr(runner, "load", lambda run: loaded.append(run.name) or load(run))
+
+    def stopped_in_the_third(models, files, *setting):
+        settings.append(setting)
+        if len(settings) == 3:
+            raise KeyboardInterrupt
+        return timed(models, files, *setting)
+
+    monkeypatch.setattr(runner, "timed", stopped_in_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        runner()
+    kept = json.loads((tmp_path / "speed.json").read_text())["speed"]
+    loaded.clear()
     record = runner()
     assert len(loaded) == len({*loaded}) == len(record["models"])
-    assert [(each["dtype"], each["batch_size"]) for each in record["speed"]] == [
-        ("bfloat16", 1), ("bfloat16", 2), ("float32", 1), ("float32", 2)
-    ]  # fmt: skip
+    everything = [("bfloat16", 1), ("bfloat16", 2), ("float32", 1), ("float32", 2)]
+    assert settings == [*everything[:3], *everything[2:]]
+    assert [(each["dtype"], each["batch_size"]) for each in record["speed"]] == everything
+    assert len(kept) == 2 and record["speed"][:2] == kept
 
 
 def cost(unpruned, method, pruning):
