@@ -17,7 +17,7 @@ help:
 	@echo "make demo-detection    the same for boxes and masks of objects"
 	@echo "make demo-any-speed    one checkpoint at any speed, against one checkpoint per speed"
 	@echo "make test              every feature once: less than five minutes on two cores, without a network"
-	@echo "make test-all          all tests for a CPU, every model in every configuration: up to twenty minutes"
+	@echo "make test-all          all tests for a CPU, every model in every configuration: half an hour on two cores"
 	@echo "make test-common       the model test suite of the installed Transformers release"
 	@echo "make test-slow         tests that take more than a minute each"
 	@echo "make test-official     the official example scripts, in TRANSFORMERS_EXAMPLES=.../transformers/examples/pytorch"
