@@ -40,7 +40,7 @@ CITATION = """@inproceedings{li2023ailurus,
   url       = {https://arxiv.org/abs/2311.01197}
 }"""
 
-CHUNK = 2**24  # numbers in the features of neighbours that are compared at a time
+CHUNK = 2**22  # numbers in the features of neighbours that are compared at a time: more do not fit into caches
 
 
 @strict
@@ -116,14 +116,14 @@ def neighbor_distances(features: torch.Tensor, neighbors: torch.Tensor, spatial_
     """
     batch_size, _, size = features.shape
     count = neighbors.shape[1]
-    parts = [
-        (features[:, rows][:, :, None] - features[:, neighbors[rows]]).square().mean(dim=-1).sqrt()
-        for rows in torch.arange(len(neighbors), device=features.device).split(
-            max(1, CHUNK // (batch_size * count * size))
-        )
-    ]
+    chunks = neighbors.split(max(1, CHUNK // (batch_size * count * size)))
+    parts = []
+    for tokens, near in zip(features.split([len(chunk) for chunk in chunks], dim=1), chunks):
+        # (B, n * K, D) -> (B, n, K, D)
+        others = features.index_select(1, near.flatten()).unflatten(1, (-1, count))
+        parts.append(torch.linalg.vector_norm(others - tokens[:, :, None], dim=-1))
     ranks = torch.arange(count, device=features.device) / count
-    return (1 - spatial_weight) * torch.cat(parts, dim=1) + spatial_weight * ranks
+    return (1 - spatial_weight) / size**0.5 * torch.cat(parts, dim=1) + spatial_weight * ranks
 
 
 def cluster_tokens(
