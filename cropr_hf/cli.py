@@ -55,7 +55,8 @@ def convert(args: Namespace) -> str:
     """Makes any pretrained ViT prunable."""
     _check_target(args.output_dir, args.source, args.overwrite)
     task = TASKS[args.task]
-    model = task.model_class.from_vit(args.source, **parse_config(args.config))
+    overrides = parse_config(args.config)
+    model = task.model_class.from_vit(args.source, **overrides)
     processor = _image_processor(args.source, model.config.input_size, task.is_detector)
     if args.task == "semantic_segmentation" and processor is not None:
         # That of a classifier makes no label maps, neither of annotations nor of logits.
@@ -70,6 +71,8 @@ def convert(args: Namespace) -> str:
         what = "it does not prune"
     elif method.learns:
         what = "its scorers are new, so train it"
+    elif overrides.get("num_register_tokens"):
+        what = f"{method.label} is training-free, but register tokens that the source has not are new, so train it"
     else:
         what = f"{method.label} is training-free: it can be used at once, and fine-tuned for accuracy"
     if task.is_detector:

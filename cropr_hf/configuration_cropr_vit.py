@@ -172,18 +172,18 @@ def check_windows(config: Any) -> None:
     indices = list(config.window_block_indices)
     if config.window_size < 0:
         raise ValueError(f"`window_size` is {config.window_size}; it must be 1 patch or more, or 0 for no windows.")
-    if not config.window_size:
-        if indices:
-            raise ValueError(f"`window_block_indices` is {indices} without `window_size`; give both or none.")
-        return
+    if config.window_rope_mode not in WINDOW_ROPE_MODES:
+        raise ValueError(
+            f"`window_rope_mode` is {config.window_rope_mode!r}; choose one of {', '.join(WINDOW_ROPE_MODES)}."
+        )
+    if bool(indices) != bool(config.window_size):
+        raise ValueError(
+            f"`window_size` is {config.window_size}, and `window_block_indices` is {indices}; give both or none."
+        )
     if any(not 0 <= block < config.num_hidden_layers for block in indices) or len(set(indices)) < len(indices):
         raise ValueError(
             f"`window_block_indices` is {indices}; it must hold different blocks from 0 to "
             f"{config.num_hidden_layers - 1}."
-        )
-    if config.window_rope_mode not in WINDOW_ROPE_MODES:
-        raise ValueError(
-            f"`window_rope_mode` is {config.window_rope_mode!r}; choose one of {', '.join(WINDOW_ROPE_MODES)}."
         )
 
 
@@ -448,6 +448,7 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
         self.validate_queries()
         self.validate_token_reduction()
         if method is not None:
+            method.settings(self)
             method.check_pruning(self)
 
     @classmethod

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 
 
 class SharedInput(nn.Module):
@@ -40,7 +41,8 @@ class SharedInput(nn.Module):
         They run one by one in training, in graphs, and where a layer is more than its product (quantised, adapted,
         hooked, offloaded) or its memory is somebody else's (shared by processes, gathered by FSDP or DeepSpeed).
         """
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        in_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if torch.is_grad_enabled() or in_graph or _has_any_global_hook():
             return tuple(layer(inputs) for layer in layers)
         joint = self._joint
         if joint is None or not joint.is_valid(layers):

@@ -16,8 +16,7 @@
 Symbols: B images, T tokens now, H heads, d head size, L blocks.
 """
 
-from __future__ import annotations
-
+# No `from __future__ import annotations` here: it would switch the type checks of `@strict` off.
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -25,6 +24,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from .configuration_cropr_vit import DEFAULT_PRUNING_RATE, CroprViTConfig, check_finite
@@ -267,7 +267,10 @@ class TokenReducer(nn.Module):
                     f"`reducer_config` has {name!r}, which is not a field of the token reducer {cls.name!r}; "
                     + (f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known) or 'none'}.")
                 )
-        settings = cls.config_class(**given)
+        try:
+            settings = cls.config_class(**given)
+        except StrictDataclassError as error:  # a wrong type
+            raise ValueError(f"`reducer_config` of the token reducer {cls.name!r}: {error.__cause__}") from error
         check_finite(settings)
         return settings
 
@@ -289,7 +292,9 @@ class TokenReducer(nn.Module):
                 f"The token reducer {cls.name!r} needs a CLS token, but `use_cls_token` is False; choose another "
                 "reducer, or a model with a CLS token."
             )
-        if config.window_block_indices and not cls.supports_windows:
+        # Windows know no bias of keys, and keep tokens in the order of the grid.
+        is_for_all = cls.uses_key_bias(config) or cls.acts_inside or cls.idles
+        if config.window_block_indices and (is_for_all or not cls.supports_windows):
             raise ValueError(
                 f"The token reducer {cls.name!r} does not support windowed attention, but `window_block_indices` is "
                 f"{list(config.window_block_indices)}; choose another reducer, or a model without windows."

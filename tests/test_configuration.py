@@ -277,6 +277,20 @@ def test_what_is_divided_by_is_positive(name, value):
         tiny_config(**{name: value})
 
 
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        ("evit", {"keep_rate": "a"}, "'evit': .*'keep_rate'.* expected float, got str"),
+        ("itpn", {"blocks": 3}, "'itpn': .*'blocks'.* expected a list, got int"),
+        ("tome", {"proportional_attention": 3}, "'tome': .*'proportional_attention' expected bool, got int"),
+        ("cropr", {"keep_rate": 0.5}, "'keep_rate', which is not a field of the token reducer 'cropr'"),
+    ],
+)
+def test_settings_of_methods_have_their_types(method, settings, message):
+    with pytest.raises(ValueError, match=message):
+        CroprViTConfig(token_reducer=method, reducer_config=settings)
+
+
 def test_settings_of_methods_are_finite_numbers():
     @strict
     @dataclass
@@ -287,7 +301,7 @@ def test_settings_of_methods_are_finite_numbers():
         name, config_class = "some_method", Settings
 
     with pytest.raises(ValueError, match="`strength` is nan; it must be a finite number"):
-        Method.settings(tiny_config(reducer_config={"strength": math.nan}))
+        Method.settings(tiny_config(token_reducer="some_method", reducer_config={"strength": math.nan}))
 
 
 @pytest.mark.parametrize(
@@ -353,7 +367,8 @@ def test_names_of_classes_are_completed(config_class, tmp_path):
     ("overrides", "message"),
     [
         ({"window_size": -1}, r"`window_size` is -1; it must be 1 patch or more, or 0 for no windows"),
-        ({"window_size": 0}, r"`window_block_indices` is \[0, 1, 3, 4\] without `window_size`; give both or none"),
+        ({"window_size": 0}, r"`window_size` is 0, and `window_block_indices` is \[0, 1, 3, 4\]; give both or none"),
+        ({"window_block_indices": []}, r"`window_size` is 2, and `window_block_indices` is \[\]; give both or none"),
         ({"window_block_indices": [0, 5]}, r"is \[0, 5\]; it must hold different blocks from 0 to 4"),
         ({"window_block_indices": [-1, 0]}, r"is \[-1, 0\]; it must hold different blocks"),
         ({"window_block_indices": (1, 1)}, r"is \[1, 1\]; it must hold different blocks"),
@@ -363,6 +378,11 @@ def test_names_of_classes_are_completed(config_class, tmp_path):
 def test_wrong_windows_raise_value_error(overrides, message):
     with pytest.raises(ValueError, match=message):
         tiny_config("windows", **overrides)
+
+
+def test_a_wrong_mode_of_windows_is_found_without_windows():
+    with pytest.raises(ValueError, match="`window_rope_mode` is 'place'"):
+        tiny_config("plain", window_rope_mode="place")
 
 
 @pytest.mark.parametrize(

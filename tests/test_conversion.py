@@ -1034,9 +1034,10 @@ def test_overrides_that_the_weights_contradict_are_refused():
 
 
 @torch.no_grad()
-def test_register_tokens_of_a_source_without_are_new():
+def test_register_tokens_of_a_source_without_are_new(log_records):
     source = build("vit")
     model = CroprViTModel.from_vit(source, num_register_tokens=4, token_reducer=None)
+    assert "the 4 of the model are new, and drawn at random" in log_records[-1].getMessage()
     tokens = model.embeddings.register_tokens
     assert tokens.shape == (1, 4, 32) and 0 < tokens.std() < 0.05
     old = CroprViTModel.from_vit(source, token_reducer=None).state_dict()

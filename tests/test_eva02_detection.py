@@ -480,6 +480,12 @@ def test_other_classes_and_another_task_get_new_layers():
     assert named.config.num_labels == 2 and named.mask_head.predictor.mask_fcn_logits.out_channels == 2
 
 
+def test_register_tokens_are_new():
+    model = convert_eva02_detector(make_checkpoint(), num_register_tokens=2)
+    assert model.cropr_vit.embeddings.register_tokens.shape[1] == 2
+    assert model(images()).pred_boxes.isfinite().all()
+
+
 # ---- Errors ---------------------------------------------------------------------------------------------------------
 
 

@@ -54,6 +54,17 @@ def test_of_equal_tokens_one_stays():
     assert reduced.pruned[0].token_indices.sort(dim=1).values.tolist() == [[4, 6, 8, 10]] * 2
 
 
+def test_padding_leaves_first_as_far_as_it_can():
+    config = itpn_config(prune_padding_first=True, use_cls_token=False, pooling="mean")
+    state = make_state(config).updated(padding=torch.arange(16).expand(2, -1) >= torch.tensor([[11], [16]]))
+    reduced = MigrationReducer(config, block=2).after_block(state, 11)
+    leaving = reduced.pruned[0].token_indices
+    without = MigrationReducer(config, block=2).after_block(state.updated(padding=None), 11).pruned[0].token_indices
+    assert {*leaving[0].tolist()[:2]} == {12, 14}  # 11, 13 and 15 are at odd places
+    assert leaving[0].tolist()[2:] == [place for place in without[0].tolist() if place not in (12, 14)][:3]
+    assert leaving[1].tolist() == without[1].tolist()
+
+
 def test_feature_maps_show_what_left_as_it_was_then_and_train_it():
     model = make_model(CroprViTBackbone, itpn_config(out_features=["stage1", "stage5"], apply_layernorm=False))
     base = model.base_model

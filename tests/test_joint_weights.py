@@ -218,6 +218,19 @@ def test_layers_that_are_more_than_a_product_run_themselves(change):
     assert is_joint(model).count(False) == 1
 
 
+def test_hooks_on_all_modules_see_every_layer():
+    model, seen = make_joint_model(), []
+    infer(model)
+    handle = nn.modules.module.register_module_forward_hook(lambda module, inputs, output: seen.append(module))
+    try:
+        infer(model)
+    finally:
+        handle.remove()
+    assert {layer.attention.q_proj for layer in model.cropr_vit.layers} <= {*seen}
+    infer(model)
+    assert all(is_joint(model))
+
+
 def test_memory_that_processes_share_stays_where_it_is():
     model = make_model(Model, tiny_config("plain")).eval().share_memory()
     places = [parameter.data_ptr() for parameter in model.parameters()]

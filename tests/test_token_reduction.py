@@ -13,6 +13,7 @@ from cropr_hf import (
     TOKEN_REDUCERS,
     CroprViTConfig,
     CroprViTForImageClassification,
+    CroprViTModel,
     TokenReducer,
     TokenState,
     register_token_reducer,
@@ -264,6 +265,14 @@ def test_a_custom_reducer_works_end_to_end(keep_first, tmp_path):
     model.save_pretrained(tmp_path)
     reloaded = CroprViTForImageClassification.from_pretrained(tmp_path)
     assert_close_relative(reloaded(make_images()).logits, outputs.logits)
+
+
+def test_a_custom_reducer_cannot_bias_keys_in_windows(keep_first, monkeypatch):
+    monkeypatch.setattr(KeepFirstReducer, "supports_windows", True)
+    assert CroprViTModel(tiny_config("windows", token_reducer="keep_first"))
+    monkeypatch.setattr(KeepFirstReducer, "uses_key_bias", classmethod(lambda cls, config: True))
+    with pytest.raises(ValueError, match="'keep_first' does not support windowed attention"):
+        CroprViTModel(tiny_config("windows", token_reducer="keep_first"))
 
 
 def test_registering_a_second_class_under_a_name_is_refused(keep_first):

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from ..configuration_cropr_vit import CroprViTConfig
 from ..modeling_cropr_vit import (
@@ -35,6 +36,8 @@ from ..token_reduction import has_auxiliary_heads
 from . import hf, timm
 from .table import REGISTER_TOKENS, SourceDescription, Weights, audit_weights, convert_weights
 
+
+logger = logging.get_logger(__name__)
 
 SUPPORTED_FAMILIES = (*hf.FAMILIES, "timm vit", "timm deit", "timm eva02", "timm vit_dinov3", "timm vit_pe")
 
@@ -79,9 +82,9 @@ FURTHER_ARGUMENTS = ("num_labels", "out_features", "out_indices", "attn_implemen
 def convert_vit(cls: type[CroprViTPreTrainedModel], source: str | os.PathLike | nn.Module, **kwargs: Any) -> Any:
     """A Cropr ViT with the weights of a pretrained ViT; `cls.from_vit` calls it.
 
-    With `token_reducer=None` it computes what the source computes. Otherwise it prunes by a score that is still
-    random, so it has to be trained: task classes, and a `CroprViTModel` with `auxiliary_task="embedding"`, get
-    auxiliary heads unless `use_auxiliary_heads=False`.
+    With `token_reducer=None` and no new parts it computes what the source computes. Otherwise it prunes by a score
+    that is still random, so it has to be trained: task classes, and a `CroprViTModel` with
+    `auxiliary_task="embedding"`, get auxiliary heads unless `use_auxiliary_heads=False`.
 
     An image classifier that normalises the mean of the tokens, where its source normalises the tokens, has a new final
     norm: as MAE and the paper fine-tune, and timm when its pooling changes.
@@ -106,7 +109,8 @@ def convert_vit(cls: type[CroprViTPreTrainedModel], source: str | os.PathLike | 
             the position table is resampled, with another `patch_size` the patch embedding as well (an EVA-02 with
             patches of 14 pixels becomes one of 16: `patch_size=16, image_size=512`). `use_cls_token=False`,
             `num_register_tokens=0` and `use_final_norm=False` leave behind what the source has; detectors do so. A
-            source without register tokens can get new ones, such as those that gather what windows find.
+            source without register tokens can get new ones, such as those that gather what windows find; they have to
+            be trained.
 
     Returns:
         A model of the class `cls`, in evaluation mode, with the dtype and on the device of the source.
@@ -138,6 +142,10 @@ def convert_vit(cls: type[CroprViTPreTrainedModel], source: str | os.PathLike | 
     new = set(FINAL_NORM) if _moves_norm(cls, description, config) else set()
     if config.num_register_tokens and not description.fields.get("num_register_tokens"):
         new.add(REGISTER_TOKENS)
+        logger.warning(
+            f"The source has no register tokens: the {config.num_register_tokens} of the model are new, and drawn at "
+            "random. Train it before you use it."
+        )
     weights |= {name: tensor for name, tensor in model.base_model.state_dict().items() if name in new}
     _fill(model, weights, _keeps_classifier(cls, description, config))
     return model.to(first.device).eval()

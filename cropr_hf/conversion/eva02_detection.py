@@ -34,7 +34,7 @@ from ..modeling_cropr_vit_detection import (
     CroprViTForObjectDetection,
 )
 from .convert import build_config, check_fixed_fields, check_names
-from .table import Rule, SourceDescription, Weights, audit_weights, convert_weights
+from .table import REGISTER_TOKENS, Rule, SourceDescription, Weights, audit_weights, convert_weights
 
 
 NET = "backbone.net."
@@ -184,7 +184,7 @@ def convert_eva02_detector(
     config.dtype = config.dtype or next(iter(weights.values())).dtype
     # Building under the dtype, instead of casting, keeps rotary frequencies in float32.
     model = cls._from_config(config)
-    new = [r"cropr_vit\.token_reducers\..+"]
+    new = [r"cropr_vit\.token_reducers\..+", re.escape(f"cropr_vit.{REGISTER_TOKENS}")]  # the source has none
     new += [r"mask_head\..+"] if has_masks != cls.has_masks else []
     new += [CLASS_LAYERS] if config.num_labels != trained_with["num_labels"] else []
     weights, target = _without(weights, new), _without(model.state_dict(), new)

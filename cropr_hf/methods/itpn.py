@@ -66,8 +66,9 @@ class MigrationReducer(StagedReducer):
     """Token migration after one block: patches that look most like another one leave.
 
     Tokens at even places are compared with those at odd places, as ToMe does, so that of two that are alike one stays.
-    What leaves keeps the state that it has then. Feature maps of any stage show it, and dense tasks have it back
-    before their last block; a classifier pools what is left, or everything with last layer fusion.
+    With `prune_padding_first`, those of padding leave first, as far as they are at even places. What leaves keeps the
+    state that it has then. Feature maps of any stage show it, and dense tasks have it back before their last block; a
+    classifier pools what is left, or everything with last layer fusion.
     """
 
     name = "itpn"
@@ -103,6 +104,10 @@ class MigrationReducer(StagedReducer):
             tokens = state.hidden_states.detach()
             metric = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
             similar, _ = rank_by_similarity(metric, state.num_prefix_tokens)
+            padding = state.padding_of_tokens()
+            if padding is not None:
+                first = padding.gather(1, similar).to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+                similar = similar.gather(1, first)
             leaving = similar[:, :num_leave]
             length = tokens.shape[1]
             leaves = torch.zeros(len(tokens), length, dtype=torch.long, device=tokens.device).scatter(1, leaving, 1)
