@@ -22,14 +22,20 @@ def parse_config(text: str, argument: str = "config", example: str = '{"pruning_
     return fields
 
 
-def parse_device(name: str) -> torch.device:
-    """A device by its name; raises `ValueError` if there is none, or none that `time_call` can time."""
+def usable_device(name: str) -> torch.device:
+    """A device by its name; raises `ValueError` if torch cannot use it here."""
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"`device` is {name!r}, which torch cannot use here ({reason}); try cpu.") from error
+    return device
+
+
+def parse_device(name: str) -> torch.device:
+    """A device by its name; raises `ValueError` if there is none, or none that `time_call` can time."""
+    device = usable_device(name)
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"`device` is {name!r}; times are taken on cpu and cuda devices.")
     return device

@@ -6,7 +6,6 @@
 # specific language governing permissions and limitations under the License.
 """What the scripts for object detection and instance segmentation share: everything but the model class."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +29,7 @@ from shared import (
     ModelArguments,
     RecipeArguments,
     ScaleJitter,
+    check_limits,
     check_upright,
     draw_digits,
     input_size,
@@ -50,6 +50,7 @@ from transformers import set_seed
 from transformers.hf_argparser import HfArg
 
 from cropr_hf import CroprViTConfig, CroprViTImageProcessor
+from cropr_hf.arguments import parse_config
 from cropr_hf.detection_heads import training_memory
 from cropr_hf.images import to_rgb
 from cropr_hf.training import CroprTrainer, layer_decay_optimizer
@@ -85,7 +86,7 @@ class DetectorArguments(Eva02Arguments):
 
     def overrides(self) -> dict[str, Any]:
         """See `ModelArguments.overrides`."""
-        return super().overrides() | json.loads(self.config)
+        return super().overrides() | parse_config(self.config)
 
 
 @dataclass
@@ -120,6 +121,7 @@ class DataArguments:
     )
 
     def __post_init__(self) -> None:
+        check_limits(self)
         if self.box_format not in BOX_FORMATS:
             raise ValueError(f"--box_format is {self.box_format!r}; choose {' or '.join(BOX_FORMATS)}.")
         if self.horizontal_flip is None:

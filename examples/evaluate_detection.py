@@ -23,18 +23,17 @@ of objects touch and of all that show the picture.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from coco import CocoMetrics, annotations, label_names
 from datasets import Dataset
 from detection import DIGITS, FILES, DataArguments, detections, load_source, picture_of, prepare_split
-from evaluation import KeptPatches, PictureArguments, picture_patches
+from evaluation import CommonArguments, KeptPatches, check_says_pruning, picture_patches
 from shared import record_evaluation
 from torchvision.ops import box_convert
 from transformers import (
-    AutoConfig,
     AutoImageProcessor,
     AutoModelForInstanceSegmentation,
     AutoModelForObjectDetection,
@@ -44,24 +43,29 @@ from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
 import cropr_hf  # noqa: F401 (registers the models with the Auto classes)
+from cropr_hf import CroprViTConfig
+from cropr_hf.arguments import parse_config
+from cropr_hf.conversion.convert import FURTHER_ARGUMENTS, check_names
 from cropr_hf.files import finite
 from cropr_hf.visualization import plot_detections
 
 
 @dataclass
-class EvaluationArguments(PictureArguments):
+class EvaluationArguments(CommonArguments):
     """Which model to evaluate, and how."""
 
     model_name_or_path: str = HfArg(default="outputs/object_detection", help="Folder or Hub id of a detector.")
-    split: str = HfArg(default="validation", help="Split of the data set.")
     config: str = HfArg(default="{}", help="Fields of the configuration to change, as JSON.")
     batch_size: int = HfArg(default=2, help="Images per forward pass.")
-    device: str = HfArg(default="cpu", help="Where to run.")
-    seed: int = HfArg(default=0, help="Of the drawn images.")
     picture_threshold: float = HfArg(default=0.5, help="Least score of a detection in that picture.")
-    update_record: bool = HfArg(
-        default=False, help="Whether to add the result to the record and the card of that folder."
-    )
+    changes: dict[str, Any] = field(init=False)  # what `config` says
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.picture_threshold <= 1:
+            raise ValueError(f"--picture_threshold is {self.picture_threshold}; give a score in [0, 1], such as 0.5.")
+        self.changes = parse_config(self.config, example='{"score_threshold": 0.0}')
+        check_names(CroprViTConfig, self.changes, "--config", FURTHER_ARGUMENTS)
 
 
 class Detector:
@@ -69,11 +73,11 @@ class Detector:
 
     def __init__(self, args: EvaluationArguments):
         self.args = args
-        name, fields = args.model_name_or_path, json.loads(args.config)
-        architecture = (AutoConfig.from_pretrained(name, trust_remote_code=False).architectures or [""])[0]
-        self.masks = architecture.endswith("InstanceSegmentation")
-        auto_class = AutoModelForInstanceSegmentation if self.masks else AutoModelForObjectDetection
-        self.model = auto_class.from_pretrained(name, trust_remote_code=False, **fields).to(args.device)
+        name = args.model_name_or_path
+        config, auto_class = args.stored(AutoModelForObjectDetection, AutoModelForInstanceSegmentation)
+        check_says_pruning(config, "This script", "name a detector around a Cropr ViT")
+        self.masks = auto_class is AutoModelForInstanceSegmentation
+        self.model = auto_class.from_pretrained(name, trust_remote_code=False, **args.changes).to(args.device)
         self.processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
 
     @torch.inference_mode()
@@ -167,8 +171,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         detector.picture(shown, data_args.box_format).savefig(args.picture, dpi=110)
     results = metrics.compute() | patches.compute()
     if args.update_record:
-        settings = json.loads(args.config)
-        record_evaluation(args.model_name_or_path, data_args, args.split, len(images), results, settings)
+        record_evaluation(args.model_name_or_path, data_args, args.split, len(images), results, args.changes)
     return results
 
 

@@ -56,8 +56,8 @@ class Arguments(ImageArguments):
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     """Evaluates and returns the metrics; `arguments` are those of the command line."""
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(arguments)
-    values = list(load_images(args)[args.image_column_name])
     model = args.load(AutoModel)
+    values = list(load_images(args)[args.image_column_name])
     teacher = load_teacher(args.teacher_name_or_path, model).eval().to(args.device)
     processor = AutoImageProcessor.from_pretrained(args.model_name_or_path, trust_remote_code=False)
     side = args.teacher_image_size

@@ -27,10 +27,11 @@ import evaluate
 import numpy as np
 import torch
 from datasets import ClassLabel, Dataset
-from evaluation import KeptPatches, PublishedArguments, covered_patches
+from evaluation import KeptPatches, PublishedArguments, check_says_pruning, covered_patches
 from PIL import Image
 from shared import (
     CLUTTERED_DIGITS,
+    check_limits,
     check_upright,
     class_numbers,
     keep_encoded,
@@ -46,7 +47,6 @@ from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
 import cropr_hf  # noqa: F401 (registers the models with the Auto classes)
-from cropr_hf import CroprViTConfig
 from cropr_hf.files import finite
 from cropr_hf.images import orientation, upright
 from cropr_hf.visualization import plot_pruning
@@ -69,11 +69,13 @@ class Arguments(PublishedArguments):
     )
     image_column_name: str = HfArg(default="image", help="Column of the images.")
     label_column_name: str = HfArg(default="label", help="Column of the classes.")
-    batch_size: int = HfArg(default=64, help="Images per step.")
-    seed: int = HfArg(default=0, help="Of the drawn images.")
+    batch_size: int = HfArg(default=64, help="Images per forward pass.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_limits(self)
+        if self.object_maps is not None and not Path(self.object_maps).is_dir():
+            raise ValueError(f"--object_maps is {self.object_maps}, which is not a folder; name one of label maps.")
         if self.object_maps is not None and self.exported is not None:
             logger.warning("--object_maps is left out: an exported file does not say which patches it keeps.")
             self.object_maps = None
@@ -127,11 +129,7 @@ class ObjectMaps:
     """
 
     def __init__(self, folder: str, processor: Any, config: Any):
-        if config.model_type != CroprViTConfig.model_type:
-            raise ValueError(
-                f"--object_maps asks which patches are kept, and a model of type {config.model_type!r} does not say; "
-                "leave it out."
-            )
+        check_says_pruning(config, "--object_maps")
         self.folder, self.processor, self.patch_size = Path(folder), processor, config.patch_size
         self.kept = KeptPatches(config.num_hidden_layers)
 
@@ -199,8 +197,8 @@ def save_picture(model: Any, processor: Any, images: list, args: Arguments, labe
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     """Evaluates and returns the metrics; `arguments` are those of the command line."""
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(arguments)
-    images = load_images(args)
     model = args.load(AutoModelForImageClassification)
+    images = load_images(args)
     labels = references(images, args.label_column_name, model.config.id2label)
     pictures = list(images[args.image_column_name])
     processor = AutoImageProcessor.from_pretrained(args.model_name_or_path, trust_remote_code=False)

@@ -62,10 +62,8 @@ class EvaluationArguments(PublishedArguments):
     model_name_or_path: str = HfArg(
         default="outputs/semantic_segmentation", help="Folder or Hub id of a segmentation model."
     )
-    split: str = HfArg(default="validation", help="Split of the data set.")
     stride: int | None = HfArg(default=None, help="Step of sliding windows in pixels, if they are to slide.")
     batch_size: int = HfArg(default=8, help="Windows per forward pass.")
-    seed: int = HfArg(default=0, help="Of the drawn images.")
 
 
 class Segmenter:
@@ -198,8 +196,8 @@ class References:
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     """Evaluates and returns the metrics; `arguments` are those of the command line."""
     args, data_args = HfArgumentParser((EvaluationArguments, DataArguments)).parse_args_into_dataclasses(arguments)
-    split = load_split(args, data_args)
     segmenter = Segmenter(args, data_args.ignore_index)
+    split = load_split(args, data_args)
     known = segmenter.model.config.id2label
     mean_iou, references = evaluate.load(MEAN_IOU), References(data_args, known)
 

@@ -4,7 +4,7 @@
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
 # an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
 # specific language governing permissions and limitations under the License.
-"""What the evaluation scripts share: which form of a published model to measure, and how well it finds objects."""
+"""What the evaluation scripts share: arguments, which form of a model to measure, and how well it finds objects."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -13,30 +13,94 @@ from typing import Any
 
 import torch
 from shared import PruningArguments, cropr_config, given_fields
-from transformers import AutoConfig, AutoModelForSemanticSegmentation
+from transformers import AutoConfig, AutoModel, AutoModelForSemanticSegmentation
 from transformers.hf_argparser import HfArg
 
+from cropr_hf import CroprViTConfig
+from cropr_hf.arguments import usable_device
+from cropr_hf.files import check_file
 from cropr_hf.modeling_cropr_vit import CroprViTTaskOutput
+from cropr_hf.publishing.model_card import read_record
 from cropr_hf.token_reduction import TOKEN_REDUCERS
+from cropr_hf.visualization import check_picture
 
 
 @dataclass(kw_only=True)
-class PictureArguments:
-    """Where a picture of examples goes."""
+class CommonArguments:
+    """What all evaluation scripts ask: which model to measure where, and what becomes of the result.
 
-    picture: str | None = HfArg(default=None, help="A PNG file for a picture of predictions and of what was pruned.")
-    picture_images: int = HfArg(default=8, help="Images in that picture.")
-
-    def __post_init__(self) -> None:
-        if self.picture_images < 1:
-            raise ValueError(f"--picture_images is {self.picture_images}; give 1 or more, or leave --picture out.")
-
-
-@dataclass(kw_only=True)
-class PublishedArguments(PictureArguments, PruningArguments):
-    """Which published model to measure, and in which form, if not as its folder has it."""
+    Raises:
+        `ValueError`: for what would fail at the end of the measurement, or make it one of nothing.
+        `ImportError`: for a picture without matplotlib.
+    """
 
     model_name_or_path: str = HfArg(default="outputs", help="Folder or Hub id of a model.")
+    split: str = HfArg(default="validation", help="Split of the data set.")
+    batch_size: int = HfArg(default=8, help="Images per forward pass.")
+    device: str = HfArg(default="cpu", help="Where to run.")
+    seed: int = HfArg(default=0, help="Of the drawn images.")
+    picture: str | None = HfArg(default=None, help="A PNG file for a picture of predictions and of what was pruned.")
+    picture_images: int = HfArg(default=8, help="Images in that picture.")
+    update_record: bool = HfArg(
+        default=False, help="Whether to add the result to the record and the card of that folder."
+    )
+
+    def __post_init__(self) -> None:
+        usable_device(self.device)
+        if self.batch_size < 1:
+            raise ValueError(f"--batch_size is {self.batch_size}; give 1 or more.")
+        if self.picture_images < 1:
+            raise ValueError(f"--picture_images is {self.picture_images}; give 1 or more, or leave --picture out.")
+        if self.picture is not None:
+            check_file(self.picture)
+            check_picture(self.picture)
+        if self.update_record:
+            read_record(self.model_name_or_path)
+
+    def stored(self, *auto_classes: Any) -> tuple[Any, Any]:
+        """The configuration of the model, and the one of the Auto classes that loads what its folder holds.
+
+        Raises:
+            `ValueError`: when that is a model of another task, to which these classes would give random weights, and
+                when a picture is wanted of a model that does not say what it prunes.
+        """
+        config = AutoConfig.from_pretrained(self.model_name_or_path, trust_remote_code=False)
+        fitting = [each for each in auto_classes if holds(config, each)]
+        if not fitting:
+            found = ", ".join(config.architectures or [f"model of type {config.model_type!r}"])
+            wanted = " or ".join(each.__name__ for each in auto_classes)
+            raise ValueError(
+                f"{self.model_name_or_path} holds a {found}, not what {wanted} loads; name another folder, or take "
+                "the evaluation script of its task."
+            )
+        if self.picture is not None:
+            check_says_pruning(config, "--picture")
+        return config, fitting[0]
+
+
+def holds(config: Any, auto_class: Any) -> bool:
+    """Whether the model of a configuration was saved as one that an Auto class loads; if nothing says so, it was.
+
+    Every model has an encoder, which is what `AutoModel` loads.
+    """
+    known = auto_class._model_mapping.get(type(config), ())
+    names = {each.__name__ for each in (known if isinstance(known, (list, tuple)) else [known])}
+    says_nothing = auto_class is AutoModel or not config.architectures
+    return bool(names) and (says_nothing or not names.isdisjoint(config.architectures))
+
+
+def check_says_pruning(config: Any, what: str, remedy: str = "leave it out") -> None:
+    """Raises `ValueError` for another model than a Cropr ViT, which does not say which patches it keeps."""
+    if config.model_type != CroprViTConfig.model_type:
+        raise ValueError(
+            f"{what} asks which patches are kept, and a model of type {config.model_type!r} does not say; {remedy}."
+        )
+
+
+@dataclass(kw_only=True)
+class PublishedArguments(CommonArguments, PruningArguments):
+    """Which published model to measure, and in which form, if not as its folder has it."""
+
     token_reducer: str | None = HfArg(
         default=None, help="Another method than that of the folder, which needs no training: 'random', 'tome', 'none'."
     )
@@ -45,10 +109,6 @@ class PublishedArguments(PictureArguments, PruningArguments):
     )
     exported: str | None = HfArg(
         default=None, help="File of `cropr-hf export` (.onnx, .pt2) that predicts in the place of the folder's model."
-    )
-    device: str = HfArg(default="cpu", help="Where to run.")
-    update_record: bool = HfArg(
-        default=False, help="Whether to add the result to the record and the card of that folder."
     )
 
     def __post_init__(self) -> None:
@@ -72,12 +132,12 @@ class PublishedArguments(PictureArguments, PruningArguments):
         """The model of that folder, which prunes as the arguments say, or the exported file.
 
         Raises:
-            `ValueError`: when the folder holds another model than a Cropr ViT, which has nothing to change, and for a
-                method that would have to be trained.
+            `ValueError`: as `stored`, when the folder holds another model than a Cropr ViT, which has nothing to
+                change, and for a method that would have to be trained.
         """
         name, changes = self.model_name_or_path, self.overrides()
+        config, _ = self.stored(auto_class)
         if self.exported is not None:
-            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
             return ExportedModel(self.exported, config, self.device)
         if changes:
             changes = self.checked(changes, auto_class)

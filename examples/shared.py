@@ -472,6 +472,14 @@ def class_numbers(names: Sequence[str], known: dict[int, str]) -> list[int | Non
     return [numbers.get(name) for name in names]
 
 
+def check_limits(args: Any) -> None:
+    """Raises `ValueError` where `max_train_samples` or `max_eval_samples` of a script's arguments leaves no image."""
+    for name in ("max_train_samples", "max_eval_samples"):
+        limit = getattr(args, name, None)
+        if limit is not None and limit < 1:
+            raise ValueError(f"--{name} is {limit}; give 1 or more images, or leave it out.")
+
+
 def prepare_splits(images: Any, args: Any, share: float, seed: int) -> Any:
     """The splits `train` and `validation` of a data set or of a stream, whose images are not decoded.
 
@@ -491,9 +499,6 @@ def prepare_splits(images: Any, args: Any, share: float, seed: int) -> Any:
             f"The data set has no column {', '.join(sorted(missing))}, only "
             f"{', '.join(images['train'].column_names)}; name them by --image_column_name and --label_column_name."
         )
-    for name in ("max_train_samples", "max_eval_samples"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name} is {getattr(args, name)}; give 1 or more images, or leave it out.")
     images = keep_encoded(images, args.image_column_name)
     if isinstance(images, IterableDatasetDict):
         return split_streams(images, args)

@@ -38,6 +38,7 @@ from shared import (
     ModelArguments,
     RecipeArguments,
     StreamingArguments,
+    check_limits,
     draw_digits,
     input_size,
     load_hub_data,
@@ -130,6 +131,7 @@ class ImageArguments(StreamingArguments):
     random_erasing: float = HfArg(default=0.25, help="Probability of replacing a rectangle by noise.")
 
     def __post_init__(self) -> None:
+        check_limits(self)
         if self.train_dir is not None:
             self.dataset_name = None  # that of a recipe
         if self.center_crop is not None and not 0 < self.center_crop <= 1:

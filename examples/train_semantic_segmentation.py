@@ -52,6 +52,7 @@ from shared import (
     RecipeArguments,
     ScaleJitter,
     StreamingArguments,
+    check_limits,
     check_upright,
     draw_digits,
     input_size,
@@ -129,6 +130,7 @@ class DataArguments:
     label_column_name: str = HfArg(default="annotation", help="Column of the label maps.")
 
     def __post_init__(self) -> None:
+        check_limits(self)
         if self.dataset_name == ADE20K and self.data_dir is None:
             for name, value in ADE20K_ARGUMENTS.items():
                 if getattr(self, name) is None:

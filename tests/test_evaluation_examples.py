@@ -11,11 +11,26 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-from transformers import AutoConfig, SegformerImageProcessor, ViTImageProcessor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForInstanceSegmentation,
+    AutoModelForObjectDetection,
+    AutoModelForSemanticSegmentation,
+    DeiTConfig,
+    SegformerConfig,
+    SegformerImageProcessor,
+    ViTConfig,
+    ViTImageProcessor,
+    ViTModel,
+    YolosConfig,
+)
 
 import cropr_hf
 from cropr_hf.cli import main as command_line
 from cropr_hf.publishing.model_card import read_record
+from tests.test_detection_examples import TINY_HEADS
 
 
 CLASSES = ["background", "ape", "bee"]
@@ -81,6 +96,37 @@ def encoder(tiny_vit, tmp_path_factory) -> Path:
 def segmenter(tiny_vit, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("segmenter")
     return publish(folder, cropr_hf.CroprViTForSemanticSegmentation, tiny_vit)
+
+
+@pytest.fixture(scope="module")
+def detector(tiny_vit, tmp_path_factory) -> Path:
+    """Finds digits at random."""
+    folder = tmp_path_factory.mktemp("detector")
+    names = {"id2label": {digit: str(digit) for digit in range(10)}}
+    model = cropr_hf.CroprViTForObjectDetection.from_vit(
+        tiny_vit,
+        pruning_rate=8,
+        use_cls_token=False,
+        pooling="patch_mean",
+        last_layer_fusion=True,
+        **names,
+        **TINY_HEADS,
+    )
+    sides = {"height": 48, "width": 48}
+    processor = cropr_hf.CroprViTImageProcessor(size={"shortest_edge": 48, "longest_edge": 48}, pad_size=sides)
+    model.save_pretrained(folder, beside=processor.save_pretrained)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def detect(example):
+    """Measures a folder on two images of drawn digits, with further arguments."""
+
+    def run(folder, *arguments):
+        words = ["--model_name_or_path", str(folder), "--dataset_name", "cluttered_digits", "--max_eval_samples", "2"]
+        return example("evaluate_detection").main([*words, *map(str, arguments)])
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +213,122 @@ class TestEmbedding:
             measure(encoder, "--picture", "pruning.png", "--picture_images", 0)
 
 
+class TestWrongArguments:
+    """They are refused before anything is loaded: there is no such folder."""
+
+    @pytest.mark.parametrize("task", ["image_classification", "semantic_segmentation", "detection", "embedding"])
+    def test_of_all_scripts(self, example, tmp_path, task):
+        script = example(f"evaluate_{task}")
+        for words, message in (
+            (["--batch_size", "-1"], "--batch_size is -1; give 1 or more"),
+            (["--batch_size", "0"], "--batch_size is 0; give 1 or more"),
+            (["--device", "gpu"], "`device` is 'gpu', which torch cannot use here .*; try cpu"),
+            (["--picture", str(tmp_path / "no" / "x.png")], r"x\.png is to be written, but there is no folder"),
+            (["--picture", str(tmp_path / "x.xyz")], r"x\.xyz is to be a picture; name a file that ends with"),
+            (["--picture_images", "0"], "--picture_images is 0; give 1 or more"),
+            (["--max_eval_samples", "0"], "--max_eval_samples is 0; give 1 or more images, or leave it out"),
+            (["--update_record", "True"], "nowhere has no record.json"),
+        ):
+            teacher = ["--teacher_name_or_path", "nobody"] if task == "embedding" else []
+            with pytest.raises(ValueError, match=message):
+                script.main(["--model_name_or_path", str(tmp_path / "nowhere"), *teacher, *words])
+        assert not any(tmp_path.iterdir())
+
+    @pytest.mark.parametrize("task", ["image_classification", "semantic_segmentation", "object_detection"])
+    def test_training_refuses_to_take_no_image(self, example, task):
+        script = example("detection" if task == "object_detection" else f"train_{task}")
+        for name in ("max_train_samples", "max_eval_samples"):
+            with pytest.raises(ValueError, match=f"--{name} is 0; give 1 or more images"):
+                script.DataArguments(**{name: 0})
+
+    def test_training_of_detectors_refuses_what_is_no_object(self, example):
+        with pytest.raises(ValueError, match=r"--config is '{bad', which is not valid JSON"):
+            example("detection").DetectorArguments(config="{bad").overrides()
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["--config", "[1]"], r"--config is '\[1\]'; give an object, such as '\{\"score_threshold\": 0.0\}'"),
+            (["--config", "{bad"], "--config is '{bad', which is not valid JSON"),
+            (
+                ["--config", '{"pruning_rte": 3}'],
+                "`--config` does not know 'pruning_rte'; .* Near matches: pruning_rate",
+            ),
+            (["--picture_threshold", "7"], r"--picture_threshold is 7.0; give a score in \[0, 1\]"),
+            (["--picture_threshold", "nan"], "--picture_threshold is nan; give a score"),
+        ],
+    )
+    def test_of_detection(self, detect, words, message):
+        with pytest.raises(ValueError, match=message):
+            detect("nowhere", *words)
+
+
+def test_a_changed_detector_is_recorded_as_such(detect, detector):
+    metrics = detect(detector, "--config", '{"pruning_rate": 4}', "--batch_size", 3, "--update_record", "True")
+    (evaluation,) = read_record(detector)["evaluations"]
+    assert evaluation["settings"] == {"pruning_rate": 4} and evaluation["num_examples"] == 2
+    assert evaluation["metrics"] == pytest.approx(metrics)
+    kept = AutoConfig.from_pretrained(detector, pruning_rate=4).kept_patches()[-1]
+    assert metrics["patches_kept"] == pytest.approx(kept / 36)
+
+
+class TestOtherTasks:
+    """A folder of another task would be measured with random weights."""
+
+    def test_they_are_refused(self, classify, detect, segment, classifier, detector):
+        for measure, folder, found, wanted in (
+            (classify, detector, "CroprViTForObjectDetection", "AutoModelForImageClassification"),
+            (detect, classifier, "CroprViTForImageClassification", "AutoModelForObjectDetection or AutoModelForInst"),
+            (segment, classifier, "CroprViTForImageClassification", "AutoModelForSemanticSegmentation"),
+        ):
+            with pytest.raises(ValueError, match=f"holds a {found}, not what {wanted}.* loads; name another folder"):
+                measure(folder)
+
+    @pytest.mark.full
+    def test_those_of_other_models_as_well(self, classify, detect, segment, classifier, tiny_vit, tmp_path):
+        with pytest.raises(ValueError, match="holds a CroprViTForImageClassification, not what AutoModelForSemantic"):
+            segment(classifier, "--exported", "model.onnx")
+        with pytest.raises(
+            ValueError, match="holds a ViTForImageClassification, not what AutoModelForObjectDetection"
+        ):
+            detect(tiny_vit)
+        ViTModel(ViTConfig.from_pretrained(tiny_vit)).save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="holds a ViTModel, not what AutoModelForImageClassification loads"):
+            classify(tmp_path)
+        YolosConfig(architectures=["YolosForObjectDetection"]).save_pretrained(tmp_path)
+        with pytest.raises(
+            ValueError, match="a model of type 'yolos' does not say; name a detector around a Cropr ViT"
+        ):
+            detect(tmp_path)
+
+    def test_plain_models_are_measured_but_show_nothing(self, classify, tiny_vit, tmp_path):
+        assert 0 <= classify(tiny_vit, maps=False)["accuracy"] <= 1
+        with pytest.raises(
+            ValueError, match="--picture asks which patches are kept, and a model of type 'vit' does not"
+        ):
+            classify(tiny_vit, "--picture", tmp_path / "pruning.png", maps=False)
+
+    @pytest.mark.parametrize(
+        ("config", "auto_class", "architecture", "expected"),
+        [
+            (ViTConfig, AutoModelForImageClassification, "ViTForImageClassification", True),
+            (ViTConfig, AutoModelForImageClassification, "ViTForMaskedImageModeling", False),
+            (ViTConfig, AutoModelForImageClassification, None, True),
+            (ViTConfig, AutoModelForSemanticSegmentation, None, False),
+            (ViTConfig, AutoModel, "ViTModel", True),
+            (ViTConfig, AutoModel, "ViTForImageClassification", True),
+            (DeiTConfig, AutoModelForImageClassification, "DeiTForImageClassificationWithTeacher", True),
+            (SegformerConfig, AutoModelForSemanticSegmentation, "SegformerForSemanticSegmentation", True),
+            (SegformerConfig, AutoModelForSemanticSegmentation, "SegformerForImageClassification", False),
+            (cropr_hf.CroprViTConfig, AutoModelForInstanceSegmentation, "CroprViTForInstanceSegmentation", True),
+            (cropr_hf.CroprViTConfig, AutoModelForObjectDetection, "CroprViTForInstanceSegmentation", False),
+        ],
+    )
+    def test_what_auto_classes_load(self, example, config, auto_class, architecture, expected):
+        stored = config(architectures=architecture and [architecture])
+        assert example("evaluation").holds(stored, auto_class) is expected
+
+
 class TestKeptPatches:
     def test_patches_are_counted_by_hand(self, example):
         script = example("evaluation")
@@ -223,8 +385,10 @@ class TestKeptPatches:
         assert maps.kept.counts.tolist() == [(shares >= 0.5).sum(), (shares >= 0.5).sum(), 9, 9]
 
     def test_wrong_maps_are_named(self, example, classify, classifier, tmp_path, data):
-        with pytest.raises(ValueError, match=r"[0-4]\.png has no label map .*nowhere.[0-4]\.png; add it"):
+        with pytest.raises(ValueError, match=r"--object_maps is .*nowhere, which is not a folder; name one"):
             classify(classifier, "--object_maps", tmp_path / "nowhere", maps=False)
+        with pytest.raises(ValueError, match=rf"[0-4]\.png has no label map {tmp_path}.[0-4]\.png; add it"):
+            classify(classifier, "--object_maps", tmp_path, maps=False)
         for index in range(5):
             Image.new("L", (96, 95)).save(tmp_path / f"{index}.png")
         with pytest.raises(ValueError, match=r"\.png has 96 x 96 pixels, but the label map .*\.png those of 95 x 96"):
