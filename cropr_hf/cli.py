@@ -20,7 +20,8 @@ from transformers import AutoImageProcessor, HfArgumentParser, PreTrainedConfig,
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, cached_file
 
 from .arguments import DTYPES, parse_config, parse_device
-from .comparison import Comparison, Runner, comparison_table
+from .comparison import Runner, comparison_table
+from .comparison_file import Comparison
 from .configuration_cropr_vit import CroprViTConfig
 from .detection_heads import training_memory
 from .files import check_file, replacing, write_json

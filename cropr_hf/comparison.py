@@ -1,34 +1,32 @@
 """Methods compared: each trained and measured alike, beside what one would do instead, from one file.
 
-    cropr-hf compare examples/comparisons/digits.yaml
+    cropr-hf compare examples/comparisons/digits_classification.yaml
 
 `docs/methods.md` explains the file. Each run has a folder, so that an interrupted comparison goes on where it was.
 """
 
-import difflib
 import itertools
 import json
 import math
 import os
-import re
 import shlex
 import statistics
 import subprocess
 import sys
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
-from .arguments import DTYPES, parse_device
+from .arguments import parse_device
+from .comparison_file import SHARE, Comparison, folder_name
 from .configuration_cropr_vit import CroprViTConfig
 from .files import replacing, source_name, write_file, write_json
 from .publishing.export import export_model
@@ -38,159 +36,21 @@ from .saving import PICTURE_NAME
 from .speed.alternatives import COMPILED, SMALLER_IMAGE, SMALLER_MODEL, smaller_image
 from .speed.benchmark import UNPRUNED
 from .speed.cost import head_multiply_adds, multiply_adds
-from .speed.instruments import library_versions, machine_name
+from .speed.instruments import compiled, library_versions, machine_name
 from .speed.plots import plot_tradeoff
 from .speed.tables import markdown_table
-from .speed.timing import check_rounds, compare
+from .speed.timing import compare
 from .tasks import find_task
-from .token_reduction import TOKEN_REDUCERS, find_token_reducer
+from .token_reduction import TOKEN_REDUCERS
 
-
-logger = logging.get_logger(__name__)
 
 RECORD, TABLE, PICTURE = "comparison.json", "comparison.md", "comparison.png"
 ONNX, ONNX_NAME = "ONNX", "model.onnx"
-SHARE = "multiply_adds"  # of a budget: the share of the unpruned model's multiply-adds
-BUDGETS = (SHARE, "pruning_rate", "pruning_schedule")
 FIELDS = ("last_layer_fusion", "reducer_config")  # of the configuration: which tokens there are depends on them too
 CLOSE, TOLERANCE = 0.01, 0.05  # of multiply-adds: near enough not to look further, and to be called the same budget
 PERCENT = range(50, 151)  # of a schedule's pruning
-OWN_ARGUMENTS = ("output_dir", "seed", "token_reducer", *BUDGETS)
-# What the fields of a file hold, where a slip is likely.
-KINDS: dict[str, type] = {"methods": dict, "budgets": dict, "arguments": dict, "pruned": dict, "evaluation": dict}
-KINDS |= {"speed": dict, "seeds": list, "metrics": list, "off_the_shelf": bool, "exported": bool, "pictures": bool}
-WORDS: dict[type, str] = {dict: "names and values, `name: value`", list: "a list, `[first, second]`"}
-WORDS |= {bool: "true or false"}
-
-
-@dataclass
-class Speed:
-    """How speed is measured, once all runs are there: in one process, in turns.
-
-    Attributes:
-        batch_sizes: images per call.
-        dtypes: types of weights and inputs.
-        compiled: whether each model is timed compiled as well.
-        device: where.
-        min_rounds, max_rounds, tolerance: see `cropr_hf.speed.timing.compare`.
-    """
-
-    batch_sizes: list[int] = field(default_factory=lambda: [1, 8])
-    dtypes: list[str] = field(default_factory=lambda: ["float32"])
-    compiled: bool = True
-    device: str = "cpu"
-    min_rounds: int = 7
-    max_rounds: int = 40
-    tolerance: float = 0.01
-
-    def __post_init__(self) -> None:
-        check_rounds(self.min_rounds, self.max_rounds, self.tolerance)
-        parse_device(self.device)
-        for name, allowed in {"dtypes": DTYPES, "batch_sizes": None}.items():
-            if not isinstance(getattr(self, name), list) or not getattr(self, name):
-                raise ValueError(f"`speed.{name}` is {getattr(self, name)!r}; write {WORDS[list]}.")
-            for value in getattr(self, name):
-                is_right = value in allowed if allowed else isinstance(value, int) and value > 0
-                if not is_right:
-                    choice = f"choose among {', '.join(allowed)}" if allowed else "give whole numbers, 1 or more"
-                    raise ValueError(f"`speed.{name}` has {value!r}; {choice}.")
-
-
-@dataclass
-class Comparison:
-    """What is compared: the file of `cropr-hf compare`.
-
-    Attributes:
-        train: a training script that writes a stripped model with its record, such as those in `examples`; or a whole
-            command (`accelerate launch ...`).
-        evaluate: an evaluation script whose last line is a JSON object of numbers.
-        methods: of the registry, by name, with arguments of `train` that only they have.
-        budgets: by name, one of `multiply_adds` (share of the unpruned model's, in (0, 1)), `pruning_rate` and
-            `pruning_schedule`; each method gets what costs as much (see `pruning_of`).
-        seeds: of the trainings.
-        arguments: of `train`, for all runs.
-        pruned: of `train`, for all runs that prune.
-        evaluation: arguments of `evaluate`.
-        metrics: which of its numbers to show, the first in the picture; all by default.
-        smaller_model: a model for the row of that name; left out by default.
-        off_the_shelf: whether methods that need no training are also measured on the unpruned checkpoint as it is.
-        exported: whether models of the first seed are also written as ONNX, and that file is evaluated and timed.
-        pictures: whether `evaluate` also draws what models of the first seed prune (`--picture`).
-        speed: see `Speed`.
-    """
-
-    train: str
-    evaluate: str
-    methods: dict[str, dict[str, Any]]
-    budgets: dict[str, dict[str, Any]]
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    arguments: dict[str, Any] = field(default_factory=dict)
-    pruned: dict[str, Any] = field(default_factory=dict)
-    evaluation: dict[str, Any] = field(default_factory=dict)
-    metrics: list[str] = field(default_factory=list)
-    smaller_model: str | None = None
-    off_the_shelf: bool = True
-    exported: bool = False
-    pictures: bool = False
-    speed: Speed = field(default_factory=Speed)
-
-    @classmethod
-    def from_file(cls, path: str | os.PathLike) -> "Comparison":
-        """Reads YAML.
-
-        Raises:
-            `ValueError`: for what is not a field, a method that is not registered, or a value that makes no sense.
-        """
-        if not Path(path).is_file():
-            raise ValueError(f"There is no file {path}; write one, such as those in examples/comparisons.")
-        try:
-            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not valid YAML: {error}") from error
-        if not isinstance(content, dict):
-            raise ValueError(f"{path} holds no comparison; write lines of the form `field: value`, such as `train:`.")
-        _check_names(path, content, [item.name for item in fields(cls)])
-        missing = [name for name in ("train", "evaluate", "methods", "budgets") if not content.get(name)]
-        if missing:
-            raise ValueError(f"{path} has no {', '.join(missing)}; a comparison needs them.")
-        if isinstance(content["methods"], list):
-            content["methods"] = dict.fromkeys(content["methods"])
-        content = {name: value for name, value in content.items() if value is not None}
-        for name, kind in KINDS.items():
-            if not isinstance(content.get(name, kind()), kind):
-                raise ValueError(f"`{name}` of {path} is {content[name]!r}; write {WORDS[kind]}.")
-        content["methods"] = {name: given or {} for name, given in content["methods"].items()}
-        speed = content.get("speed", {})
-        _check_names(f"`speed` of {path}", speed, [item.name for item in fields(Speed)])
-        return cls(**content | {"speed": Speed(**speed)})
-
-    def __post_init__(self) -> None:
-        for name in self.methods:
-            find_token_reducer(CroprViTConfig(token_reducer=name, reducer_config=None))
-        for name, budget in self.budgets.items():
-            if not isinstance(budget, dict) or len(budget) != 1 or not {*budget} <= {*BUDGETS}:
-                raise ValueError(f"The budget {name!r} is {budget!r}; give one of {', '.join(BUDGETS)}.")
-            share = budget.get(SHARE, 0.5)
-            if not isinstance(share, (int, float)) or not 0 < share < 1:
-                raise ValueError(f"The budget {name!r} has {SHARE} {share!r}; it is a share in (0, 1), such as 0.5.")
-        if len({_folder_name(name) for name in self.budgets}) < len(self.budgets):
-            raise ValueError(f"The budgets {', '.join(self.budgets)} differ in signs alone; give them other names.")
-        for group in (self.arguments, self.pruned, *self.methods.values()):
-            if own := [name for name in OWN_ARGUMENTS if name in group]:
-                raise ValueError(f"The arguments have {own[0]!r}, which the comparison itself sets; leave it out.")
-        if not self.seeds or len({*self.seeds}) < len(self.seeds):
-            raise ValueError(f"`seeds` is {self.seeds}; give one or more different numbers.")
-
-
-def _folder_name(*parts: str | None) -> str:
-    return re.sub(r"\W+", "_", " ".join(part for part in parts if part is not None))
-
-
-def _check_names(what: Any, given: Mapping[str, Any], known: Sequence[str]) -> None:
-    for name in given:
-        if name not in known:
-            near = " or ".join(difflib.get_close_matches(str(name), known)) or f"one of {', '.join(known)}"
-            raise ValueError(f"{what} has {name!r}, which is not a field of it; did you mean {near}?")
+# More than torch compiles of a function for one detector: stages differ, each for fixed or any numbers of boxes.
+VARIANTS = 16
 
 
 @dataclass(frozen=True)
@@ -214,7 +74,7 @@ class Run:
     @property
     def name(self) -> str:
         """Of its folder."""
-        return _folder_name(self.method, self.budget, None if self.trained else "off the shelf", f"seed {self.seed}")
+        return folder_name(self.method, self.budget, None if self.trained else "off the shelf", f"seed {self.seed}")
 
     @property
     def prunes(self) -> bool:
@@ -363,13 +223,16 @@ class Runner:
         """The sections `machine`, `versions`, `models` and `speed` of the record.
 
         The times of a type and a batch size are of one process, where models take turns, so that all are loaded
-        first. Those that are there are kept if machine, versions and models are the same; else all are taken anew.
+        first. Those that are there are kept if machine, versions, models and which of them have an ONNX file are the
+        same; else all are taken anew.
         """
         speed, device = self.comparison.speed, parse_device(self.comparison.speed.device)
         facts = {"machine": machine_name(device), "versions": library_versions(), "settings": asdict(speed)}
         models = {name: self.load(run) for name, run in runs.items()}
         facts["models"] = {name: facts_of(model) for name, model in models.items()}
-        files = {name: self.folder(run) / ONNX_NAME for name, run in runs.items()}
+        files = {name: self.folder(run) / ONNX_NAME for name, run in runs.items() if self.comparison.exported}
+        files = {name: path for name, path in files.items() if path.exists()}
+        facts["exported"] = [*files]
         file = self.output_dir / "speed.json"
         stored = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         if {name: stored.get(name) for name in facts} != json.loads(json.dumps(facts)):
@@ -397,11 +260,12 @@ class Runner:
             calls[name] = partial(model, pixel_values)
             if speed.compiled:
                 is_detector = find_task(type(model).__name__)[1].is_detector  # type: ignore[index]
-                calls[f"{name}, {COMPILED}"] = partial(torch.compile(model, fullgraph=not is_detector), pixel_values)
-            if self.comparison.exported and dtype == "float32" and files[name].exists():
+                calls[f"{name}, {COMPILED}"] = partial(compiled(model, is_detector), pixel_values)
+            if dtype == "float32" and name in files:
                 calls[f"{name}, {ONNX}"] = onnx_call(files[name], pixel_values)
-        # All models run the same code, of which torch compiles 8 variants if nobody asks for more
-        limit = max(torch._dynamo.config.recompile_limit, len(models))
+        # All models run the same code, of which torch compiles 8 variants if nobody asks for more; what is beyond them
+        # in a detector would run eagerly
+        limit = max(torch._dynamo.config.recompile_limit, VARIANTS * len(models))
         with torch.inference_mode(), torch._dynamo.config.patch(recompile_limit=limit):
             timings = compare(
                 calls, UNPRUNED, speed.min_rounds, speed.max_rounds, speed.tolerance, torch.device(speed.device)

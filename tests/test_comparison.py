@@ -1,9 +1,11 @@
 """Methods compared from one file: which runs there are, what is resumed, what is refused, and the table."""
 
+import datetime
 import json
 import subprocess
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,10 +14,12 @@ import yaml
 
 from cropr_hf import CroprViTConfig, CroprViTForImageClassification, comparison
 from cropr_hf.cli import main
-from cropr_hf.comparison import Comparison, Runner, pruning_of, tradeoff_curves
+from cropr_hf.comparison import Runner, pruning_of, tradeoff_curves
+from cropr_hf.comparison_file import Comparison, Speed
 from cropr_hf.publishing.model_card import class_name, model_facts, write_record
 from cropr_hf.speed.cost import multiply_adds, unpruned_config
-from tests.common import TINY, full, tiny_config
+from cropr_hf.speed.instruments import compiled
+from tests.common import TASKS, TINY, full, tiny_config
 
 
 SPEED = {"batch_sizes": [1], "compiled": False, "min_rounds": 3, "max_rounds": 3}
@@ -206,6 +210,71 @@ def test_times_are_taken_once_though_interrupted_with_each_model_loaded_once(scr
     assert len(kept) == 2 and record["speed"][:2] == kept
 
 
+def test_files_that_are_asked_for_later_are_timed(scripts, write, tmp_path, monkeypatch):
+    few, timed = FEW | {"methods": ["cropr", "random"], "off_the_shelf": False}, []
+    monkeypatch.setattr(comparison, "onnx_call", lambda file, pixel_values: lambda: timed.append(file.parent.name))
+
+    def export_model(model, file):
+        if model.config.token_reducer == "random":
+            raise ValueError("It draws by chance.")
+        file.write_text("")
+
+    monkeypatch.setattr(comparison, "export_model", export_model)
+    assert not any("ONNX" in name for name in speedups(Runner(Comparison.from_file(write(**few)), tmp_path)()))
+    found = speedups(Runner(Comparison.from_file(write(**few, exported=True)), tmp_path)())
+    names = ["unpruned", "cropr, half", "smaller image, half"]
+    assert [name for name in found if "ONNX" in name] == [f"{name}, ONNX" for name in names]
+    assert scripts.counts()["train.py"] == 4 and {*timed} == {
+        "unpruned_seed_0",
+        "cropr_half_seed_0",
+        "smaller_image_half_seed_0",
+    }
+    kept = len(timed)
+    assert speedups(Runner(Comparison.from_file(write(**few, exported=True)), tmp_path)()) == found
+    assert len(timed) == kept
+
+
+def speedups(record):
+    return record["speed"][0]["results"]
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Symbols among the inputs of each graph that `torch.compile` makes, which is not compiled any further."""
+
+    def backend(graph, inputs):
+        graphs.append([each for each in inputs if isinstance(each, torch.SymInt)])
+        return graph.forward
+
+    graphs, compile_model = [], torch.compile
+    monkeypatch.setattr(torch, "compile", partial(compile_model, backend=backend))
+    torch.compiler.reset()
+    return graphs
+
+
+@pytest.mark.full
+def test_models_are_compiled_for_the_size_they_get(graphs):
+    unpruned = {"token_reducer": None, "pruning_rate": None, "num_hidden_layers": 2}
+    for size in (32, 24):
+        model = CroprViTForImageClassification(CroprViTConfig(**TINY | unpruned | {"image_size": size})).eval()
+        with torch.inference_mode():
+            compiled(model, is_detector=False)(torch.zeros(1, 3, size, size))
+    assert graphs == [[], []]
+
+
+@pytest.mark.slow
+def test_no_part_of_a_detector_exceeds_the_variants_that_torch_compiles(graphs, write, tmp_path):
+    comparison = Comparison.from_file(write(speed={**SPEED, "compiled": True}))
+    schedules = {"unpruned": [16, 14, 8, 8, 8], "cropr": [14, 7, 4, 4, 4]}
+    models = {
+        name: TASKS["detection"].build(pruning_rate=None, pruning_schedule=schedule, use_auxiliary_heads=False).eval()
+        for name, schedule in schedules.items()
+    }
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=len(models)):
+        Runner(comparison, tmp_path).timed(models, {}, "float32", 2)
+    assert graphs
+
+
 def cost(unpruned, method, pruning):
     fields = unpruned.to_dict() | {"token_reducer": method, "last_layer_fusion": False} | pruning
     return multiply_adds(CroprViTConfig(**fields))
@@ -235,41 +304,130 @@ def test_a_budget_that_is_out_of_reach():
         pruning_of(unpruned_config(tiny_config()), "cropr", {"multiply_adds": 0.01}, {})
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"method": ["cropr"]}, "'method', which is not a field of it; did you mean methods"),
-        ({"methods": ["tom"]}, "Unknown token reducer 'tom'; did you mean 'tome'"),
-        ({"methods": None}, "has no methods"),
-        ({"budgets": {"half": {"rate": 8}}}, "The budget 'half' is"),
-        ({"budgets": {"half": {"multiply_adds": 2}}}, r"multiply_adds 2; it is a share in \(0, 1\)"),
-        ({"budgets": {"a b": {"pruning_rate": 1}, "a-b": {"pruning_rate": 2}}}, "differ in signs alone"),
-        ({"arguments": ["a"]}, r"`arguments` of .* is \['a'\]; write names and values"),
-        ({"seeds": 3}, r"`seeds` of .* is 3; write a list"),
-        ({"pictures": 3}, r"`pictures` of .* is 3; write true or false"),
-        ({"methods": "cropr"}, r"`methods` of .* is 'cropr'; write names"),
-        ({"seeds": [0, 0]}, r"`seeds` is \[0, 0\]"),
-        ({"arguments": {"seed": 1}}, "'seed', which the comparison itself sets"),
-        ({"speed": {"batch_size": 1}}, "'batch_size', which is not a field of it; did you mean batch_sizes"),
-        ({"speed": {"batch_sizes": 8}}, "`speed.batch_sizes` is 8; write a list"),
-        ({"speed": {"dtypes": []}}, r"`speed.dtypes` is \[\]; write a list"),
-        ({"speed": {"batch_sizes": [0]}}, "`speed.batch_sizes` has 0"),
-        ({"speed": {"dtypes": ["float"]}}, "`speed.dtypes` has 'float'; choose among float32"),
-        ({"speed": {"min_rounds": 1}}, "`min_rounds` 1"),
+WRONG = {
+    "an unknown field": ({"method": ["cropr"]}, "'method', which is not a field of it; did you mean methods"),
+    "an unknown method": ({"methods": ["tom"]}, "Unknown token reducer 'tom'; did you mean 'tome'"),
+    "a method that is a number": (
+        {"methods": {"cropr": 3}},
+        r"`methods` of .* is \{'cropr': 3\}; write names and val",
+    ),
+    "a script that is a number": ({"evaluate": 3}, "`evaluate` of .* is 3; write text"),
+    "another kind of budget": ({"budgets": {"half": {"rate": 8}}}, "The budget 'half' is"),
+    "a rate in quotes": ({"budgets": {"half": {"pruning_rate": "8"}}}, "pruning_rate '8'; it is a whole number, 1 or"),
+    "no rate": ({"budgets": {"half": {"pruning_rate": None}}}, "pruning_rate None; it is a whole number, 1 or more"),
+    "a schedule that grows": ({"budgets": {"half": {"pruning_schedule": [4, 8]}}}, r"\[4, 8\]; it is a list of the"),
+    "a name that is a number": (
+        {"budgets": {0.5: {"pruning_rate": 8}}},
+        "`budgets` of .* is {0.5: .*with quotes around",
+    ),
+    "what is set": (
+        {"arguments": {"seed": 1}},
+        "`arguments` has 'seed', which the comparison itself sets; leave it out",
+    ),
+    "a model": (
+        {"evaluation": {"model_name_or_path": "a"}},
+        "`evaluation` has 'model_name_or_path', which the compar",
+    ),
+    "words for true": ({"speed": {"compiled": "no"}}, "`compiled` of `speed` of .* is 'no'; write true or false"),
+    "equal sizes": (
+        {"speed": {"batch_sizes": [8, 8]}},
+        r"`speed.batch_sizes` is \[8, 8\]; give one or more, each once",
+    ),
+}
+MORE_WRONG = [
+    ({"methods": None}, "has no methods"),
+    ({"methods": "cropr"}, r"`methods` of .* is 'cropr'; write names"),
+    ({"methods": [{"cropr": {}}]}, r"`methods` of .* is \[\{'cropr': \{\}\}\]; write names"),
+    ({"methods": {None: {}}}, "`methods` of .* is {None: {}}; write names"),
+    ({"train": 5}, "`train` of .* is 5; write text"),
+    ({"train": " "}, "`train` is ' '; give a script or a command"),
+    ({"evaluate": "evaluate.py 'a"}, "`evaluate` is .*No closing quotation.; correct the quotes"),
+    ({"smaller_model": 3}, "`smaller_model` of .* is 3; write text"),
+    ({"metrics": [3]}, r"`metrics` of .* is \[3\]; write a list"),
+    ({"exported": 1}, "`exported` of .* is 1; write true or false"),
+    ({"pictures": 3}, r"`pictures` of .* is 3; write true or false"),
+    ({"budgets": {"half": 8}}, "`budgets` of .* is {'half': 8}; write names and values"),
+    ({"budgets": {"half": {}}}, "The budget 'half' is {}; give one of"),
+    ({"budgets": {"a b": {"pruning_rate": 1}, "a-b": {"pruning_rate": 2}}}, "differ in signs alone"),
+    *[
+        ({"budgets": {"half": {"multiply_adds": share}}}, rf"multiply_adds {share!r}; it is a share in \(0, 1\)")
+        for share in (2, 0, True, "0.5", None)
     ],
-)
-def test_wrong_files(changes, message, write, tmp_path, capsys):
-    assert main(["compare", write(**changes), "--output_dir", str(tmp_path / "out")]) == 1
+    *[
+        ({"budgets": {"half": {"pruning_rate": rate}}}, f"pruning_rate {rate}; it is a whole number, 1 or more")
+        for rate in (2.5, -1, 0, True)
+    ],
+    *[
+        (
+            {"budgets": {"half": {"pruning_schedule": kept}}},
+            "has pruning_schedule .*; it is a list of the patches that",
+        )
+        for kept in ("8", 8, None, [], [12, "8"], [12, 8.5], [12, 0], [True])
+    ],
+    ({"arguments": ["a"]}, r"`arguments` of .* is \['a'\]; write names and values"),
+    ({"arguments": {True: 1}}, "`arguments` of .* is {True: 1}; write names and values, .* quotes around"),
+    ({"arguments": {"output-dir": "a"}}, "`arguments` has 'output-dir', which the comparison itself sets"),
+    ({"pruned": {"pruning_rate": 8}}, "`pruned` has 'pruning_rate', which the comparison itself sets"),
+    ({"methods": {"cropr": {"token_reducer": "a"}}}, "`methods.cropr` has 'token_reducer', which the comparison"),
+    *[
+        ({"evaluation": {name: "a"}}, f"`evaluation` has '{name}', which the comparison itself sets")
+        for name in ("picture", "exported", "token_reducer", "pruning_schedule")
+    ],
+    ({"seeds": 3}, r"`seeds` of .* is 3; write a list"),
+    *[
+        ({"seeds": [seed]}, rf"`seeds` of .* is \[{seed!r}\]; write a list of whole numbers")
+        for seed in ("a", 0.5, True)
+    ],
+    ({"seeds": [[0]]}, "`seeds` of .* is .*; write a list of whole numbers"),
+    ({"seeds": [-1]}, "`seeds` has -1; give whole numbers, 0 or more"),
+    ({"seeds": [0, 0]}, r"`seeds` is \[0, 0\]"),
+    ({"seeds": []}, r"`seeds` is \[\]"),
+    ({"speed": 3}, "`speed` of .* is 3; write names and values"),
+    ({"speed": {"batch_size": 1}}, "'batch_size', which is not a field of it; did you mean batch_sizes"),
+    ({"speed": {"batch_sizes": 8}}, "`batch_sizes` of `speed` of .* is 8; write a list"),
+    ({"speed": {"batch_sizes": [True]}}, "`batch_sizes` of `speed` of .* is .True.; write a list of whole numbers"),
+    ({"speed": {"batch_sizes": [0]}}, "`speed.batch_sizes` has 0"),
+    ({"speed": {"dtypes": []}}, r"`speed.dtypes` is \[\]; give one or more"),
+    ({"speed": {"dtypes": ["float"]}}, "`speed.dtypes` has 'float'; choose among float32"),
+    ({"speed": {"min_rounds": 1}}, "`min_rounds` 1"),
+    ({"speed": {"min_rounds": "3"}}, "`min_rounds` of `speed` of .* is '3'; write a whole number"),
+    ({"speed": {"max_rounds": 3.5}}, "`max_rounds` of `speed` of .* is 3.5; write a whole number"),
+    ({"speed": {"tolerance": "a"}}, "`tolerance` of `speed` of .* is 'a'; write a number, such as 0.01"),
+    ({"speed": {"device": 0}}, "`device` of `speed` of .* is 0; write text"),
+    ({"arguments": {"since": datetime.date(2024, 1, 31)}}, "neither text, .* JSON serializable.; write it in quotes"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), [*WRONG.values(), *full(*MORE_WRONG)])
+def test_wrong_files(changes, message, write):
     with pytest.raises(ValueError, match=message):
         Comparison.from_file(write(**changes))
-    assert not (tmp_path / "out").exists()
+
+
+def test_a_wrong_file_is_refused_before_anything_is_made(write, tmp_path, capsys):
+    assert main(["compare", write(seeds=[]), "--output_dir", str(tmp_path / "out")]) == 1
+    assert "give one or more" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_what_is_null_or_a_whole_number_is_taken(write):
+    methods = {"cropr": None, "tome": {"layer_decay": 1}}
+    comparison = Comparison.from_file(write(methods=methods, seeds=None, speed={"tolerance": 0, "compiled": None}))
+    assert comparison.methods == {"cropr": {}, "tome": {"layer_decay": 1}} and comparison.seeds == [0, 1, 2]
+    assert comparison.speed == Speed(tolerance=0)
+
+
+@pytest.mark.full
+def test_the_files_of_the_examples():
+    for file in (Path(__file__).resolve().parents[1] / "examples" / "comparisons").glob("*.yaml"):
+        assert Comparison.from_file(file).methods
 
 
 def test_a_file_that_is_no_comparison(tmp_path):
     with pytest.raises(ValueError, match=r"There is no file .*; write one, such as those in examples/comparisons"):
         Comparison.from_file(tmp_path / "nowhere.yaml")
-    for text, message in {"- a": "holds no comparison", "a: [": "not valid YAML"}.items():
-        (tmp_path / "file.yaml").write_text(text)
+    wrong = {"- a": "holds no comparison", "a: [": "not valid YAML", "train: \xe9.py": "not UTF-8 text .*; save it as"}
+    for text, message in wrong.items():
+        (tmp_path / "file.yaml").write_text(text, encoding="latin-1")
         with pytest.raises(ValueError, match=message):
             Comparison.from_file(tmp_path / "file.yaml")
 

@@ -61,7 +61,7 @@ ROOMS = [
     {"speed"},
     {"publishing"},
     {"training"},
-    {"comparison"},
+    {"comparison", "comparison_file"},
     {"cli"},
     {"__init__"},
 ]

@@ -25,7 +25,15 @@ from ..tasks import DEFAULT_TASK, TASKS, find_task
 from ..token_reduction import find_token_reducer
 from .alternatives import COMPILED, INT8, SMALLER_IMAGE, SMALLER_MODEL, quantized, smaller_image, smaller_model
 from .cost import head_multiply_adds, multiply_adds, unpruned_config
-from .instruments import graphed, library_versions, machine_name, operation_times, peak_memory, saved_bytes
+from .instruments import (
+    compiled,
+    graphed,
+    library_versions,
+    machine_name,
+    operation_times,
+    peak_memory,
+    saved_bytes,
+)
 from .timing import check_rounds, compare, speed_ratio
 
 
@@ -324,8 +332,7 @@ def _call(args: BenchmarkArguments, task: str, model: torch.nn.Module, inputs: d
         # Older releases of Transformers have the second name only.
         enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable()
-    # The number of detections depends on the image, so that detectors break into several graphs.
-    run_model = torch.compile(model, fullgraph=not TASKS[task].is_detector) if args.compile else model
+    run_model = compiled(model, TASKS[task].is_detector) if args.compile else model
     if args.training:
         return lambda: _training_step(run_model, inputs)
     if not isinstance(model, PreTrainedModel):  # of timm

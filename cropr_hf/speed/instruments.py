@@ -99,6 +99,15 @@ def library_versions() -> dict[str, str]:
     return {**versions, "python": platform.python_version()}
 
 
+def compiled(model: torch.nn.Module, is_detector: bool) -> Callable[..., Any]:
+    """A model for `torch.compile` to compile when it is called.
+
+    What a detector computes depends on the image, so that it breaks into several graphs, some for any number of boxes.
+    Others are one graph for one size: torch would compile them for any size once it saw a smaller image.
+    """
+    return torch.compile(model, fullgraph=not is_detector, dynamic=None if is_detector else False)
+
+
 def machine_name(device: torch.device) -> str:
     """The GPU, or the CPU and the threads in use."""
     if device.type == "cuda":
