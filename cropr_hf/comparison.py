@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -97,9 +98,11 @@ class Runner:
         """Does what is not done yet, writes the results, and returns the record.
 
         Raises:
-            `ValueError`: when a folder of this output has other settings or other data.
+            `ValueError`: when a folder of this output has other settings or other data, or a script is not there.
             `RuntimeError`: when a script fails; its output is in the folder of the run.
         """
+        for script in (self.comparison.train, self.comparison.evaluate):  # the second would be missed after a training
+            check_script(script)
         runs: list[Run] = []
         records: list[dict[str, Any]] = []
         for seed in self.comparison.seeds:
@@ -369,6 +372,15 @@ def _scaled(unpruned: CroprViTConfig, schedule: Sequence[int], factor: float) ->
 
 
 # Scripts and what they leave
+
+
+def check_script(script: str) -> None:
+    """Raises `ValueError` for one that cannot be called from here."""
+    name = shlex.split(script)[0]
+    if not (Path(name).is_file() if name.endswith(".py") else shutil.which(name)):
+        raise ValueError(
+            f"There is no {name!r}; `train` and `evaluate` name scripts as they are called from {Path.cwd()}."
+        )
 
 
 def call(script: str, settings: Mapping[str, Any], log: Path) -> str:

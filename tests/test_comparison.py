@@ -75,8 +75,11 @@ class Scripts:
 
 
 @pytest.fixture
-def scripts(monkeypatch):
+def scripts(monkeypatch, tmp_path):
     scripts = Scripts()
+    monkeypatch.chdir(tmp_path)
+    for name in ("train.py", "evaluate.py"):
+        (tmp_path / name).touch()
     monkeypatch.setattr(comparison, "call", scripts)
     return scripts
 
@@ -430,6 +433,13 @@ def test_a_file_that_is_no_comparison(tmp_path):
         (tmp_path / "file.yaml").write_text(text, encoding="latin-1")
         with pytest.raises(ValueError, match=message):
             Comparison.from_file(tmp_path / "file.yaml")
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate"])
+def test_a_script_that_is_not_there_is_missed_at_once(scripts, name, write, tmp_path):
+    with pytest.raises(ValueError, match=r"There is no 'scripts/mine\.py'; `train` and `evaluate` name scripts as"):
+        Runner(Comparison.from_file(write(**{name: "scripts/mine.py --fast"})), tmp_path / "out")()
+    assert not scripts.calls
 
 
 def test_a_metric_that_is_not_printed(scripts, write, tmp_path):
