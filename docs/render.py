@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cropr_hf.comparison import comparison_table
+from cropr_hf.comparison import comparison_table, mean_and_deviation
 from cropr_hf.speed.alternatives import ALTERNATIVES
 from cropr_hf.speed.benchmark import RANDOM, UNPRUNED
 from cropr_hf.speed.plots import plot_benchmark, plot_cost
@@ -336,8 +336,8 @@ def any_speed_table(record: dict[str, Any]) -> str:
     return f"{any_speed.table(record)}\n\n{circumstances(record, record['any_speed'])}"
 
 
-def results_table(targets: list[dict[str, Any]], *demos: dict[str, Any]) -> str:
-    """What the README shows: the speed of ViT-L, and speed and quality of demos."""
+def results_table(targets: list[dict[str, Any]], photographs: dict[str, Any], *demos: dict[str, Any]) -> str:
+    """What the README shows: the speed of ViT-L, and speed and quality of DINOv2 on photographs and of demos."""
     columns = ["", "patches left", "multiply-adds fall by", "speed-up", "quality, unpruned", "Cropr", "random"]
     rows = []
     for record in targets:
@@ -351,6 +351,15 @@ def results_table(targets: list[dict[str, Any]], *demos: dict[str, Any]) -> str:
         name += "" if fusion else ", without last layer fusion"
         left = f"{record['patches_kept'][-1]} of {record['patches']}"
         rows.append([name, left, f"{record['multiply_add_bound']:.2f}", ratio(record["results"]["cropr"])] + 3 * ["–"])
+    (name,) = (name for name in photographs["models"] if name.startswith("cropr, "))
+    unpruned, cropr = (photographs["models"][each] for each in ("unpruned", name))
+    cells = ["DINOv2-small, garments on photographs, accuracy", f"{cropr['patches_left']} of {cropr['patches']}"]
+    cells.append(f"{unpruned['multiply_adds'] / cropr['multiply_adds']:.2f}")
+    cells.append(ratio(photographs["speed"][-1]["results"][name]))
+    for method in ("unpruned", "cropr", "random"):
+        runs = [run for run in photographs["runs"] if run["method"] == method and run["trained"]]
+        cells.append(f"{mean_and_deviation([run['metrics']['accuracy'] for run in runs])} %")
+    rows.append(cells)
     for record in demos:
         task = record["arguments"]["task"]
         (metric, title), *_ = demo.TASKS[task].metrics.items()
@@ -365,7 +374,15 @@ ATTENTION = partial(turns_table, columns=["size, pixels, batch", "unpruned", "ea
 # By the file and the name of a table: what makes it, and from which records.
 PAGES: dict[str, dict[str, tuple[Callable[..., str], list[str]]]] = {
     "README.md": {
-        "results": (results_table, ["speed/targets", "demos/image_classification", "demos/semantic_segmentation"])
+        "results": (
+            results_table,
+            [
+                "speed/targets",
+                "comparisons/garments_classification",
+                "demos/image_classification",
+                "demos/semantic_segmentation",
+            ],
+        )
     },
     "docs/demos.md": {
         "image_classification": (demo_table, ["demos/image_classification"]),

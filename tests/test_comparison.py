@@ -213,6 +213,7 @@ def test_times_are_taken_once_though_interrupted_with_each_model_loaded_once(scr
     assert len(kept) == 2 and record["speed"][:2] == kept
 
 
+@pytest.mark.full
 def test_files_that_are_asked_for_later_are_timed(scripts, write, tmp_path, monkeypatch):
     few, timed = FEW | {"methods": ["cropr", "random"], "off_the_shelf": False}, []
     monkeypatch.setattr(comparison, "onnx_call", lambda file, pixel_values: lambda: timed.append(file.parent.name))
