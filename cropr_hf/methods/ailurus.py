@@ -114,9 +114,10 @@ def neighbor_distances(features: torch.Tensor, neighbors: torch.Tensor, spatial_
     Returns:
         (B, N, K)
     """
-    batch_size, _, size = features.shape
-    count = neighbors.shape[1]
-    chunks = neighbors.split(max(1, CHUNK // (batch_size * count * size)))
+    count, size = neighbors.shape[1], features.shape[-1]
+    # A graph is for any number of images, so that its chunks are for one.
+    images = 1 if torch.compiler.is_compiling() else len(features)
+    chunks = neighbors.split(max(1, CHUNK // (images * count * size)))
     parts = []
     for tokens, near in zip(features.split([len(chunk) for chunk in chunks], dim=1), chunks):
         # (B, n * K, D) -> (B, n, K, D)
@@ -255,7 +256,7 @@ class AiluRusReducer(TokenReducer):
             peaks, cluster = cluster_tokens(patches.detach(), grid_size, num_keep, self.cluster_settings)
             is_peak = torch.zeros_like(cluster).scatter(1, peaks, 1)
             merged = is_peak.argsort(dim=1, stable=True)[:, : patches.shape[1] - num_keep]
-            places = torch.arange(prefix, device=peaks.device).expand(len(peaks), -1)
+            places = torch.arange(prefix, device=peaks.device).expand(peaks.shape[0], -1)
         # Sums in float32: half precision would round them to a few digits.
         wide = patches.to(torch.promote_types(patches.dtype, torch.float32))
         sizes = wide.new_zeros(peaks.shape).scatter_add(1, cluster, torch.ones_like(cluster, dtype=wide.dtype))

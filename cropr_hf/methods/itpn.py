@@ -110,7 +110,7 @@ class MigrationReducer(StagedReducer):
                 similar = similar.gather(1, first)
             leaving = similar[:, :num_leave]
             length = tokens.shape[1]
-            leaves = torch.zeros(len(tokens), length, dtype=torch.long, device=tokens.device).scatter(1, leaving, 1)
+            leaves = torch.zeros_like(tokens[..., 0], dtype=torch.long).scatter(1, leaving, 1)
             staying = leaves.argsort(dim=1, stable=True)[:, : length - num_leave]
         return state.prune(staying, leaving, self.block)
 

@@ -214,7 +214,10 @@ def _write(graph: _Graph, pixel_values: torch.Tensor, path: Path, free_batch: bo
         output_names=names,
         opset_version=ONNX_OPSET,
         dynamic_shapes=shapes,
-        custom_translation_table={torch.ops.aten.sort.stable: _onnx_stable_sort},
+        custom_translation_table={
+            torch.ops.aten.sort.stable: _onnx_stable_sort,
+            torch.ops.aten._cdist_forward.default: _onnx_distances,
+        },
     )
     onnx_program.save(path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -232,6 +235,18 @@ def _onnx_stable_sort(values: Any, *, stable: bool = True, dim: int = -1, descen
 
     length = opset20.Shape(values, start=dim) if dim == -1 else opset20.Shape(values, start=dim, end=dim + 1)
     return opset20.TopK(values, length, axis=dim, largest=descending, sorted=True)
+
+
+def _onnx_distances(left: Any, right: Any, p: float, compute_mode: int | None = None) -> Any:
+    """Euclidean distances, (B, N, D) and (B, M, D) -> (B, N, M), by products, as torch has them for many vectors."""
+    from onnxscript import opset20
+
+    if p != 2:
+        raise ValueError(f"`torch.cdist` with p = {p} has no translation to ONNX; use 2, or a `.pt2` file.")
+    of_left = opset20.ReduceSumSquare(left, [-1], keepdims=1)
+    of_right = opset20.Transpose(opset20.ReduceSumSquare(right, [-1], keepdims=1), perm=[0, 2, 1])
+    products = opset20.MatMul(left, opset20.Transpose(right, perm=[0, 2, 1]))
+    return opset20.Sqrt(opset20.Relu(of_left + of_right - (products + products)))
 
 
 def _difference(actual: Tensors, expected: Tensors) -> float:
