@@ -544,7 +544,7 @@ def circumstances(record: Mapping[str, Any]) -> str:
     where = ", ".join(dict.fromkeys(each.get("machine", "an unknown machine") for each in trainings))
     versions = ", ".join(f"{name} {record['versions'][name].split('+')[0]}" for name in ("torch", "transformers"))
     return (
-        f"*Mean and standard deviation of {seeds} seed{'s' if seeds > 1 else ''}; {images} training images, "
+        f"*{'One seed' if seeds == 1 else f'Mean and standard deviation of {seeds} seeds'}; {images} training images, "
         f"{trainings[0].get('num_steps')} steps, on {where}. Speed-ups are over the unpruned model as it is, in turns "
         f"in one process: {record['machine']}, {versions}.*"
     )

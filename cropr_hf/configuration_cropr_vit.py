@@ -259,16 +259,17 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
         token_reducer (`str`, *optional*): name of the method, such as the default, `"random"` (the baseline of the
             paper) or `"tome"`; `None` is the unpruned model. `cropr_hf.TOKEN_REDUCERS` has all.
         reducer_config (`dict`, *optional*): fields of the method's own, such as `proportional_attention` of ToMe.
-            They are checked when a model is built.
+            They are checked when the configuration is made (in code from the Hub, when a model is built).
         reducer_package (`str`, *optional*): the package that a method outside of this code comes from; models note it.
         pruning_rate (`int`, *optional*): patch tokens removed by each module, R in the paper. One module follows
-            every block but the last (but the last two with fusion), unless the method has other places and counts. 8
-            when no schedule is given either.
+            every block but the last (but the last two with fusion), unless the method has other places and counts.
+            Without a schedule as well, 8 for methods that have no share of their own (Cropr, random, ToMe).
         pruning_schedule (`list[int]`, *optional*): patch tokens kept after each block, one entry per block; a module
             stands where the number falls, so the last entry (the last two with fusion) repeats the one before. Entries
             before the first module stand for all tokens, whatever the image size.
         last_layer_fusion (`bool`, *optional*): put the pruned tokens back before the last block (Last Layer Fusion in
-            the paper). By default as the method is published: on for Cropr and random, off for ToMe.
+            the paper). By default as the method is published: on for Cropr and random, off for all others;
+            `from_vit` turns it on for label maps and detectors.
         align_first_module (`bool`): with a CLS token, the first module of `pruning_rate` removes one token more, so
             that the sequence length, CLS included, stays a multiple of 4 or 8 (197 -> 188 -> 180 ...).
         token_multiple (`int`): the sequence lengths that `pruning_rate` leaves, prefix included, are rounded up to

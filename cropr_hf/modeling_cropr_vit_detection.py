@@ -65,7 +65,8 @@ class CroprViTDetectionOutput(ModelOutput):
     object".
 
     Attributes:
-        loss: main loss + `config.auxiliary_loss_weight` * sum of the auxiliary losses, with labels.
+        loss: main loss + `config.auxiliary_loss_weight` * sum of the auxiliary losses + further losses of the method,
+            with labels.
         loss_dict: parts of the main loss, with labels: two of the proposals, two of each box head, one of masks.
         logits: (B, K, C + 1)
         pred_boxes: (B, K, 4), centre, width and height as shares of the image without padding.

@@ -76,7 +76,7 @@ class OwnWeights(nn.Module):
 @strict
 @dataclass
 class ReducerConfig:
-    """Fields of one method, which `config.reducer_config` holds as a dictionary. Most methods have none."""
+    """Fields of one method, which `config.reducer_config` holds as a dictionary. Cropr and random have none."""
 
 
 @strict

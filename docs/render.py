@@ -1,5 +1,5 @@
-"""Writes the tables of README and pages, and the pictures about speed, from the records in docs/speed and docs/demos
-(`make pages`).
+"""Writes the tables of README and pages, and the pictures about speed, from the records in docs/speed, docs/demos and
+docs/comparisons (`make pages`).
 """
 
 import json

@@ -99,7 +99,7 @@ TASKS = {
 
 @dataclass
 class DemoArguments:
-    """Settings of the demo; the defaults take about five minutes on two CPU cores."""
+    """Settings of the demo; the defaults take 3 to 8 minutes on two CPU cores."""
 
     task: str = "image_classification"
     pretrained: str = str(HERE / "digits_vit")

@@ -77,7 +77,9 @@ class PruningArguments:
         default=None, help="Patch tokens kept after each block, instead of a rate."
     )
     last_layer_fusion: bool | None = HfArg(
-        default=None, help="Put pruned tokens back before the last block (default)."
+        default=None,
+        help="Put pruned tokens back before the last block; by default as the method is published, and always for "
+        "label maps and detectors.",
     )
     reducer_config: str | None = HfArg(
         default=None, help="Fields of the method, as JSON, such as '{\"keep_rate\": 0.5}' of EViT."

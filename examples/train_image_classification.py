@@ -78,7 +78,9 @@ class ClassifierArguments(TeacherArguments, ModelArguments):
     )
 
     label_smoothing: float = HfArg(default=0.1, help="Of the main and the auxiliary losses.")
-    pooling: str | None = HfArg(default=None, help="'mean', 'patch_mean' or 'cls', if not that of the source.")
+    pooling: str | None = HfArg(
+        default=None, help="'mean', 'patch_mean', 'cls', 'cls_patch_mean' or 'attention', if not that of the source."
+    )
     norm_before_pooling: bool | None = HfArg(
         default=None, help="Final norm before or after pooling, if not as in the source."
     )

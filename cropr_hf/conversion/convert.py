@@ -82,9 +82,9 @@ FURTHER_ARGUMENTS = ("num_labels", "out_features", "out_indices", "attn_implemen
 def convert_vit(cls: type[CroprViTPreTrainedModel], source: str | os.PathLike | nn.Module, **kwargs: Any) -> Any:
     """A Cropr ViT with the weights of a pretrained ViT; `cls.from_vit` calls it.
 
-    With `token_reducer=None` and no new parts it computes what the source computes. Otherwise it prunes by a score
-    that is still random, so it has to be trained: task classes, and a `CroprViTModel` with
-    `auxiliary_task="embedding"`, get auxiliary heads unless `use_auxiliary_heads=False`.
+    With `token_reducer=None` and no new parts it computes what the source computes. Cropr and DynamicViT prune by a
+    score that is still random, and have to be trained; other methods work at once. With Cropr, task classes, and a
+    `CroprViTModel` with `auxiliary_task="embedding"`, get auxiliary heads unless `use_auxiliary_heads=False`.
 
     An image classifier that normalises the mean of the tokens, where its source normalises the tokens, has a new final
     norm: as MAE and the paper fine-tune, and timm when its pooling changes.

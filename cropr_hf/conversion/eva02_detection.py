@@ -115,7 +115,7 @@ def convert_eva02_detector(
     """A Cropr detector with the weights of a detector of EVA-02 (baaivision/EVA, `EVA-02/det`).
 
     It computes what the source computes. What says how to prune (`pruning_schedule`, `pruning_rate`, `token_reducer`)
-    adds token reducers, whose score is still random, so that they have to be trained, with auxiliary heads unless
+    adds token reducers; those of Cropr score at random until they are trained, and have auxiliary heads unless
     `use_auxiliary_heads=False`.
 
     All sizes are read off the shapes. The side of the image, the windows and the blocks with windowed attention are
