@@ -327,6 +327,7 @@ class TestImageData:
         with pytest.raises(ValueError, match="split 'train' of the data set has no image"):
             example("shared").prepare_splits(images, script.DataArguments("x"), 0.5, 0)
 
+    @pytest.mark.full
     def test_published_image_processors_take_images_of_any_mode(self, example, trained, trained_segmenter):
         grey = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60), np.uint8))
         for folder in (trained, trained_segmenter):
