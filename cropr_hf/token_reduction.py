@@ -293,8 +293,8 @@ class TokenReducer(nn.Module):
                 "reducer, or a model with a CLS token."
             )
         # Windows know no bias of keys, and keep tokens in the order of the grid.
-        is_for_all = cls.uses_key_bias(config) or cls.acts_inside or cls.idles
-        if config.window_block_indices and (is_for_all or not cls.supports_windows):
+        needs_global = cls.uses_key_bias(config) or cls.acts_inside or cls.idles
+        if config.window_block_indices and (needs_global or not cls.supports_windows):
             raise ValueError(
                 f"The token reducer {cls.name!r} does not support windowed attention, but `window_block_indices` is "
                 f"{list(config.window_block_indices)}; choose another reducer, or a model without windows."
