@@ -243,8 +243,9 @@ def _onnx_distances(left: Any, right: Any, p: float, compute_mode: int | None = 
 
     if p != 2:
         raise ValueError(f"`torch.cdist` with p = {p} has no translation to ONNX; use 2, or a `.pt2` file.")
-    of_left = opset20.ReduceSumSquare(left, [-1], keepdims=1)
-    of_right = opset20.Transpose(opset20.ReduceSumSquare(right, [-1], keepdims=1), perm=[0, 2, 1])
+    last: Any = [-1]  # the library's annotation allows tensors alone
+    of_left = opset20.ReduceSumSquare(left, last, keepdims=1)
+    of_right = opset20.Transpose(opset20.ReduceSumSquare(right, last, keepdims=1), perm=[0, 2, 1])
     products = opset20.MatMul(left, opset20.Transpose(right, perm=[0, 2, 1]))
     return opset20.Sqrt(opset20.Relu(of_left + of_right - (products + products)))
 
