@@ -59,7 +59,7 @@ class Run:
     """One model: trained with one seed, or taken off the shelf.
 
     Attributes:
-        method: name of a method, or of a reference.
+        method: what the comparison calls a method, or a reference.
         budget: its name; `None` where there is none to meet.
         seed: of the training.
         trained: `False` for a method on the unpruned checkpoint of that seed.
@@ -137,12 +137,12 @@ class Runner:
         unpruned = CroprViTConfig.from_pretrained(self.folder(self.unpruned(seed)) / "model")
         for budget, given in comparison.budgets.items():
             for method, own in comparison.methods.items():
-                arguments = comparison.pruned | own
+                reducer, arguments = comparison.reducer(method), comparison.pruned | own
                 given_too = comparison.arguments | arguments
                 fields_too = {name: given_too[name] for name in FIELDS if name in given_too}
-                pruning = {"token_reducer": method, **fields_too, **pruning_of(unpruned, method, given, fields_too)}
+                pruning = {"token_reducer": reducer, **fields_too, **pruning_of(unpruned, reducer, given, fields_too)}
                 yield Run(method, budget, seed, True, arguments | pruning)
-                if comparison.off_the_shelf and not TOKEN_REDUCERS[method].learns:
+                if comparison.off_the_shelf and not TOKEN_REDUCERS[reducer].learns:
                     yield Run(method, budget, seed, False, pruning)
                 if method == next(iter(comparison.methods)):
                     size = smaller_image(_pruned_config(unpruned, pruning)).input_size[0]

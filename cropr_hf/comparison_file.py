@@ -20,8 +20,10 @@ import yaml
 
 from .arguments import DTYPES, parse_device
 from .configuration_cropr_vit import CroprViTConfig
+from .speed.alternatives import SMALLER_IMAGE, SMALLER_MODEL
+from .speed.benchmark import UNPRUNED
 from .speed.timing import check_rounds
-from .token_reduction import find_token_reducer
+from .token_reduction import TOKEN_REDUCERS, find_token_reducer
 
 
 Fields = TypeVar("Fields")
@@ -73,8 +75,11 @@ BUDGETS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
 }
 # What the comparison tells the scripts itself.
-TOLD_TO_TRAIN = ("output_dir", "seed", "token_reducer", *BUDGETS)
-TOLD_TO_EVALUATE = ("model_name_or_path", "picture", "exported", "token_reducer", *BUDGETS)
+REDUCER = "token_reducer"
+TOLD_TO_TRAIN = ("output_dir", "seed", REDUCER, *BUDGETS)
+TOLD_TO_EVALUATE = ("model_name_or_path", "picture", "exported", REDUCER, *BUDGETS)
+# Names of rows that stand for no method.
+REFERENCES = (UNPRUNED, SMALLER_IMAGE, SMALLER_MODEL)
 
 
 @dataclass
@@ -112,7 +117,8 @@ class Comparison:
         train: a training script that writes a stripped model with its record, such as those in `examples`; or a whole
             command (`accelerate launch ...`).
         evaluate: an evaluation script whose last line is a JSON object of numbers.
-        methods: of the registry, by name, with arguments of `train` that only they have.
+        methods: of the registry, by name, with arguments of `train` that only they have; or variants of one, by a
+            name of your own with that of the method as `token_reducer` among them.
         budgets: by name, one of `multiply_adds` (share of the unpruned model's, in (0, 1)), `pruning_rate` and
             `pruning_schedule`; each method gets what costs as much (see `cropr_hf.comparison.pruning_of`).
         seeds: of the trainings.
@@ -163,8 +169,16 @@ class Comparison:
     def __post_init__(self) -> None:
         for name in ("train", "evaluate"):
             _check_command(name, getattr(self, name))
-        for name in self.methods:
-            find_token_reducer(CroprViTConfig(token_reducer=name, reducer_config=None))
+        for name, own in self.methods.items():
+            if not fits(self.reducer(name), str):
+                raise ValueError(
+                    f"`methods.{name}` has token_reducer {self.reducer(name)!r}; give a name of a method."
+                )
+            find_token_reducer(CroprViTConfig(token_reducer=self.reducer(name), reducer_config=None))
+            if REDUCER in own and name in (*TOKEN_REDUCERS, *REFERENCES):
+                raise ValueError(
+                    f"`methods.{name}` has 'token_reducer'; give the variant a name that nothing else has."
+                )
         for name, budget in self.budgets.items():
             if len(budget) != 1 or not {*budget} <= {*BUDGETS}:
                 raise ValueError(f"The budget {name!r} is {budget!r}; give one of {', '.join(BUDGETS)}.")
@@ -172,13 +186,19 @@ class Comparison:
                 is_right, words = BUDGETS[kind]
                 if not is_right(value):
                     raise ValueError(f"The budget {name!r} has {kind} {value!r}; it is {words}.")
-        if len({folder_name(name) for name in self.budgets}) < len(self.budgets):
-            raise ValueError(f"The budgets {', '.join(self.budgets)} differ in signs alone; give them other names.")
-        groups = {"arguments": self.arguments, "pruned": self.pruned}
-        for where, group in (groups | {f"methods.{name}": own for name, own in self.methods.items()}).items():
+        for kind, names in {"budgets": self.budgets, "methods": self.methods}.items():
+            if len({folder_name(name) for name in names}) < len(names):
+                raise ValueError(f"The {kind} {', '.join(names)} differ in signs alone; give them other names.")
+        for where, group in {"arguments": self.arguments, "pruned": self.pruned}.items():
             _check_arguments(where, group, TOLD_TO_TRAIN)
+        for name, own in self.methods.items():
+            _check_arguments(f"methods.{name}", own, {*TOLD_TO_TRAIN} - {REDUCER})
         _check_arguments("evaluation", self.evaluation, TOLD_TO_EVALUATE)
         _check_each("seeds", self.seeds, lambda seed: seed >= 0, "give whole numbers, 0 or more")
+
+    def reducer(self, method: str) -> str:
+        """Name in the registry of what the comparison calls a method."""
+        return self.methods[method].get(REDUCER, method)
 
 
 def folder_name(*parts: str | None) -> str:

@@ -24,6 +24,7 @@ import any_speed  # noqa: E402
 import demo  # noqa: E402
 
 
+REFERENCES = ("transformers ViT", "timm")
 LINEAR = ("addmm", "mm", "mkl_linear", "mkldnn_linear")
 # `cat` puts the pruned tokens back; that of the prefix is too short to be in the records.
 PRUNING = ("sort", "nan_to_num", "index_select", "addmv_", "constant_pad_nd", "arange", "cat")
@@ -32,6 +33,24 @@ PRUNING = ("sort", "nan_to_num", "index_select", "addmv_", "constant_pad_nd", "a
 def ratio(timing: dict[str, float]) -> str:
     """A speed-up with its spread."""
     return f"{timing['speedup']:.2f} ± {timing['spread']:.2f}"
+
+
+def faster_than(record: dict[str, Any], reference: str) -> str:
+    """How much faster this code's unpruned model is than another library's; empty where it was not measured."""
+    result = record["results"].get(reference)
+    return "" if result is None else f"{1 / result['speedup']:.3f} ± {result['spread'] / result['speedup'] ** 2:.3f}"
+
+
+def references_table(records: list[dict[str, Any]]) -> str:
+    """The unpruned model against those of other libraries, where they were measured."""
+    rows = []
+    for record in records:
+        against = [faster_than(record, name) for name in REFERENCES]
+        if any(against):
+            setting = (record["arguments"][name] for name in ("size", "dtype", "batch_size"))
+            own = record["results"][UNPRUNED]
+            rows.append([", ".join(map(str, setting)), f"{own['p50_ms']:.1f}", *against])
+    return markdown_table(["size, type, batch", "unpruned, ms", "against Transformers' ViT", "against timm"], rows)
 
 
 def targets_table(records: list[dict[str, Any]]) -> str:
@@ -45,12 +64,7 @@ def targets_table(records: list[dict[str, Any]]) -> str:
         setting = f"{arguments['size']} {arguments['image_size'] or 224} px, R = {arguments['pruning_rate']}"
         setting += ", without fusion" if config.get("last_layer_fusion") is False else ""
         setting += ", training step" if arguments["training"] else ""
-        references = [
-            f"{1 / results[name]['speedup']:.3f} ± {results[name]['spread'] / results[name]['speedup'] ** 2:.3f}"
-            if name in results
-            else ""
-            for name in ("transformers ViT", "timm")
-        ]
+        references = [faster_than(record, name) for name in REFERENCES]
         cells = [
             setting,
             str(arguments["batch_size"]),
@@ -109,8 +123,13 @@ def cost_table(records: list[dict[str, Any]]) -> str:
     return markdown_table(columns, rows, num_names=0)
 
 
-def blocks_table(records: list[dict[str, Any]]) -> str:
-    """What a block costs however few its tokens are, and what share of the bound that leaves."""
+def blocks_table(records: list[dict[str, Any]], grid: list[dict[str, Any]]) -> str:
+    """What a block costs however few its tokens are, what share of the bound that leaves, and what is reached."""
+    reached = {
+        tuple(record["arguments"][name] for name in ("size", "batch_size")): record["share_of_bound"]
+        for record in grid
+        if (record["arguments"]["image_size"], record["arguments"]["dtype"]) == (224, "float32")
+    }
     columns = [
         "size, batch",
         "block with 2 tokens, ms",
@@ -118,6 +137,7 @@ def blocks_table(records: list[dict[str, Any]]) -> str:
         "ratio",
         "bound at R",
         "share that is left",
+        "Cropr's share",
     ]
     rows = []
     for record in records:
@@ -126,7 +146,8 @@ def blocks_table(records: list[dict[str, Any]]) -> str:
         bound = record["bound_of_grid"]
         cells = [f"{record['size']}, {record['batch_size']}", f"{few:.2f}", f"{every:.2f}", f"{few / every:.1%}"]
         # Time = fixed + per multiply-add; the fixed part does not shrink.
-        rows.append([*cells, f"{bound:.2f}", f"{1 / (1 + few / every * (bound - 1)):.2f}"])
+        own = reached[record["size"], record["batch_size"]]
+        rows.append([*cells, f"{bound:.2f}", f"{1 / (1 + few / every * (bound - 1)):.2f}", f"{own:.2f}"])
     return markdown_table(columns, rows)
 
 
@@ -402,7 +423,8 @@ PAGES: dict[str, dict[str, tuple[Callable[..., str], list[str]]]] = {
     "docs/speed_details.md": {
         "grid": (partial(format_sweep, names=["size", "image_size", "dtype", "batch_size"]), ["speed/grid"]),
         "profile": (profile_table, ["speed/grid"]),
-        "blocks": (blocks_table, ["speed/blocks"]),
+        "blocks": (blocks_table, ["speed/blocks", "speed/grid"]),
+        "references": (references_table, ["speed/grid"]),
         "aligned": (aligned_table, ["speed/aligned"]),
         "attention": (ATTENTION, ["speed/attention"]),
         "attention_kept": (ATTENTION, ["speed/attention_kept"]),

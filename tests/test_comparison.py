@@ -138,6 +138,18 @@ def test_pictures_are_drawn_for_the_first_seed_also_where_they_are_asked_for_lat
     assert "token_reducer" not in scripts.calls[0][1] and scripts.calls[1][1]["token_reducer"] == "random"
 
 
+def test_variants_of_a_method_have_names_of_their_own(scripts, write, tmp_path):
+    methods = {"cropr": {}, "few chances": {"token_reducer": "random", "layer_decay": 1}}
+    record = Runner(Comparison.from_file(write(**FEW | {"methods": methods})), tmp_path)()
+    trainings = {Path(told["output_dir"]).parent.name: told for script, told in scripts.calls if script == "train.py"}
+    told = trainings["few_chances_half_seed_0"]
+    assert (told["token_reducer"], told["layer_decay"]) == ("random", 1)
+    assert "layer_decay" not in trainings["cropr_half_seed_0"]
+    assert {"cropr, half", "few chances, half"} <= {*record["models"]}
+    assert [run["trained"] for run in record["runs"] if run["method"] == "few chances"] == [True, False]
+    assert "| few chances, half | 4 of 16 |" in (tmp_path / "comparison.md").read_text()
+
+
 @pytest.mark.full
 def test_what_scripts_are_told(scripts, write, tmp_path):
     Runner(Comparison.from_file(write(seeds=[3])), tmp_path / "out")()
@@ -372,7 +384,14 @@ MORE_WRONG = [
     ({"arguments": {True: 1}}, "`arguments` of .* is {True: 1}; write names and values, .* quotes around"),
     ({"arguments": {"output-dir": "a"}}, "`arguments` has 'output-dir', which the comparison itself sets"),
     ({"pruned": {"pruning_rate": 8}}, "`pruned` has 'pruning_rate', which the comparison itself sets"),
-    ({"methods": {"cropr": {"token_reducer": "a"}}}, "`methods.cropr` has 'token_reducer', which the comparison"),
+    *[
+        ({"methods": {name: {"token_reducer": "tome"}}}, f"`methods.{name}` has 'token_reducer'; give the variant a n")
+        for name in ("cropr", "unpruned", "smaller image")
+    ],
+    ({"methods": {"mine": {"token_reducer": "tom"}}}, "Unknown token reducer 'tom'; did you mean 'tome'"),
+    ({"methods": {"mine": {"token_reducer": ["tome"]}}}, r"`methods.mine` has token_reducer \['tome'\]; give a name"),
+    ({"methods": {"mine": {"seed": 1}}}, "Unknown token reducer 'mine'"),
+    ({"methods": {"a b": {"token_reducer": "tome"}, "a-b": {"token_reducer": "cropr"}}}, "methods .* differ in signs"),
     *[
         ({"evaluation": {name: "a"}}, f"`evaluation` has '{name}', which the comparison itself sets")
         for name in ("picture", "exported", "token_reducer", "pruning_schedule")

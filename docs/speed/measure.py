@@ -73,7 +73,7 @@ GROUPS: dict[str, list[BenchmarkArguments]] = {
             min_rounds=7,
             max_rounds=8,
         ),
-        BenchmarkArguments(size="large", pruning_rate=8, batch_size=4, training=True, min_rounds=5, max_rounds=8),
+        BenchmarkArguments(size="large", pruning_rate=8, batch_size=8, training=True, min_rounds=5, max_rounds=8),
     ],
     "grid": [
         BenchmarkArguments(
@@ -82,6 +82,7 @@ GROUPS: dict[str, list[BenchmarkArguments]] = {
             pruning_rate=RATES[size, pixels],
             batch_size=batch_size,
             dtype=dtype,
+            references=size != "base" and pixels == 224 and batch_size <= 8,
             profile=True,
             min_rounds=100 if (batch_size, pixels) == (1, 224) else 5,  # latencies, with a p99
             max_rounds=100 if (batch_size, pixels) == (1, 224) else 5,
