@@ -35,19 +35,34 @@ class SharedInput(nn.Module):
 
     _joint: JointWeights | None = None
 
-    def project(self, inputs: torch.Tensor, *layers: nn.Module) -> tuple[torch.Tensor, ...]:
-        """Outputs (..., out features) of each linear layer for `inputs` (..., in features).
+    def project(self, inputs: torch.Tensor, head_dim: int, *layers: nn.Module) -> tuple[torch.Tensor, ...]:
+        """Outputs of linear layers with as many channels, by heads, for `inputs` (B, T, in features).
 
         They run one by one in training, in graphs, and where a layer is more than its product (quantised, adapted,
         hooked, offloaded) or its memory is somebody else's (shared by processes, gathered by FSDP or DeepSpeed).
+
+        Returns:
+            (B, heads, T, d) of each layer, where d is `head_dim`.
         """
-        in_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if torch.is_grad_enabled() or in_graph or _has_any_global_hook():
-            return tuple(layer(inputs) for layer in layers)
+        joint, batch_shape = self._joint_of(layers), inputs.shape[:2]
+        if joint is None:
+            return tuple(layer(inputs).view(*batch_shape, -1, head_dim).transpose(1, 2) for layer in layers)
+        # (B, T, layers * D) -> (B, T, layers, heads, d) -> (layers, B, heads, T, d)
+        outputs = F.linear(inputs, joint.matrix, joint.bias).view(*batch_shape, len(layers), -1, head_dim)
+        return outputs.permute(2, 0, 3, 1, 4).unbind(0)
+
+    def _joint_of(self, layers: tuple[nn.Module, ...]) -> JointWeights | None:
+        if (
+            torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or torch.jit.is_tracing()
+            or _has_any_global_hook()
+        ):
+            return None
         joint = self._joint
         if joint is None or not joint.is_valid(layers):
             joint = self._joint = JointWeights.of(layers)
-        return tuple(layer(inputs) for layer in layers) if joint is None else joint.product(inputs, layers)
+        return joint
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
         self._joint = None  # weights that move leave no copy behind
@@ -59,45 +74,50 @@ class SharedInput(nn.Module):
 
 @dataclass
 class JointWeights:
-    """The weights of linear layers as one matrix."""
+    """The weights of linear layers as one matrix, and their biases as one vector."""
 
-    weights: tuple[nn.Parameter, ...]
+    layers: tuple[nn.Module, ...]
     matrix: torch.Tensor  # (out features of all, in features)
-    sizes: list[int]
-    places: list[int]  # where each weight begins in memory
+    bias: torch.Tensor | None  # (out features of all,), zeros where a layer has none
+    # Each weight and bias: the parameters of its layer, its name, it itself, and where it begins in memory.
+    parts: list[tuple[dict[str, Any], str, nn.Parameter | None, int]]
 
     @classmethod
     def of(cls, layers: tuple[nn.Module, ...]) -> JointWeights | None:
         """Moves the weights of layers into one matrix; `None` where that cannot be, or may not."""
         if not all(_is_plain(layer) for layer in layers):
             return None
-        weights: tuple[Any, ...] = tuple(layer.weight for layer in layers)
-        if not _are_movable(weights):
+        weights: list[Any] = [layer.weight for layer in layers]
+        biases: list[Any] = [layer.bias for layer in layers]
+        if not _are_movable([*weights, *(bias for bias in biases if bias is not None)]):
             return None
-        sizes = [len(weight) for weight in weights]
+        if len({weight.shape for weight in weights}) > 1:
+            return None
+        parts: list[tuple[dict[str, Any], str, nn.Parameter | None, int]] = []
+        joined = []
         with torch.inference_mode(False), torch.no_grad():
-            matrix = torch.cat([weight.data for weight in weights])
-            parts = matrix.split(sizes)
-            for weight, part in zip(weights, parts):
-                weight.data = torch.from_dlpack(part)  # the same memory, as a storage of its own
-        # Of the parts: another thread, which does the same, may have moved the weights on.
-        return cls(weights, matrix, sizes, [part.data_ptr() for part in parts])
+            for name, tensors in {"weight": weights, "bias": biases}.items():
+                zeros = weights[0].data.new_zeros(len(weights[0]))  # in place of a bias
+                whole = torch.cat([zeros if tensor is None else tensor.data for tensor in tensors])
+                for layer, tensor, part in zip(layers, tensors, whole.chunk(len(layers))):
+                    if tensor is not None:
+                        tensor.data = torch.from_dlpack(part)  # the same memory, as a storage of its own
+                    # Of the part: another thread, which does the same, may have moved the tensor on.
+                    parts.append((layer._parameters, name, tensor, part.data_ptr()))
+                joined.append(whole if any(tensor is not None for tensor in tensors) else None)
+        matrix, bias = joined
+        assert matrix is not None
+        return cls(layers, matrix, bias, parts)
 
     def is_valid(self, layers: tuple[nn.Module, ...]) -> bool:
         """Whether the layers are plain and their weights the parts of the matrix: not moved or replaced since."""
-        for layer, weight, place in zip(layers, self.weights, self.places):
-            if layer._parameters.get("weight") is not weight or weight.data_ptr() != place or not _is_plain(layer):
+        if layers != self.layers:
+            return False
+        for parameters, name, parameter, place in self.parts:
+            own = parameters.get(name)
+            if own is not parameter or (own is not None and own.data_ptr() != place):
                 return False
-        return True
-
-    def product(self, inputs: torch.Tensor, layers: tuple[nn.Module, ...]) -> tuple[torch.Tensor, ...]:
-        """The outputs of the layers."""
-        biases: list[Any] = [layer._parameters["bias"] for layer in layers]
-        bias = None
-        if any(own is not None for own in biases):
-            zeros = self.matrix.new_zeros
-            bias = torch.cat([zeros(size) if own is None else own for own, size in zip(biases, self.sizes)])
-        return F.linear(inputs, self.matrix, bias).split_with_sizes(self.sizes, dim=-1)
+        return all(map(_is_plain, layers))
 
 
 def _is_plain(layer: nn.Module) -> bool:
@@ -107,7 +127,7 @@ def _is_plain(layer: nn.Module) -> bool:
     )
 
 
-def _are_movable(weights: tuple[Any, ...]) -> bool:
+def _are_movable(weights: list[Any]) -> bool:
     """Whether weights are plain parameters, alike, in memory of which nobody else has a pointer."""
     first = weights[0]
     if torch.distributed.is_available() and torch.distributed.is_initialized():

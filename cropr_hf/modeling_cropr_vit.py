@@ -279,6 +279,7 @@ class CroprViTModel(CroprViTPreTrainedModel):
         self.rotary_embedding = CroprViTRotaryEmbedding(config) if config.rope_theta is not None else None
         self.token_reducers = build_token_reducers(config)
         num_blocks = config.num_hidden_layers
+        self.window_blocks = {1 + index for index in config.window_block_indices}
         drop_path_rates = [config.drop_path_rate * index / max(num_blocks - 1, 1) for index in range(num_blocks)]
         if self.token_reducers:
             drop_path_rates[-1] = 0.0
@@ -326,9 +327,10 @@ class CroprViTModel(CroprViTPreTrainedModel):
         stage_states = [state.hidden_states] if 0 in output_stages else []
         method = find_token_reducer(self.config)
         kept = kept_patches(self.config, method, state.num_patches, self.pruning)
+        reducers: dict[int, Any] = {int(block): module for block, module in self.token_reducers.items()}
         reducer: Any = None
         for block, num_keep in enumerate(kept, start=1):
-            previous, reducer = reducer, self.reducer_of(block)
+            previous, reducer = reducer, reducers.get(block)
             fuses = block == num_blocks and bool(self.config.last_layer_fusion)
             if fuses:
                 state = self.restore(state)
@@ -354,10 +356,6 @@ class CroprViTModel(CroprViTPreTrainedModel):
             stage_states=tuple(stage_states) or None,
         )
 
-    def reducer_of(self, block: int) -> Any:
-        """The module of a block, if it has one."""
-        return self.token_reducers[str(block)] if str(block) in self.token_reducers else None
-
     def restore(self, state: TokenState) -> TokenState:
         """All tokens at their places, as the method brings them back."""
         reducers: list[Any] = list(self.token_reducers.values())
@@ -378,10 +376,11 @@ class CroprViTModel(CroprViTPreTrainedModel):
         number of its schedule.
         """
         layer: Any = self.layers[block - 1]
-        window_grid = self.config.window_grid(block, state.num_patches, state.grid_size)  # type: ignore[arg-type]
-        positions = state.rotations.get("image")
-        if window_grid is not None and window_table is not None:
-            positions = self.window_positions(state, window_grid, window_table)
+        window_grid, positions = None, state.rotations.get("image")
+        if block in self.window_blocks:
+            window_grid = self.config.window_grid(block, state.num_patches, state.grid_size)  # type: ignore[arg-type]
+            if window_grid is not None and window_table is not None:
+                positions = self.window_positions(state, window_grid, window_table)
         # The first argument stays the hidden states: what records outputs, and checkpointing, look for them there. The
         # key bias is one by position, since reentrant checkpoints know no gradient of others.
         hidden_states = layer.checkpoint_input(state.hidden_states)

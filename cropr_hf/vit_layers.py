@@ -220,7 +220,7 @@ class CroprViTAttention(SharedInput):
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_probs_dropout_prob
-        self.is_causal = False
+        self.is_causal, self.num_key_value_groups = False, 1  # what attention functions ask for
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.query_bias)
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.key_bias)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.value_bias)
@@ -256,17 +256,12 @@ class CroprViTAttention(SharedInput):
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        attend = partial(
-            attention_interface,
-            self,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
+        kwargs |= {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling}
         if prefix is not None and window_grid is not None:
+            attend = partial(attention_interface, self, **kwargs)
             output, weights = self.attend_with_prefix(attend, prefix, (query, key, value), window_grid)
         else:
-            output, weights = attend(query, key, value, mask)
+            output, weights = attention_interface(self, query, key, value, mask, **kwargs)
             output = output.flatten(2)  # (B, T, heads, d) -> (B, T, D)
             if window_grid is not None:
                 output = merge_windows(output, window_grid, self.config.window_size)
@@ -306,10 +301,7 @@ class CroprViTAttention(SharedInput):
 
     def heads(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """(B, T, D) -> queries, keys and values, (B, heads, T, d) each."""
-        return tuple(
-            projected.view(*hidden_states.shape[:2], -1, self.head_dim).transpose(1, 2)
-            for projected in self.project(hidden_states, self.q_proj, self.k_proj, self.v_proj)
-        )
+        return self.project(hidden_states, self.head_dim, self.q_proj, self.k_proj, self.v_proj)
 
     def queries_and_keys(
         self, hidden_states: torch.Tensor, position_embeddings: Rotation | None = None
