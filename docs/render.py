@@ -391,18 +391,6 @@ def results_table(targets: list[dict[str, Any]], photographs: dict[str, Any], *d
     return markdown_table(columns, rows)
 
 
-def tasks_table(*records: dict[str, Any]) -> str:
-    """What Cropr modules learned from, by the length of the training."""
-    rows = []
-    for record in records:
-        for name in dict.fromkeys(run["method"] for run in record["runs"]):
-            own = [run for run in record["runs"] if run["method"] == name]
-            metrics = ([run["metrics"][metric] for run in own] for metric in record["comparison"]["metrics"])
-            rows.append([str(own[0]["training"]["num_steps"]), name, *map(mean_and_deviation, metrics)])
-    columns = ["steps", "learned from", "mean IoU, %", "patches of digits kept, %"]
-    return markdown_table(columns, rows, num_names=2)
-
-
 ATTENTION = partial(turns_table, columns=["size, pixels, batch", "unpruned", "eager", "Cropr", "eager"])
 # By the file and the name of a table: what makes it, and from which records.
 PAGES: dict[str, dict[str, tuple[Callable[..., str], list[str]]]] = {
@@ -457,12 +445,6 @@ PAGES: dict[str, dict[str, tuple[Callable[..., str], list[str]]]] = {
         ),
         "digits_classification": (comparison_table, ["comparisons/digits_classification"]),
         "garments_classification": (comparison_table, ["comparisons/garments_classification"]),
-    },
-    "docs/semantic_segmentation.md": {
-        "auxiliary_tasks": (
-            tasks_table,
-            [f"comparisons/digits_auxiliary_tasks_{steps}" for steps in (100, 600)],
-        )
     },
     "docs/schedules.md": {"budgets": (budgets_table, ["speed/budgets"]), "shapes": (shapes_table, ["speed/shapes"])},
 }
