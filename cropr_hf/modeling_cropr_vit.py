@@ -70,6 +70,7 @@ class CroprViTModelOutput(ModelOutput):
         token_indices: (B or 1, T), with `output_pruning=True`: place of each token of `last_hidden_state` in the
             unpruned sequence, prefix tokens first. Tokens that have none (new ones; those that a method masks in
             training) have the first index that no place has.
+        patches_per_block: (B, L), with `output_pruning=True`: how many patches of each image each block worked on.
         auxiliary_logits: one (B, N, C) per module, in training with auxiliary heads; of patches first. Embeddings
             (B, N, `config.embedding_size`) with the auxiliary task "embedding".
         auxiliary_patches: (n,), the patches that these are of in this step, if `config.patch_queries_per_step` draws.
@@ -85,6 +86,7 @@ class CroprViTModelOutput(ModelOutput):
     pooler_output: torch.Tensor | None = None
     pruned_after_block: torch.Tensor | None = None
     token_indices: torch.Tensor | None = None
+    patches_per_block: torch.Tensor | None = None
     auxiliary_logits: tuple[torch.Tensor, ...] | None = None
     auxiliary_patches: torch.Tensor | None = None
     method_losses: dict[str, torch.Tensor] | None = None
@@ -350,6 +352,7 @@ class CroprViTModel(CroprViTPreTrainedModel):
             pooler_output=pooled,
             pruned_after_block=state.pruning_map(num_blocks) if output_pruning else None,
             token_indices=state.token_indices if output_pruning else None,
+            patches_per_block=state.patches_per_block(num_blocks, fuses) if output_pruning else None,
             auxiliary_logits=tuple(state.auxiliary_logits.values()) or None,
             auxiliary_patches=state.auxiliary_patches,
             method_losses=state.losses or None,
@@ -390,7 +393,7 @@ class CroprViTModel(CroprViTPreTrainedModel):
                 return reducer.before_next_block(state.updated(hidden_states=hidden_states), num_keep, layer)
 
             hidden_states, state_inside = layer(hidden_states, positions, choose=choose, **kwargs)
-            return state_inside.updated(hidden_states=hidden_states).unpark()
+            return state_inside.updated(hidden_states=hidden_states)
         if reducer is None or not reducer.acts_inside:
             hidden_states = layer(hidden_states, positions, window_grid, state.key_bias, **kwargs)
             return state.updated(hidden_states=hidden_states)

@@ -21,12 +21,13 @@ Symbols: B images, T tokens (prefix and patches), N queries, H heads, D hidden s
 embedding, for queries that predict it).
 """
 
-from __future__ import annotations
-
+# No `from __future__ import annotations` here: it would switch the type checks of `@strict` off.
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.dataclasses import strict
 from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
@@ -35,7 +36,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.generic import maybe_autocast
 
 from .configuration_cropr_vit import CroprViTConfig
-from .token_reduction import OwnWeights, TokenReducer, register_token_reducer
+from .token_reduction import OwnWeights, ReducerConfig, TokenReducer, register_token_reducer
 from .token_state import TokenState, resample_grid
 
 
@@ -102,6 +103,25 @@ def fold_scorer(
     if norm_weight is not None:
         folded = folded * norm_weight.float()
     return folded.to(queries.dtype)
+
+
+def choose_by_mass(logits: torch.Tensor, mass: float, most: int) -> torch.Tensor:
+    """The fewest tokens of each image that together hold a share of the attention (ours; the paper keeps a number).
+
+    Args:
+        logits: (B, N), float32; −∞ for what is not to be chosen.
+        mass: the share, in (0, 1].
+        most: tokens that are chosen at most.
+
+    Returns:
+        (B, N), true for what is chosen, one or more of each image. Of equal logits the first counts first.
+    """
+    weights, order = logits.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+    ranks = torch.arange(logits.shape[-1], device=logits.device)
+    # What a token holds with all that follow it: summed from the smallest, so that shares near 1 are exact as well.
+    rest = weights.flip(-1).cumsum(dim=-1).flip(-1)
+    is_needed = (rest > 1 - mass) | (ranks == 0)
+    return torch.zeros_like(is_needed).scatter(-1, order, is_needed & (ranks < most))
 
 
 def aggregate_tokens(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -227,7 +247,7 @@ class FoldedScorer(OwnWeights):
         """The folded vector (D,)."""
         return self.folded_query
 
-    def train(self, mode: bool = True) -> FoldedScorer:
+    def train(self, mode: bool = True) -> "FoldedScorer":
         """Stays frozen: loading replaces parameters, and no loss reaches this one."""
         super().train(mode)
         return self.requires_grad_(False)
@@ -315,6 +335,24 @@ class AuxiliaryHead(nn.Module):
 # --------------------------------------------------------------------------------------------------------------------
 
 
+@strict
+@dataclass
+class CroprConfig(ReducerConfig):
+    """Fields of Cropr in `config.reducer_config`; those of its scorer and aggregator are the configuration's own.
+
+    Attributes:
+        mass_threshold: in inference, keep in each image only as many patch tokens as hold this share of the queries'
+            attention, in (0, 1], and never more than the schedule says; `None` keeps what the schedule says (the
+            paper). Training is the same.
+    """
+
+    mass_threshold: float | int | None = None
+
+    def __post_init__(self) -> None:
+        if self.mass_threshold is not None and not 0 < self.mass_threshold <= 1:
+            raise ValueError(f"`mass_threshold` is {self.mass_threshold}; it must be in (0, 1], such as 0.9, or None.")
+
+
 @register_token_reducer
 class CroprModule(TokenReducer):
     """Token Cropr after one block: router always, aggregator and auxiliary head for training.
@@ -328,6 +366,7 @@ class CroprModule(TokenReducer):
     title = "Token Cropr"
     url = "https://arxiv.org/abs/2412.00965"
     citation = CITATION
+    config_class = CroprConfig
     learns = True
     supports_auxiliary_heads = True
     supports_windows = True
@@ -336,6 +375,9 @@ class CroprModule(TokenReducer):
 
     def __init__(self, config: CroprViTConfig, block: int):
         super().__init__(config, block)
+        self.mass_threshold = self.setting(config, "mass_threshold")
+        head_size = config.hidden_size // config.scorer_num_heads
+        self.scaling = head_size**-0.5 / sum(config.query_counts)  # of scores, to mean logits of the queries
         self.router = Router(config)
         self.aggregator = Aggregator(config) if config.use_auxiliary_heads else None
         self.auxiliary_head = AuxiliaryHead(config) if config.use_auxiliary_heads else None
@@ -349,7 +391,30 @@ class CroprModule(TokenReducer):
             aggregated = self.aggregator(queries, state.hidden_states.detach(), scorer)
             logits = {**state.auxiliary_logits, self.block: self.auxiliary_head(aggregated)}
             state = state.updated(auxiliary_logits=logits, auxiliary_patches=patches)
-        return self.keep_best(state, num_keep)
+        # Without data, as where multiply-adds are counted, it is the schedule: the most that stays.
+        if self.mass_threshold is None or self.training or state.hidden_states.is_meta:
+            return self.keep_best(state, num_keep)
+        return self.keep_mass(state, num_keep)
+
+    @classmethod
+    def uses_key_bias(cls, config: CroprViTConfig) -> bool:
+        """See `TokenReducer.uses_key_bias`: where images keep unlike numbers of tokens."""
+        return cls.setting(config, "mass_threshold") is not None
+
+    def keep_mass(self, state: TokenState, num_keep: int) -> TokenState:
+        """Prunes to the patch tokens that hold `mass_threshold` of the attention, `num_keep` at most.
+
+        Images are packed, or masked in graphs, whose shapes are fixed.
+        """
+        prefix, padding, sizes = state.num_prefix_tokens, state.padding_of_tokens(), state.sizes
+        with torch.no_grad():
+            logits = self.scores(state) * self.scaling
+            if sizes is not None:  # 0: what was dropped before, or fills up rows
+                logits = logits.masked_fill(sizes == 0, -torch.inf)
+            if padding is not None:
+                logits = logits.masked_fill(padding, -torch.inf)
+            stays = choose_by_mass(logits[:, prefix:], self.mass_threshold, num_keep)
+        return state.drop(F.pad(stays, (prefix, 0), value=True), self.block, packs=not torch.compiler.is_compiling())
 
     def scores(self, state: TokenState) -> torch.Tensor:
         """See `TokenReducer.scores`."""

@@ -18,6 +18,7 @@ Symbols: B images, T tokens now, H heads, d head size, L blocks.
 
 # No `from __future__ import annotations` here: it would switch the type checks of `@strict` off.
 import difflib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeVar
@@ -28,7 +29,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from .configuration_cropr_vit import DEFAULT_PRUNING_RATE, CroprViTConfig, check_finite
-from .token_schedule import check_pruning, kept_by_constant_rate, pruning_blocks
+from .token_schedule import check_pruning, kept_by_constant_rate, pruning_blocks, round_up
 from .token_state import TokenState, select_tokens
 
 
@@ -76,7 +77,7 @@ class OwnWeights(nn.Module):
 @strict
 @dataclass
 class ReducerConfig:
-    """Fields of one method, which `config.reducer_config` holds as a dictionary. Cropr and random have none."""
+    """Fields of one method, which `config.reducer_config` holds as a dictionary. Random has none."""
 
 
 @strict
@@ -111,6 +112,21 @@ class StagedConfig(KeepRateConfig):
         super().__post_init__()
         if self.blocks is not None and (not self.blocks or sorted({*self.blocks}) != list(self.blocks)):
             raise ValueError(f"`blocks` is {self.blocks}; give the numbers of one or more blocks, in ascending order.")
+
+
+@strict
+@dataclass
+class IdlingConfig(KeepRateConfig):
+    """Fields of an `IdlingReducer`.
+
+    Attributes:
+        keep_rate: share of the patches that take part, in (0, 1]: it itself in the first third of the blocks where
+            patches idle, its square and its cube in the others. Instead of it a configuration can have `pruning_rate`
+            or `pruning_schedule`.
+        first_block: the first block in which patches idle, 2 to L; by default the first of the second quarter.
+    """
+
+    first_block: int | None = None
 
 
 class TokenReducer(nn.Module):
@@ -346,6 +362,57 @@ class StagedReducer(TokenReducer):
                 f"`blocks` of {cls.label} has {wrong}; with {config.num_hidden_layers} blocks"
                 f"{' and last layer fusion' * bool(config.last_layer_fusion)} they must be in 1 to "
                 f"{possible[-1] if possible else 0}. Leave these out."
+            )
+        super().check_pruning(config)
+
+
+class IdlingReducer(TokenReducer):
+    """A method by which patches sit out blocks and come back: a module chooses which take part in the block after
+    its own.
+    """
+
+    config_class = IdlingConfig
+    budget_field = "keep_rate"
+    idles = True
+    fuses_by_default = False
+
+    @classmethod
+    def _first_block(cls, config: CroprViTConfig) -> int:
+        return cls.setting(config, "first_block") or config.num_hidden_layers // 4 + 1
+
+    @classmethod
+    def blocks(cls, config: CroprViTConfig) -> list[int]:
+        """See `TokenReducer.blocks`: those before the blocks in which patches idle."""
+        first = cls._first_block(config)
+        return [block for block in super().blocks(config) if block >= first - 1]
+
+    @classmethod
+    def blocks_of_schedule(cls, config: CroprViTConfig, falls: list[int]) -> list[int]:
+        """See `TokenReducer.blocks_of_schedule`: patches idle in every block from the first fall on."""
+        last = super().blocks(config)[-1:]
+        return sorted({*falls, *range(falls[0], last[0] + 1)}) if falls and last else falls
+
+    @classmethod
+    def kept_by_default(cls, config: CroprViTConfig, num_patches: int) -> list[int]:
+        """By `keep_rate`, rounded down."""
+        rate, blocks = cls.setting(config, "keep_rate"), pruning_blocks(config, cls)
+        kept, left = [], num_patches
+        for block in range(1, config.num_hidden_layers + 1):
+            if block in blocks:
+                power = 1 + 3 * blocks.index(block) // len(blocks)
+                left = max(1, math.floor(round(rate**power * num_patches, 6)))
+            kept.append(left)
+        return round_up(config, kept, num_patches)
+
+    @classmethod
+    def check_pruning(cls, config: CroprViTConfig) -> None:
+        """See `TokenReducer.check_pruning`."""
+        cls.settings(config)
+        first, last = cls._first_block(config), config.num_hidden_layers - bool(config.last_layer_fusion)
+        if config.pruning_schedule is None and not 2 <= first <= last:
+            raise ValueError(
+                f"`first_block` of {cls.label} is {first}; with {config.num_hidden_layers} blocks"
+                f"{' and last layer fusion' * bool(config.last_layer_fusion)} it must be in 2 to {last}."
             )
         super().check_pruning(config)
 

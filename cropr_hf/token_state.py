@@ -96,6 +96,45 @@ def select_tokens(
     return order[:, :num_keep].sort(dim=1).values, order[:, num_keep:]
 
 
+def draw_decisions(log_probabilities: torch.Tensor) -> torch.Tensor:
+    """Straight-through Gumbel-softmax at temperature 1: what is drawn going forward, its softmax going backward.
+
+    Args:
+        log_probabilities: (B, N, 2), of keeping and of dropping a token.
+
+    Returns:
+        (B, N), exactly 1 for what stays and 0 for what goes.
+    """
+    smallest = torch.finfo(log_probabilities.dtype).tiny
+    gumbel = -torch.empty_like(log_probabilities).exponential_().clamp(min=smallest).log()
+    soft = (log_probabilities + gumbel).softmax(dim=-1)[..., 0]
+    hard = (soft > 0.5).to(soft.dtype)
+    return hard + (soft - soft.detach())  # the bracket is exactly 0
+
+
+def pack_tokens(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images with unlike numbers of tokens as one batch: each moves its tokens to the front, and fills up to the most.
+
+    Args:
+        chosen: (B, T), true for the tokens of each image.
+
+    Returns:
+        Indices into the T tokens (B, K), ascending up to the number of the image; and which are chosen ones, (B, K).
+        K is the largest number, and at least 1.
+    """
+    counts = chosen.sum(dim=1)
+    longest = max(1, int(counts.max()))
+    order = chosen.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[:, :longest]
+    return order, torch.arange(longest, device=chosen.device) < counts[:, None]
+
+
+def bias_of(present: torch.Tensor) -> torch.Tensor:
+    """A key bias (B, T), float32, by which attention sees only tokens that are present; all where none is."""
+    return torch.zeros_like(present, dtype=torch.float32).masked_fill(
+        present.logical_not() & present.any(dim=1, keepdim=True), -torch.inf
+    )
+
+
 def rank_by_similarity(metric: torch.Tensor, num_prefix_tokens: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens at even places, and the most similar one at an odd place for each, by the cosine (ToMe, section 3).
 
@@ -126,6 +165,7 @@ def rank_by_similarity(metric: torch.Tensor, num_prefix_tokens: int = 0) -> tupl
 
 Rotation = tuple[torch.Tensor, torch.Tensor]  # cosine and sine
 SIZES, KEY_BIAS = "sizes", "key_bias"  # columns that the model reads
+GATES = "gates"  # of tokens that idle while they are masked
 
 
 @dataclass
@@ -148,8 +188,9 @@ class TokenState:
         pruned: the patch tokens that left the sequence, in the order in which they did.
         restored: whether they are back, or never went, as where training masks tokens that inference drops.
         idle: of a method that lets tokens idle, which ones did in the block after each of its modules.
+        num_places: T0, the tokens of the unpruned sequence; those of `hidden_states` by default.
         num_unplaced: tokens that a method made and that have no place in the image, in the sequence or pruned; their
-            index is the first that no place has.
+            index is `num_places`, the first that no place has, as is that of what fills up rows.
         grid_size: rows and columns of the patches before pruning; what has one query per patch needs it.
         keeps_pruned_states: whether `pruned` has the hidden states, which fusion needs.
         auxiliary_logits: (B, N, C) by the block that the auxiliary head follows, in training.
@@ -168,6 +209,7 @@ class TokenState:
     pruned: tuple[PrunedTokens, ...] = ()
     restored: bool = False
     idle: tuple[PrunedTokens, ...] = ()
+    num_places: int = 0
     num_unplaced: int = 0
     grid_size: tuple[int, int] | None = None
     keeps_pruned_states: bool = True
@@ -177,6 +219,7 @@ class TokenState:
 
     def __post_init__(self) -> None:
         self.rotations = self.rotations or self.rotary_tables
+        self.num_places = self.num_places or self.hidden_states.shape[1]
 
     def updated(self, **changes: Any) -> TokenState:
         """A copy with other values: `dataclasses.replace`, whose time shows when every block makes a copy or two."""
@@ -203,20 +246,14 @@ class TokenState:
         return self.columns.get(KEY_BIAS)
 
     @property
-    def num_places(self) -> int:
-        """Tokens of the unpruned sequence."""
-        if self.slots is not None:
-            return self.slots.shape[1]
-        pruned = 0 if self.restored else sum(tokens.token_indices.shape[1] for tokens in self.pruned)
-        return self.hidden_states.shape[1] + pruned - self.num_unplaced
-
-    @property
     def is_whole(self) -> bool:
         """Whether every token of the unpruned sequence is there."""
         return self.restored or len(self.pruned) == 0
 
     def prune(self, kept: torch.Tensor, pruned: torch.Tensor, block: int) -> TokenState:
         """Keeps the tokens at `kept` (B, K), prefix included, and sets those at `pruned` aside.
+
+        All images keep as many; see `drop` for numbers that differ.
 
         Raises:
             `ValueError`: after a merge.
@@ -235,16 +272,44 @@ class TokenState:
             pruned=(*self.pruned, PrunedTokens(block, places.gather(1, pruned), *set_aside)),
         )
 
+    def drop(self, stays: torch.Tensor, block: int, packs: bool) -> TokenState:
+        """Prunes in each image as many tokens as do not stay.
+
+        Packed, the sequence is as long as the largest number in the batch. Otherwise all tokens stay in it. Attention,
+        and means over tokens, see only those that stay; the others, and what fills up rows, have no place.
+
+        Args:
+            stays: (B, T), prefix tokens included; at least one token of each image.
+            block: after which it happens.
+            packs: whether to pack.
+        """
+        places = self.token_indices.expand(stays.shape[0], -1)
+        is_there = places != self.num_places
+        leaves, stays = is_there & stays.logical_not(), is_there & stays
+        states, indices, gone = self.hidden_states, places, places
+        set_aside: torch.Tensor | None = states
+        if packs:
+            (active, stays), (leaving, leaves) = pack_tokens(stays), pack_tokens(leaves)
+            (set_aside,) = gather_tokens(leaving, states)
+            (states,) = gather_tokens(active, states)
+            indices, gone = places.gather(1, active), places.gather(1, leaving)
+        gone = gone.masked_fill(leaves.logical_not(), self.num_places)
+        pruned = PrunedTokens(block, gone, set_aside if self.keeps_pruned_states else None)
+        return self.updated(
+            hidden_states=states,
+            token_indices=indices.masked_fill(stays.logical_not(), self.num_places),
+            rotations=self._rotations_of(indices.clamp(max=self.num_places - 1)),
+            columns={SIZES: stays.to(torch.float32), KEY_BIAS: bias_of(stays)},
+            pruned=(*self.pruned, pruned),
+        )
+
     def park(self, active: torch.Tensor, idle: torch.Tensor, block: int) -> TokenState:
         """Leaves the tokens at `active` (B, K), prefix included, for one block; `unpark` brings back those at `idle`.
 
         Raises:
             `ValueError`: beside columns, or after tokens left for good.
         """
-        if self.columns or not self.is_whole:
-            raise ValueError(
-                "Tokens were pruned or merged, or have columns; a method that lets them idle does neither."
-            )
+        self._check_parking()
         (states,) = gather_tokens(active, self.hidden_states)
         (others,) = gather_tokens(idle, self.hidden_states)
         return self.updated(
@@ -254,10 +319,62 @@ class TokenState:
             idle=(*self.idle, PrunedTokens(block, idle, others)),
         )
 
+    def park_by(self, gates: torch.Tensor, block: int, packs: bool) -> TokenState:
+        """Leaves the tokens whose gate is 1 for one block, in each image as many as it has; `unpark` brings the others
+        back.
+
+        Packed, the sequence is as long as the largest number in the batch, for speed. Otherwise all tokens stay in it,
+        attention masks those that idle, and gradients reach the gates.
+
+        Args:
+            gates: (B, T), 0 or 1, prefix tokens included.
+            block: after which it happens.
+            packs: whether to pack.
+
+        Raises:
+            `ValueError`: beside columns, or after tokens left for good.
+        """
+        self._check_parking()
+        takes_part, places = gates > 0.5, self.token_indices.expand(gates.shape[0], -1)
+        parked = PrunedTokens(block, places.masked_fill(takes_part, self.num_places), self.hidden_states)
+        if not packs:
+            columns = {KEY_BIAS: bias_of(takes_part), GATES: gates}
+            return self.updated(columns=columns, idle=(*self.idle, parked))
+        active, is_real = pack_tokens(takes_part)
+        (states,) = gather_tokens(active, self.hidden_states)
+        return self.updated(
+            hidden_states=states,
+            token_indices=active.masked_fill(is_real.logical_not(), self.num_places),
+            rotations=self._rotations_of(active),
+            columns={KEY_BIAS: bias_of(is_real)},
+            idle=(*self.idle, parked),
+        )
+
+    def _check_parking(self) -> None:
+        if self.columns or not self.is_whole:
+            raise ValueError(
+                "Tokens were pruned or merged, or have columns; a method that lets them idle does neither."
+            )
+
     def unpark(self) -> TokenState:
         """Every token at its place, those that idled as they were."""
         *before, parked = self.idle
         assert parked.hidden_states is not None
+        if self.columns:  # of `park_by`
+            gates, states = self.columns.get(GATES), self.hidden_states
+            if gates is None:  # packed; what fills up rows goes to a place behind the last, which is cut off
+                places = self.token_indices[..., None].expand_as(states)
+                states = F.pad(parked.hidden_states, (0, 0, 0, 1)).scatter(1, places, states)[:, :-1]
+            else:
+                gates = gates[..., None].to(states.dtype)
+                states = gates * states + (1 - gates) * parked.hidden_states
+            return self.updated(
+                hidden_states=states,
+                token_indices=torch.arange(states.shape[1], device=states.device)[None],
+                rotations=self.rotary_tables,
+                columns={},
+                idle=(*before, PrunedTokens(parked.block, parked.token_indices)),
+            )
         places, order = torch.cat([self.token_indices, parked.token_indices], dim=1).sort(dim=1)
         (states,) = gather_tokens(order, torch.cat([self.hidden_states, parked.hidden_states], dim=1))
         return self.updated(
@@ -366,8 +483,8 @@ class TokenState:
             states.append(tokens.hidden_states)
             indices.append(tokens.token_indices)
         restored, order = torch.cat(indices, dim=1).sort(dim=1)
-        if self.num_unplaced:  # they sort last
-            restored, order = restored[:, : self.num_places], order[:, : self.num_places]
+        # What has no place sorts last.
+        restored, order = restored[:, : self.num_places], order[:, : self.num_places]
         (fused,) = gather_tokens(order, torch.cat(states, dim=1))
         return fused, restored
 
@@ -386,6 +503,21 @@ class TokenState:
             blocks = torch.where(is_idle & (blocks == idles_until), tokens.block, blocks)
             idles_until = tokens.block
         return blocks[:, self.num_prefix_tokens : -1]
+
+    def patches_per_block(self, num_blocks: int, fuses: bool) -> torch.Tensor:
+        """Patches of the image that each block worked on: (B, blocks); with fusion the last one has all of them."""
+        numbers = torch.arange(1, num_blocks + 1, device=self.token_indices.device)
+        patches = self.num_places - self.num_prefix_tokens
+        counts = self.token_indices.new_full((len(self.hidden_states), num_blocks), patches)
+        for tokens in self.pruned:
+            counts = counts - self._number_of(tokens) * (numbers > tokens.block)
+        for tokens in self.idle:
+            counts = counts - self._number_of(tokens) * (numbers == tokens.block + 1)
+        return torch.where(numbers == num_blocks, patches, counts) if fuses else counts
+
+    def _number_of(self, tokens: PrunedTokens) -> torch.Tensor:
+        """How many of these tokens have a place, (B, 1)."""
+        return (tokens.token_indices != self.num_places).sum(dim=1, keepdim=True)
 
     def padding_of_tokens(self) -> torch.Tensor | None:
         """`padding` of the tokens in the sequence: (B, T)."""

@@ -426,7 +426,8 @@ class CroprViTLayer(GradientCheckpointingLayer):
         choose: Callable[[torch.Tensor, nn.Module], TokenState] | None = None,
         **kwargs: Any,
     ) -> torch.Tensor | tuple[torch.Tensor, TokenState]:
-        """(B, T, D) -> (B, T, D); with `reduce` or `choose` (B, K, D), and the state that it returned.
+        """(B, T, D) -> (B, T, D); with `reduce` (B, K, D), and the state that it returned; with `choose` also the
+        state after the block.
 
         Args:
             position_embeddings, window_grid, key_bias: see `CroprViTAttention`.
@@ -437,6 +438,7 @@ class CroprViTLayer(GradientCheckpointingLayer):
         if choose is not None:
             state = choose(hidden_states, self)
             hidden_states, position_embeddings = state.hidden_states, state.rotations.get("image")
+            key_bias = state.key_bias
         residual = hidden_states
         hidden_states = self.layernorm_before(hidden_states)
         hidden_states, _, *facts = self.attention(
@@ -448,6 +450,9 @@ class CroprViTLayer(GradientCheckpointingLayer):
             residual = hidden_states = state.hidden_states
         hidden_states = self.mlp(self.layernorm_after(hidden_states))
         hidden_states = self.add(residual, hidden_states, self.layer_scale2)
+        if choose is not None:  # within the block, since reentrant checkpoints know no gradient of a state
+            state = state.updated(hidden_states=hidden_states).unpark()  # type: ignore[union-attr]
+            hidden_states = state.hidden_states
         return hidden_states if state is None else (hidden_states, state)
 
     def add(

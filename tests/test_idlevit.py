@@ -168,8 +168,9 @@ def test_a_schedule_says_how_many_take_part_in_the_next_block():
     assert config.pruning_blocks == [2, 3, 4]
     model = make_model(CroprViTModel, config).eval()
     with torch.no_grad():
-        states = model(make_images(1), output_hidden_states=True).hidden_states
-    assert [each.shape[1] - 1 for each in states] == [16, 16, 16, 9, 9, 5]
+        outputs = model(make_images(1), output_hidden_states=True, output_pruning=True)
+    assert outputs.patches_per_block.tolist() == [[16, 16, 9, 9, 5]]
+    assert [each.shape[1] - 1 for each in outputs.hidden_states] == [16] * 6  # those that idle are there as well
 
 
 @pytest.mark.parametrize(

@@ -153,7 +153,7 @@ def test_cards_name_the_method(method, tmp_path):
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert TOKEN_REDUCERS[method].title in card
     assert ("bergner2025tokencropr" in card) == (method == "cropr")
-    assert ("training-free" in card) == (method not in ("cropr", "dynamicvit"))
+    assert ("training-free" in card) == (method not in ("cropr", "dynamicvit", "svit"))
     assert ("`use_auxiliary_heads=True` makes it trainable again" in card) == (method == "cropr")
 
 
@@ -171,7 +171,7 @@ def test_folders_give_the_same_outputs_and_keep_the_settings(method, fusion, tmp
         outputs.append(candidate(make_images()).logits)
     assert torch.equal(*outputs)
     package = {
-        **dict.fromkeys(("tome", "evit", "ailurus", "dynamicvit", "idlevit", "itpn"), "cropr_hf"),
+        **dict.fromkeys(("tome", "evit", "ailurus", "dynamicvit", "idlevit", "itpn", "svit"), "cropr_hf"),
         "attentive": AttentiveReducer.__module__.partition(".")[0],
     }.get(method)
     assert loaded.config.reducer_package == package
@@ -284,6 +284,9 @@ def test_multiply_adds_count_what_the_method_runs(method):
     if method == "dynamicvit":  # predictors of D x D, D x D / 2, D / 2 x D / 4 and D / 4 x 2
         size = config.hidden_size
         linear += sum(entering[block - 1] for block in (1, 2, 3)) * (size**2 + size**2 // 2 + size**2 // 8 + size // 2)
+    if method == "svit":  # gates of D x D / 4 and D / 4 x 2 on all patches
+        size = config.hidden_size
+        linear += len(config.pruning_blocks) * config.num_patches * (size**2 // 4 + size // 2)
     assert multiply_adds(config, attention=False) == linear
     products = sum(2 * (tokens + 1) ** 2 * config.hidden_size for tokens in entering)
     if method == "tome":  # similarities of every second token with the others, and the weighted mean in the end

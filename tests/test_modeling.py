@@ -40,6 +40,7 @@ from tests.common import (
 PRUNED = [name for name in CONFIGS if name != "unpruned"]
 DETERMINISTIC = [name for name in CONFIGS if name != "random"]
 MERGING = ["tome", "ailurus"]  # after which a token is no longer one patch; see their own tests
+IDLING = ["idlevit", "svit"]  # what passes a block by may come back
 INSIDE = ["tome", "evit"]  # what leaves does so within a block; EViT's new tokens are no patches, see `test_evit.py`
 
 
@@ -177,7 +178,7 @@ def test_hidden_states_and_attentions_follow_the_schedule(task, name):
     entering = entering_patches(kept, NUM_PATCHES, config.last_layer_fusion)
     # What leaves a block, before the module after it prunes, or after what merged tokens within it.
     leaving = [*kept[:-1], entering[-1] if config.last_layer_fusion else kept[-1]] if name in INSIDE else entering
-    patches = [NUM_PATCHES, *leaving]
+    patches = [NUM_PATCHES] * (NUM_BLOCKS + 1) if name in IDLING else [NUM_PATCHES, *leaving]
     assert [states.shape for states in outputs.hidden_states] == [(2, prefix + count, 32) for count in patches]
     grids = [config.window_grid(block, count, config.grid_size) for block, count in enumerate(entering, start=1)]
     expected = []
@@ -313,7 +314,7 @@ def test_pruning_map_agrees_with_the_schedule(name):
         most, least = kept[block - 1], kept[block - 1]
         if name == "evit":  # new tokens take places
             least -= NUM_BLOCKS
-        if name == "idlevit":  # what idles may come back, but for the last block
+        if name in IDLING:  # but for the last block
             most, least = NUM_PATCHES, kept[-2]
         assert ((least <= left) & (left <= most)).all()
     assert outputs.pruned_after_block.max() == NUM_BLOCKS
@@ -385,7 +386,7 @@ def test_feature_maps_equal_the_embeddings_through_identity_blocks(name):
         assert torch.equal(feature_map, expected)
 
 
-@pytest.mark.parametrize("name", [name for name in PRUNED if name not in (*MERGING, *INSIDE, "idlevit")])
+@pytest.mark.parametrize("name", [name for name in PRUNED if name not in (*MERGING, *INSIDE, *IDLING)])
 @torch.no_grad()
 def test_feature_maps_show_a_pruned_patch_as_it_was_when_pruned(name):
     config = tiny_config(name, out_indices=list(range(NUM_BLOCKS + 1)), apply_layernorm=False)

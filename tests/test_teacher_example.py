@@ -144,11 +144,11 @@ class TestPublishedRecipe:
     @pytest.mark.parametrize("words", [[], ["--token_reducer", "tome"], ["--token_reducer", "none"]])
     def test_methods_without_one_say_so(self, words, example):
         with pytest.raises(
-            ValueError, match="is there for the methods dynamicvit, evit, idlevit, but --token_reducer is"
+            ValueError, match="is there for the methods dynamicvit, evit, idlevit, svit, but --token_reducer is"
         ):
             self.parse(example, "--published_recipe", *words)
 
-    @pytest.mark.parametrize("method", ["dynamicvit", *full("idlevit", "evit")])
+    @pytest.mark.parametrize("method", ["dynamicvit", *full("idlevit", "evit", "svit")])
     def test_the_source_teaches_where_it_knows_the_classes(self, method, example, digits_classifier, tmp_path):
         fields = {"token_reducer": method, "published_recipe": True, "num_train_epochs": 2, "pruning_rate": None}
         example("train_image_classification").main(command(digits_classifier, tmp_path, **fields))

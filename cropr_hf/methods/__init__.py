@@ -18,6 +18,7 @@ from .dynamicvit import DynamicViTConfig, DynamicViTReducer
 from .evit import EViTConfig, EViTReducer
 from .idlevit import IdleViTConfig, IdleViTReducer
 from .itpn import MigrationConfig, MigrationReducer
+from .svit import SViTConfig, SViTReducer
 from .tome import ToMeConfig, ToMeReducer
 
 
@@ -32,6 +33,8 @@ __all__ = [
     "IdleViTReducer",
     "MigrationConfig",
     "MigrationReducer",
+    "SViTConfig",
+    "SViTReducer",
     "ToMeConfig",
     "ToMeReducer",
 ]

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from ..configuration_cropr_vit import CroprViTConfig
 from ..token_reduction import StagedConfig, StagedReducer, register_token_reducer
 from ..token_schedule import pruning_blocks, round_up
-from ..token_state import KEY_BIAS, SIZES, PrunedTokens, TokenState
+from ..token_state import KEY_BIAS, SIZES, PrunedTokens, TokenState, draw_decisions
 
 
 CITATION = """@inproceedings{rao2021dynamicvit,
@@ -63,22 +63,6 @@ class DynamicViTConfig(StagedConfig):
         super().__post_init__()
         if self.ratio_loss_weight < 0:
             raise ValueError(f"`ratio_loss_weight` is {self.ratio_loss_weight}; it must be 0 or more.")
-
-
-def draw_decisions(log_probabilities: torch.Tensor) -> torch.Tensor:
-    """Straight-through Gumbel-softmax at temperature 1: what is drawn going forward, its softmax going backward.
-
-    Args:
-        log_probabilities: (B, N, 2), of keeping and of dropping a token.
-
-    Returns:
-        (B, N), exactly 1 for what stays and 0 for what goes.
-    """
-    smallest = torch.finfo(log_probabilities.dtype).tiny
-    gumbel = -torch.empty_like(log_probabilities).exponential_().clamp(min=smallest).log()
-    soft = (log_probabilities + gumbel).softmax(dim=-1)[..., 0]
-    hard = (soft > 0.5).to(soft.dtype)
-    return hard + (soft - soft.detach())  # the bracket is exactly 0
 
 
 class KeepPredictor(nn.Module):

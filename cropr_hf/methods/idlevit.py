@@ -18,7 +18,6 @@ are and may take part in the next one. It has no parameters. Symbols: B images, 
 H heads.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,8 +27,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..configuration_cropr_vit import CroprViTConfig
-from ..token_reduction import KeepRateConfig, TokenReducer, register_token_reducer
-from ..token_schedule import pruning_blocks, round_up
+from ..token_reduction import IdlingConfig, IdlingReducer, register_token_reducer
+from ..token_schedule import pruning_blocks
 from ..token_state import TokenState, select_tokens
 
 
@@ -47,22 +46,18 @@ COUNTED = ("exact", "as_released")
 
 @strict
 @dataclass
-class IdleViTConfig(KeepRateConfig):
+class IdleViTConfig(IdlingConfig):
     """Fields of IdleViT in `config.reducer_config`.
 
     Attributes:
-        keep_rate: share of the patches that take part, in (0, 1]: it itself in the first third of the blocks where
-            patches idle, its square and its cube in the others. Instead of it a configuration can have `pruning_rate`
-            or `pruning_schedule`.
-        first_block: the first block in which patches idle, 2 to L; by default the first of the second quarter, as the
-            authors evaluate (4 of 12; their training script begins one later).
+        keep_rate, first_block: see `IdlingConfig`; the default is that of the authors' evaluation (their training
+            script begins one block later).
         cut_loss: which parts of the token cut loss are added in training: "both", "intra", "inter" or "none".
         cut_loss_weight: of their mean over the blocks; 20 as the authors' command line has it.
         cut_loss_blocks: "exact" counts all blocks. "as_released" counts every second one and still divides by all, as
             the released code does.
     """
 
-    first_block: int | None = None
     cut_loss: str = "both"
     cut_loss_weight: float | int = 20.0
     cut_loss_blocks: str = "exact"
@@ -116,7 +111,7 @@ def cut_losses(logits: torch.Tensor, is_active: torch.Tensor, num_prefix_tokens:
 
 
 @register_token_reducer
-class IdleViTReducer(TokenReducer):
+class IdleViTReducer(IdlingReducer):
     """IdleViT after one block: chooses which patches take part in the next one.
 
     Patches are ranked by the attention logits of the CLS token in that block, as means over heads, before the softmax.
@@ -130,7 +125,6 @@ class IdleViTReducer(TokenReducer):
     title = "IdleViT"
     url = "https://arxiv.org/abs/2310.05654"
     citation = CITATION
-    budget_field = "keep_rate"
     config_class = IdleViTConfig
     training_recipe = {  # of the command in the authors' README, for DeiT-S
         "distill_logits": 10.0,
@@ -141,8 +135,6 @@ class IdleViTReducer(TokenReducer):
         "layer_decay": 1.0,
         "drop_path_rate": 0.0,
     }
-    idles = True
-    fuses_by_default = False
     needs_cls = True
 
     def __init__(self, config: CroprViTConfig, block: int):
@@ -151,46 +143,6 @@ class IdleViTReducer(TokenReducer):
         counted = settings.cut_loss_blocks == "exact" or blocks.index(block) % 2 == 0
         self.loss_names = {"both": ("inter", "intra"), "none": ()}.get(settings.cut_loss, (settings.cut_loss,))
         self.loss_weight = settings.cut_loss_weight / len(blocks) * counted
-
-    @classmethod
-    def _first_block(cls, config: CroprViTConfig) -> int:
-        return cls.setting(config, "first_block") or config.num_hidden_layers // 4 + 1
-
-    @classmethod
-    def blocks(cls, config: CroprViTConfig) -> list[int]:
-        """See `TokenReducer.blocks`: those before the blocks in which patches idle."""
-        first = cls._first_block(config)
-        return [block for block in super().blocks(config) if block >= first - 1]
-
-    @classmethod
-    def blocks_of_schedule(cls, config: CroprViTConfig, falls: list[int]) -> list[int]:
-        """See `TokenReducer.blocks_of_schedule`: patches idle in every block from the first fall on."""
-        last = super().blocks(config)[-1:]
-        return sorted({*falls, *range(falls[0], last[0] + 1)}) if falls and last else falls
-
-    @classmethod
-    def kept_by_default(cls, config: CroprViTConfig, num_patches: int) -> list[int]:
-        """By `keep_rate`, rounded down."""
-        rate, blocks = cls.setting(config, "keep_rate"), pruning_blocks(config, cls)
-        kept, left = [], num_patches
-        for block in range(1, config.num_hidden_layers + 1):
-            if block in blocks:
-                power = 1 + 3 * blocks.index(block) // len(blocks)
-                left = max(1, math.floor(round(rate**power * num_patches, 6)))
-            kept.append(left)
-        return round_up(config, kept, num_patches)
-
-    @classmethod
-    def check_pruning(cls, config: CroprViTConfig) -> None:
-        """See `TokenReducer.check_pruning`."""
-        cls.settings(config)
-        first, last = cls._first_block(config), config.num_hidden_layers - bool(config.last_layer_fusion)
-        if config.pruning_schedule is None and not 2 <= first <= last:
-            raise ValueError(
-                f"`first_block` of IdleViT is {first}; with {config.num_hidden_layers} blocks"
-                f"{' and last layer fusion' * bool(config.last_layer_fusion)} it must be in 2 to {last}."
-            )
-        super().check_pruning(config)
 
     def before_next_block(self, state: TokenState, num_active: int, layer: Any) -> TokenState:
         """See `TokenReducer.before_next_block`."""
