@@ -99,6 +99,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "svit": {"token_reducer": "svit", "pruning_rate": None, "num_register_tokens": 1, "rope_theta": 100.0},
     "itpn": {"token_reducer": "itpn", "pruning_rate": None, "use_cls_token": False, "pooling": "mean"},
     "dynamicvit": {"token_reducer": "dynamicvit", "pruning_rate": None, "num_register_tokens": 1},
+    "stp": {"token_reducer": "stp", "pruning_rate": None, "num_register_tokens": 1},
     "clip": {
         "use_embedding_norm": True,
         "patch_bias": False,
@@ -119,7 +120,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 # Methods with a test file of their own, which the quick suite leaves it at.
-METHODS = ["ailurus", "dynamicvit", "evit", "idlevit", "itpn", "svit"]
+METHODS = ["ailurus", "dynamicvit", "evit", "idlevit", "itpn", "stp", "svit"]
 
 # A detector on a pyramid of 16 x 16 to 1 x 1 cells
 DETECTOR: dict[str, Any] = {

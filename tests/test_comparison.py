@@ -300,7 +300,8 @@ BUDGETS = [{"pruning_schedule": [26, 17, 11, 11, 11]}, *full({"pruning_rate": 4}
 
 
 @pytest.mark.parametrize(
-    "methods", [["cropr", "random", "tome"], *full(["ailurus", "dynamicvit", "evit", "idlevit", "itpn", "svit"])]
+    "methods",
+    [["cropr", "random", "tome"], *full(["ailurus", "dynamicvit", "evit", "idlevit", "itpn", "stp", "svit"])],
 )
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_every_method_meets_a_budget(budget, methods):

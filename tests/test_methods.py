@@ -153,7 +153,7 @@ def test_cards_name_the_method(method, tmp_path):
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert TOKEN_REDUCERS[method].title in card
     assert ("bergner2025tokencropr" in card) == (method == "cropr")
-    assert ("training-free" in card) == (method not in ("cropr", "dynamicvit", "svit"))
+    assert ("training-free" in card) == (method not in ("cropr", "dynamicvit", "stp", "svit"))
     assert ("`use_auxiliary_heads=True` makes it trainable again" in card) == (method == "cropr")
 
 
@@ -171,7 +171,7 @@ def test_folders_give_the_same_outputs_and_keep_the_settings(method, fusion, tmp
         outputs.append(candidate(make_images()).logits)
     assert torch.equal(*outputs)
     package = {
-        **dict.fromkeys(("tome", "evit", "ailurus", "dynamicvit", "idlevit", "itpn", "svit"), "cropr_hf"),
+        **dict.fromkeys(("tome", "evit", "ailurus", "dynamicvit", "idlevit", "itpn", "stp", "svit"), "cropr_hf"),
         "attentive": AttentiveReducer.__module__.partition(".")[0],
     }.get(method)
     assert loaded.config.reducer_package == package
@@ -281,9 +281,11 @@ def test_multiply_adds_count_what_the_method_runs(method):
     linear = linear_formula(config, entering, leaving)
     if method == "idlevit":  # a query of the CLS token, folded
         linear += len(config.pruning_blocks) * 2 * config.hidden_size**2
-    if method == "dynamicvit":  # predictors of D x D, D x D / 2, D / 2 x D / 4 and D / 4 x 2
+    outputs = {"dynamicvit": 2, "stp": 1}.get(method)  # of predictors of D x D, D x D / 2, D / 2 x D / 4, D / 4 x that
+    if outputs:
         size = config.hidden_size
-        linear += sum(entering[block - 1] for block in (1, 2, 3)) * (size**2 + size**2 // 2 + size**2 // 8 + size // 2)
+        predictor = size**2 + size**2 // 2 + size**2 // 8 + outputs * size // 4
+        linear += sum(entering[block - 1] for block in (1, 2, 3)) * predictor
     if method == "svit":  # gates of D x D / 4 and D / 4 x 2 on all patches
         size = config.hidden_size
         linear += len(config.pruning_blocks) * config.num_patches * (size**2 // 4 + size // 2)
@@ -412,7 +414,8 @@ def in_a_fresh_process(*args, **kwargs):
 
 @pytest.mark.full
 @pytest.mark.parametrize(
-    ("method", "settings"), [("tome", {"rate_inflection": -0.5}), ("dynamicvit", {"blocks": [1, 3]})]
+    ("method", "settings"),
+    [("tome", {"rate_inflection": -0.5}), ("dynamicvit", {"blocks": [1, 3]}), ("stp", {"blocks": [2]})],
 )
 def test_the_file_of_a_foreign_method_travels(method, settings, tmp_path):
     model = classifier(method, reducer_config=settings)

@@ -18,6 +18,7 @@ from .dynamicvit import DynamicViTConfig, DynamicViTReducer
 from .evit import EViTConfig, EViTReducer
 from .idlevit import IdleViTConfig, IdleViTReducer
 from .itpn import MigrationConfig, MigrationReducer
+from .stp import STPConfig, STPReducer
 from .svit import SViTConfig, SViTReducer
 from .tome import ToMeConfig, ToMeReducer
 
@@ -33,6 +34,8 @@ __all__ = [
     "IdleViTReducer",
     "MigrationConfig",
     "MigrationReducer",
+    "STPConfig",
+    "STPReducer",
     "SViTConfig",
     "SViTReducer",
     "ToMeConfig",
