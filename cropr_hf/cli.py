@@ -8,6 +8,7 @@ import io
 import math
 import os
 import sys
+import tempfile
 import traceback
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Sequence
@@ -48,6 +49,7 @@ from .speed.schedule_search import SHAPES, FoundSchedule, find_schedule
 from .speed.tables import format_sweep, format_table
 from .tasks import DEFAULT_TASK, TASKS, find_task
 from .token_reduction import find_token_reducer
+from .training.diff_pruning import diff_metadata, load_diff, save_diff
 from .version import __version__
 from .visualization import check_picture, plot_pruning
 
@@ -92,6 +94,26 @@ def strip(args: Namespace) -> str:
     _take_over_record(model, args.source)
     save_for_hub(model, args.output_dir, _image_processor(args.source), args.with_code)
     return f"{args.output_dir} is ready to publish: hf upload OWNER/NAME {args.output_dir}"
+
+
+def diff(args: Namespace) -> str:
+    """Writes a model as what it changes of its base, a small file; with --apply makes it again from the two."""
+    if args.apply:
+        _check_target(args.target, args.base, args.overwrite)
+        processor_text = diff_metadata(args.model).get("image_processor")
+        model = load_diff(_load(args.base), args.model)
+        model.config.name_or_path = args.base
+        with tempfile.TemporaryDirectory() as folder:
+            if processor_text is not None:
+                Path(folder, IMAGE_PROCESSOR_NAME).write_text(processor_text, encoding="utf-8")
+            processor = _image_processor(folder)
+        save_for_hub(model, args.target, processor, with_code=False)
+        return f"{args.target} holds the model."
+    target = check_file(args.target)
+    model = _load(args.model)
+    changed = save_diff(model, _load(args.base), target, _image_processor(args.model))
+    megabytes = target.stat().st_size / 1e6
+    return f"{target} holds the model in {megabytes:.2f} MB; {changed} weights of the backbone differ from the base."
 
 
 def run_benchmark(args: Namespace) -> str:
@@ -445,6 +467,13 @@ def build_parser() -> ArgumentParser:
     command = add(strip, "strip", "outputs/run/checkpoint-5000 outputs/published")
     command.add_argument("source", help="complete checkpoint, folder or Hub id")
     add_output(command)
+
+    command = add(diff, "diff", "outputs/base outputs/published outputs/published.safetensors")
+    command.add_argument("base", help="folder or Hub id of the model that the training began with")
+    command.add_argument("model", help="folder or Hub id of the trained model; with --apply a file of this command")
+    command.add_argument("target", help="file to write, such as task.safetensors; with --apply a folder")
+    command.add_argument("--apply", action="store_true", help="make the model from its base and the file")
+    add_overwrite(command)
 
     example = "--model_name_or_path outputs/published --batch_size 64 --update_record"
     command = add(run_benchmark, "benchmark", example, dataclass_types=BenchmarkArguments)

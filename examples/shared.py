@@ -40,6 +40,7 @@ from cropr_hf.speed import benchmark
 from cropr_hf.speed.benchmark import BenchmarkArguments
 from cropr_hf.training import (
     CroprTrainer,
+    DiffPruning,
     FrozenStart,
     PruningCurriculum,
     TrainingStream,
@@ -182,6 +183,11 @@ class RecipeArguments(TrainingArguments):
     ema_decay: float | None = HfArg(
         default=None,
         help="Evaluate and publish an average of the weights that fades by this factor per step, such as 0.9999.",
+    )
+    diff_share: float | None = HfArg(
+        default=None,
+        help="Change only this share of the weights of the backbone, such as 0.005; Cropr modules and head learn as "
+        "always. `cropr-hf diff` then stores the model as a small file beside its base.",
     )
     benchmark_rounds: int = HfArg(default=5, help="Rounds of timing for the model card, 3 or more; 0 is none.")
     pruning_range: list[float] | None = HfArg(
@@ -616,7 +622,7 @@ def run(trainer: CroprTrainer, *arguments: Any) -> dict[str, float]:
 
 
 def add_callbacks(trainer: CroprTrainer, args: Any) -> None:
-    """Frozen start, curriculum and average of the weights, as the arguments say."""
+    """Frozen start, curriculum, average of the weights and diff pruning, as the arguments say."""
     if args.frozen_start != 0:
         trainer.add_callback(FrozenStart(args.frozen_start))
     has_curriculum = args.pruning_curriculum > 0 or args.pruning_range is not None
@@ -626,6 +632,8 @@ def add_callbacks(trainer: CroprTrainer, args: Any) -> None:
         trainer.add_callback(PruningCurriculum(args.pruning_curriculum, levels, args.pruning_range))
     if args.ema_decay is not None:
         trainer.add_callback(WeightAverage(args.ema_decay))
+    if args.diff_share is not None:
+        trainer.add_callback(DiffPruning(trainer.model, args.diff_share))
 
 
 def data_facts(args: Any, split: str = "train") -> dict[str, str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, gather_object
 from transformers import Trainer, TrainerCallback
 
 from cropr_hf import (
@@ -24,11 +24,13 @@ from cropr_hf import (
 )
 from cropr_hf.training import (
     CroprTrainer,
+    DiffPruning,
     Distillation,
     PruningCurriculum,
     last_whole_checkpoint,
     layer_decay_optimizer,
 )
+from cropr_hf.training.diff_pruning import weights_digest
 from tests.common import DETECTOR, make_images, object_labels
 from tests.test_training import ColouredMaps, ColouredSquares, tiny_model, training_arguments
 
@@ -196,9 +198,18 @@ def more_tasks(folder: Path) -> dict[str, Any]:
     }
 
 
+def diff_pruning(folder: Path) -> dict[str, Any]:
+    """What each process has in the end must be the same, so that all have drawn the same masks."""
+    trainer = make_trainer(folder / "unused")
+    trainer.add_callback(DiffPruning(trainer.model, 0.05))
+    trainer.train()
+    return {**result(trainer), "digests": gather_object([weights_digest(trainer.model.state_dict())])}
+
+
 # Functions, and what they find in the environment
 SCENARIOS: dict[str, tuple[Callable, dict[str, str]]] = {
     "ddp": (ddp, {}),
+    "diff_pruning": (diff_pruning, {}),
     "deepspeed": (sharded, {}),
     "fsdp": (sharded, {}),
     "fsdp_tasks": (more_tasks, {}),

@@ -33,7 +33,7 @@ from tests.test_composites import build_rf_detr
 from tests.test_training import tiny_model
 
 
-COMMANDS = ("convert", "strip", "export", "benchmark", "visualize", "card", "schedule")
+COMMANDS = ("convert", "strip", "diff", "export", "benchmark", "visualize", "card", "schedule")
 TINY = ("--size", "tiny", "--target_speedup", "1.5")
 PROCESSOR = {"size": {"height": 32, "width": 32}}
 

@@ -5,6 +5,7 @@ from .adapters import freeze_backbone, lora_model, merge_lora
 from .checkpoints import last_whole_checkpoint
 from .composite import train_routers
 from .curriculum import PruningCurriculum
+from .diff_pruning import DiffPruning, load_diff, save_diff
 from .distillation import Distillation
 from .ema import WeightAverage
 from .optimizer import FrozenStart, layer_decay_groups, layer_decay_optimizer
@@ -15,6 +16,7 @@ from .trainer import CroprTrainer
 
 __all__ = [
     "CroprTrainer",
+    "DiffPruning",
     "Distillation",
     "FrozenStart",
     "PruningCurriculum",
@@ -26,7 +28,9 @@ __all__ = [
     "last_whole_checkpoint",
     "layer_decay_groups",
     "layer_decay_optimizer",
+    "load_diff",
     "lora_model",
     "merge_lora",
+    "save_diff",
     "train_routers",
 ]

@@ -32,7 +32,7 @@ def freeze_backbone(model: PreTrainedModel) -> None:
     Raises:
         `ValueError`: when there is not one Cropr ViT in the model.
     """
-    _, backbone = _find_backbone(model)
+    _, backbone = find_backbone(model)
     for name, parameter in backbone.named_parameters():
         if not name.startswith("token_reducers."):
             parameter.requires_grad_(False)
@@ -81,7 +81,7 @@ def lora_model(
         raise ValueError(f"`rank` is {rank}; it must be 1 or more, such as 8.")
     if alpha is not None and not 0 < alpha < math.inf:
         raise ValueError(f"`alpha` is {alpha}; it must be a positive number, such as 16.")
-    prefix, backbone = _find_backbone(model)
+    prefix, backbone = find_backbone(model)
     # PEFT publishes both, and looks for the first on the Hub: of a local folder only its name goes into the card.
     source = str(model.config.name_or_path)
     model.config.name_or_path = source_name(source)
@@ -127,7 +127,7 @@ def merge_lora(model: "PeftModel") -> CroprViTPreTrainedModel:
     return merged.requires_grad_(True).train(merged.training)  # a folded query freezes itself again
 
 
-def _find_backbone(model: nn.Module) -> tuple[str, CroprViTModel]:
+def find_backbone(model: nn.Module) -> tuple[str, CroprViTModel]:
     """The only Cropr ViT in a model, and what the names of its modules begin with."""
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, CroprViTModel)]
     if len(found) != 1:

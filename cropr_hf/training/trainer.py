@@ -19,6 +19,7 @@ from ..modeling_cropr_vit import CroprViTModel
 from ..publishing.model_card import class_name, merge_evaluation, model_facts, read_record, write_record
 from ..saving import StrippableModel, is_checkpoint_folder
 from .checkpoints import last_whole_checkpoint
+from .diff_pruning import DiffPruning
 from .distillation import Distillation, Distiller
 from .ema import WeightAverage
 from .record import dataset_facts, evaluation_metrics, licence_of, training_facts
@@ -41,8 +42,8 @@ class CroprTrainer(Trainer):
     A training that was killed, or found the disk full, goes on from the last whole checkpoint in `output_dir` by
     `train(resume_from_checkpoint=True)`; see `last_whole_checkpoint`.
 
-    `WeightAverage` among the callbacks makes it evaluate and publish an average of the weights; `train_dataset` can be
-    a `TrainingStream`.
+    `WeightAverage` among the callbacks makes it evaluate and publish an average of the weights; `DiffPruning` keeps
+    most weights of the backbone as they are. `train_dataset` can be a `TrainingStream`.
 
     With a teacher, which is frozen and never saved, the losses of `distillation` are added in training, and logged as
     `distillation_logits`, `distillation_embedding` and `distillation_tokens`. A `CroprViTModel` learns from it alone,
@@ -157,6 +158,8 @@ class CroprTrainer(Trainer):
                     f"{self.args.output_dir} holds no whole checkpoint to resume from; name one, or train from the "
                     "start."
                 )
+        if len(self._resumable) > 1:
+            raise ValueError("An average changes all weights; leave `WeightAverage` or `DiffPruning` out.")
         self._evaluations = []  # they are those of other weights
         if isinstance(self.train_dataset, TrainingStream):
             self.train_dataset.start = self._batches_before(resume_from_checkpoint)
@@ -185,9 +188,14 @@ class CroprTrainer(Trainer):
         )
 
     @property
-    def _weight_average(self) -> WeightAverage | None:
+    def _resumable(self) -> list[WeightAverage | DiffPruning]:
+        """Callbacks with tensors of their own beside the weights in a checkpoint."""
         callbacks = self.callback_handler.callbacks
-        return next((callback for callback in callbacks if isinstance(callback, WeightAverage)), None)
+        return [callback for callback in callbacks if isinstance(callback, (WeightAverage, DiffPruning))]
+
+    @property
+    def _weight_average(self) -> WeightAverage | None:
+        return next((callback for callback in self._resumable if isinstance(callback, WeightAverage)), None)
 
     def _averaged_weights(self) -> Any:
         """A context in which the model has the averaged weights, if they are averaged."""
@@ -201,8 +209,8 @@ class CroprTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self._weight_average is not None:
-            self._weight_average.resumed_from = resume_from_checkpoint
+        for callback in self._resumable:
+            callback.resumed_from = resume_from_checkpoint
 
     def _load_best_model(self):
         super()._load_best_model()
@@ -263,8 +271,8 @@ class CroprTrainer(Trainer):
                     self._save(folder, state_dict=weights)
             return
         super().save_model(output_dir, _internal_call)
-        if self._weight_average is not None and self.args.should_save:
-            self._weight_average.save(folder)
+        for callback in self._resumable if self.args.should_save else ():
+            callback.save(folder)
 
     def create_model_card(  # type: ignore[override]
         self,
