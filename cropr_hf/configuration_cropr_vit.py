@@ -282,7 +282,8 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
 
     Training:
         use_auxiliary_heads (`bool`): whether aggregators, auxiliary heads and unfolded scorers exist. They are what
-            trains the scorers; published checkpoints have none.
+            trains the scorers; published checkpoints have none. Of ToCom: whether there is a compensator, or it is
+            folded.
         auxiliary_loss_weight (`float`): weight of the sum of the auxiliary losses.
         auxiliary_task (`str`, *optional*): what queries predict in semantic segmentation. `"presence"`: `num_queries`
             predict which classes the image shows. `"patches"`, as in the paper: one per patch predicts its class.

@@ -25,6 +25,8 @@ import tempfile
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -36,7 +38,7 @@ from transformers.utils import CONFIG_NAME
 
 from .configuration_cropr_vit import WEIGHTS_ID, CroprViTConfig
 from .folders import staged
-from .token_reduction import TokenReducer, find_token_reducer, has_auxiliary_heads
+from .token_reduction import TOKEN_REDUCERS, TokenReducer, find_token_reducer
 
 
 TRAINING_CONFIG_FOLDER = "training_config"
@@ -64,12 +66,23 @@ class StrippableModel(PreTrainedModel):
     # Writes the model card. The package hands it in; code from the Hub has none, and leaves it out.
     write_card: Callable[..., None] | None = None
 
+    @torch.no_grad()
     def remove_auxiliary_heads(self) -> None:
-        """Turns the model in memory into the stripped one, which gives the same outputs in evaluation."""
+        """Turns the model in memory into the stripped one, which gives the same outputs in evaluation (with the
+        configured pruning).
+        """
+        method = find_token_reducer(self.config)
+        if method is None or not self.config.use_auxiliary_heads:
+            return
+        weights = self.state_dict()
+        for name, tensor in strip_state_dict(weights, self.config).items():
+            if name in weights and tensor is not weights[name]:  # folded into the weights of a block
+                weights[name].copy_(tensor)
         for module in self.modules():
             if isinstance(module, TokenReducer):
                 module.remove_auxiliary_heads()
-        self.config.use_auxiliary_heads = False
+        for name, value in method.stripped_fields(self.config).items():
+            setattr(self.config, name, value)
 
     def add_auxiliary_heads(self) -> None:
         """Makes a stripped model trainable: new heads, and queries whose sum is the folded vector.
@@ -88,8 +101,14 @@ class StrippableModel(PreTrainedModel):
         if self.config.use_auxiliary_heads:
             return
         self.config.use_auxiliary_heads = True
+        base: Any = self.base_model
         for reducer in reducers:
-            reducer.add_auxiliary_heads(self.config, lambda module: module.apply(self._init_weights))
+            # A module without weights of its own is where its block is.
+            like = next(chain(reducer.parameters(), base.layers[reducer.block - 1].parameters()))
+            reducer.add_auxiliary_heads(self.config, partial(self._initialize, like=like))
+
+    def _initialize(self, module: torch.nn.Module, like: torch.Tensor) -> None:
+        module.to(like).apply(self._init_weights)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
@@ -112,7 +131,9 @@ class StrippableModel(PreTrainedModel):
         reducer_name = stored.get("token_reducer", CroprViTConfig.token_reducer)
         reducer_name = config.token_reducer if config else kwargs.get("token_reducer", reducer_name)
         # A complete checkpoint can be loaded with another reducer, which has no place for its heads.
-        stored_heads = stored.get("use_auxiliary_heads", False) and has_auxiliary_heads(reducer_name)
+        method = TOKEN_REDUCERS.get(reducer_name)  # type: ignore[arg-type]
+        can_have_heads = method is not None and method.supports_auxiliary_heads
+        stored_heads = stored.get("use_auxiliary_heads", False) and can_have_heads
         wanted_heads = kwargs.pop("use_auxiliary_heads", config.use_auxiliary_heads if config else stored_heads)
         if config is None:
             kwargs["use_auxiliary_heads"] = stored_heads
@@ -239,7 +260,7 @@ class StrippableModel(PreTrainedModel):
             raise ValueError(f"{save_directory} is a file; give a folder to save to.")
         if strip:
             weights = self.state_dict() if state_dict is None else state_dict
-            state_dict = strip_state_dict(weights, find_token_reducer(self.config))
+            state_dict = strip_state_dict(weights, self.config)
         repo_id = kwargs.pop("repo_id", None)
         hub_kwargs = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if push_to_hub and name in kwargs}
         if not is_main_process:
@@ -259,13 +280,17 @@ class StrippableModel(PreTrainedModel):
         with staged(save_directory, CONFIG_NAME, stale) as staging:
             if beside is not None:
                 beside(staging)
-            self.config.use_auxiliary_heads = self.config.use_auxiliary_heads and not strip
+            fields = find_token_reducer(self.config).stripped_fields(self.config) if strip else {}
+            own_fields = {name: getattr(self.config, name) for name in fields}
             try:
+                for name, value in fields.items():
+                    setattr(self.config, name, value)
                 super().save_pretrained(staging, True, state_dict, False, *args, **kwargs)
                 if is_published and self.write_card is not None:
                     self.write_card(staging, repo_id or folder, num_parameters, save_directory)
             finally:
-                self.config.use_auxiliary_heads = self.config.use_auxiliary_heads or strip
+                for name, value in own_fields.items():
+                    setattr(self.config, name, value)
             if strip:
                 _save_training_config(staging, type(self.config))
             if not kwargs.get("variant"):  # variants share a configuration
@@ -396,20 +421,27 @@ def _stored_config(path: str | os.PathLike, kwargs: dict[str, Any]) -> dict[str,
     return stored
 
 
-def strip_state_dict(state_dict: dict[str, torch.Tensor], method: type[TokenReducer]) -> dict[str, torch.Tensor]:
+def strip_state_dict(state_dict: dict[str, torch.Tensor], config: CroprViTConfig) -> dict[str, torch.Tensor]:
     """Weights of the stripped model from those of a model with auxiliary heads; others pass unchanged.
 
-    It reads nothing but `state_dict`, so it also serves gathered weights (FSDP, DeepSpeed).
+    It reads nothing but `state_dict` and the configuration of the latter, so it also serves gathered weights (FSDP,
+    DeepSpeed).
     """
+    method = find_token_reducer(config)
     stripped: dict[str, torch.Tensor] = {}
-    modules: dict[str, dict[str, torch.Tensor]] = {}
+    modules: dict[tuple[str, int], dict[str, torch.Tensor]] = {}
     for name, tensor in state_dict.items():
-        if match := re.fullmatch(r"((?:.*\.)?token_reducers\.\d+\.)(.+)", name):
-            modules.setdefault(match[1], {})[match[2]] = tensor
+        if match := re.fullmatch(r"((?:.*\.)?)token_reducers\.(\d+)\.(.+)", name):
+            modules.setdefault((match[1], int(match[2])), {})[match[3]] = tensor
         else:
             stripped[name] = tensor
-    for prefix, weights in modules.items():
-        stripped |= {prefix + name: tensor for name, tensor in method.strip(weights).items()}
+    for (prefix, block), weights in modules.items():
+        place = f"{prefix}layers.{block - 1}."
+        layer = {name.removeprefix(place): tensor for name, tensor in stripped.items() if name.startswith(place)}
+        folded = method.fold(config, block, weights, layer)
+        stripped |= {place + name: tensor for name, tensor in folded.items()}
+        place = f"{prefix}token_reducers.{block}."
+        stripped |= {place + name: tensor for name, tensor in method.strip(weights).items()}
     return stripped
 
 

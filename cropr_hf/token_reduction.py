@@ -148,7 +148,7 @@ class TokenReducer(nn.Module):
         training_recipe: how its authors fine-tune a trained classifier on ImageNet, as arguments of
             `examples/train_image_classification.py`, whose defaults are what is not there.
         learns: whether its choices are by chance before it is trained; otherwise it can be used without training.
-        supports_auxiliary_heads: whether it has parts that only training needs; see `add_auxiliary_heads`.
+        supports_auxiliary_heads: whether it has parts that a stripped model does without; see `add_auxiliary_heads`.
         merges: whether tokens are merged rather than dropped.
         idles: whether tokens sit out blocks and come back, so that it has a `before_next_block`.
         acts_inside: whether it has an `after_attention`.
@@ -218,6 +218,18 @@ class TokenReducer(nn.Module):
         """Called before its block."""
         return state
 
+    def adapt_attention(
+        self, state: TokenState, num_keep: int, hidden_states: torch.Tensor, projected: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, ...]:
+        """Called in the attention of its block, if it `acts_inside`: queries, keys and values as they shall be.
+
+        Args:
+            state: before the block.
+            hidden_states: (B, T, D), normalised, what they were projected from.
+            projected: queries, keys and values, (B, H, T, d) each, before rotation.
+        """
+        return projected
+
     def after_attention(self, state: TokenState, num_keep: int, facts: AttentionFacts) -> TokenState:
         """Called between attention and MLP of its block, if it `acts_inside`."""
         return state
@@ -247,18 +259,36 @@ class TokenReducer(nn.Module):
             kept, pruned = select_tokens(scores, num_keep, state.num_prefix_tokens, state.padding_of_tokens())
         return state.prune(kept, pruned, self.block)
 
-    # What training needs beside it
+    # What a stripped model does without
 
     def remove_auxiliary_heads(self) -> None:
-        """Drops what only training needs; selection stays the same."""
+        """Drops what a stripped model does without; selection stays the same."""
 
     def add_auxiliary_heads(self, config: CroprViTConfig, initialize: Callable[[nn.Module], Any]) -> None:
-        """Adds what training needs; selection stays the same. `initialize` gives a new module its first weights."""
+        """Adds it anew; selection stays the same. `initialize` gives a new module its place and its first weights."""
 
     @classmethod
     def strip(cls, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """What inference needs of the weights of one module, by their names in it."""
         return weights
+
+    @classmethod
+    def fold(
+        cls, config: CroprViTConfig, block: int, weights: dict[str, torch.Tensor], layer: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """What stripping changes in the weights of a block, by their names in it.
+
+        Args:
+            block: 1 to L.
+            weights: of the module there, by their names in it.
+            layer: of the block.
+        """
+        return {}
+
+    @classmethod
+    def stripped_fields(cls, config: CroprViTConfig) -> dict[str, Any]:
+        """Fields of the configuration that the stripped model has other values of."""
+        return {"use_auxiliary_heads": False}
 
     # What it asks of the model
 
@@ -465,8 +495,9 @@ def find_token_reducer(config: CroprViTConfig) -> Any:
 
 
 def has_auxiliary_heads(token_reducer: str | None) -> bool:
-    """Whether models with this `config.token_reducer` can have auxiliary heads; `False` for an unknown name."""
-    return token_reducer in TOKEN_REDUCERS and TOKEN_REDUCERS[token_reducer].supports_auxiliary_heads
+    """Whether models with this `config.token_reducer` learn by auxiliary heads; `False` for an unknown name."""
+    method = TOKEN_REDUCERS.get(token_reducer)  # type: ignore[arg-type]
+    return method is not None and method.learns and method.supports_auxiliary_heads
 
 
 def build_token_reducers(config: CroprViTConfig) -> nn.ModuleDict:

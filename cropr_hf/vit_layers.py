@@ -211,6 +211,9 @@ def eager_attention_forward(
     return output.transpose(1, 2).contiguous(), weights
 
 
+Adapt = Callable[[torch.Tensor, tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]]
+
+
 class CroprViTAttention(SharedInput):
     """Self-attention through the attention interface of Transformers (sdpa, eager, flash, flex)."""
 
@@ -233,6 +236,7 @@ class CroprViTAttention(SharedInput):
         key_bias: torch.Tensor | None = None,
         window_grid: tuple[int, int] | None = None,
         output_facts: bool = False,
+        adapt: Adapt | None = None,
         **kwargs: Any,
     ) -> tuple[Any, ...]:
         """(B, T, D) -> (B, T, D), the weights if the implementation returns them, and with `output_facts` these.
@@ -242,13 +246,14 @@ class CroprViTAttention(SharedInput):
             key_bias: (B, T), added to the logits of each token as a key.
             window_grid: rows and columns of the patch tokens if their attention is to stay within windows. They attend
                 to the prefix tokens as well, and these to all: they gather what is in the windows, and spread it.
+            adapt: see `heads`.
         """
         prefix = None
         if window_grid is not None:
             num_prefix = self.config.num_prefix_tokens
             prefix = hidden_states[:, :num_prefix] if num_prefix else None
             hidden_states = partition_windows(hidden_states[:, num_prefix:], window_grid, self.config.window_size)
-        query, key, value = self.heads(hidden_states)
+        query, key, value = self.heads(hidden_states, adapt)
         content_key = key
         if position_embeddings is not None:
             query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
@@ -299,9 +304,10 @@ class CroprViTAttention(SharedInput):
         output = merge_windows(output.flatten(2), window_grid, self.config.window_size)
         return torch.cat([gathered.flatten(2), output], dim=1), weights
 
-    def heads(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """(B, T, D) -> queries, keys and values, (B, heads, T, d) each."""
-        return self.project(hidden_states, self.head_dim, self.q_proj, self.k_proj, self.v_proj)
+    def heads(self, hidden_states: torch.Tensor, adapt: Adapt | None = None) -> tuple[torch.Tensor, ...]:
+        """(B, T, D) -> queries, keys and values, (B, heads, T, d) each, which `adapt` may change."""
+        heads = self.project(hidden_states, self.head_dim, self.q_proj, self.k_proj, self.v_proj)
+        return heads if adapt is None else adapt(hidden_states, heads)
 
     def queries_and_keys(
         self, hidden_states: torch.Tensor, position_embeddings: Rotation | None = None
@@ -403,16 +409,17 @@ class CroprViTLayer(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.drop_path = CroprViTDropPath(drop_path_rate)
 
-    def checkpoint_input(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def checkpoint_input(self, hidden_states: torch.Tensor, reducer: nn.Module | None = None) -> torch.Tensor:
         """The hidden states, as a leaf that requires a gradient where a checkpoint needs one that nothing before does.
 
         A reentrant checkpoint computes gradients inside of it only if an input requires one: without this, adapters,
-        and blocks behind a frozen part, would learn nothing.
+        blocks behind a frozen part, and a `reducer` inside of the block, would learn nothing.
         """
         is_checkpoint = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         if not is_checkpoint or hidden_states.requires_grad or torch.compiler.is_compiling():
             return hidden_states
-        if not any(parameter.requires_grad for parameter in self.parameters()):
+        parts = [self] if reducer is None else [self, reducer]
+        if not any(parameter.requires_grad for part in parts for parameter in part.parameters()):
             return hidden_states
         return hidden_states.detach().requires_grad_()
 
@@ -423,6 +430,7 @@ class CroprViTLayer(GradientCheckpointingLayer):
         window_grid: tuple[int, int] | None = None,
         key_bias: torch.Tensor | None = None,
         reduce: Callable[[torch.Tensor, AttentionFacts], TokenState] | None = None,
+        adapt: Adapt | None = None,
         choose: Callable[[torch.Tensor, nn.Module], TokenState] | None = None,
         **kwargs: Any,
     ) -> torch.Tensor | tuple[torch.Tensor, TokenState]:
@@ -432,6 +440,7 @@ class CroprViTLayer(GradientCheckpointingLayer):
         Args:
             position_embeddings, window_grid, key_bias: see `CroprViTAttention`.
             reduce: of a method that acts inside, called between attention and MLP.
+            adapt: of such a method, called with the input of the attention, and with queries, keys and values.
             choose: of a method that lets tokens idle, called with the tokens and this block, before anything is done.
         """
         state = None
@@ -442,7 +451,13 @@ class CroprViTLayer(GradientCheckpointingLayer):
         residual = hidden_states
         hidden_states = self.layernorm_before(hidden_states)
         hidden_states, _, *facts = self.attention(
-            hidden_states, position_embeddings, key_bias, window_grid, output_facts=reduce is not None, **kwargs
+            hidden_states,
+            position_embeddings,
+            key_bias,
+            window_grid,
+            output_facts=reduce is not None,
+            adapt=adapt,
+            **kwargs,
         )
         residual = hidden_states = self.add(residual, hidden_states, self.layer_scale1)
         if reduce is not None:

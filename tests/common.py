@@ -93,6 +93,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "random": {"token_reducer": "random"},
     "tome": {"token_reducer": "tome", "num_register_tokens": 1},
+    "tocom": {
+        "token_reducer": "tocom",
+        "num_register_tokens": 1,
+        "use_auxiliary_heads": True,
+        "reducer_config": {"trained_rate": 1, "scale": 1.0},
+    },
     "ailurus": {"token_reducer": "ailurus", "pruning_rate": 7, "last_layer_fusion": False},
     "evit": {"token_reducer": "evit", "pruning_rate": None, "num_register_tokens": 1, "rope_theta": 100.0},
     "idlevit": {"token_reducer": "idlevit", "pruning_rate": None, "num_register_tokens": 1, "rope_theta": 100.0},
@@ -120,7 +126,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 # Methods with a test file of their own, which the quick suite leaves it at.
-METHODS = ["ailurus", "dynamicvit", "evit", "idlevit", "itpn", "stp", "svit"]
+METHODS = ["ailurus", "dynamicvit", "evit", "idlevit", "itpn", "stp", "svit", "tocom"]
 
 # A detector on a pyramid of 16 x 16 to 1 x 1 cells
 DETECTOR: dict[str, Any] = {

@@ -171,7 +171,9 @@ def test_folders_give_the_same_outputs_and_keep_the_settings(method, fusion, tmp
         outputs.append(candidate(make_images()).logits)
     assert torch.equal(*outputs)
     package = {
-        **dict.fromkeys(("tome", "evit", "ailurus", "dynamicvit", "idlevit", "itpn", "stp", "svit"), "cropr_hf"),
+        **dict.fromkeys(
+            ("tome", "tocom", "evit", "ailurus", "dynamicvit", "idlevit", "itpn", "stp", "svit"), "cropr_hf"
+        ),
         "attentive": AttentiveReducer.__module__.partition(".")[0],
     }.get(method)
     assert loaded.config.reducer_package == package
@@ -291,7 +293,7 @@ def test_multiply_adds_count_what_the_method_runs(method):
         linear += len(config.pruning_blocks) * config.num_patches * (size**2 // 4 + size // 2)
     assert multiply_adds(config, attention=False) == linear
     products = sum(2 * (tokens + 1) ** 2 * config.hidden_size for tokens in entering)
-    if method == "tome":  # similarities of every second token with the others, and the weighted mean in the end
+    if method in ("tome", "tocom"):  # similarities of every second token with others, and the weighted mean in the end
         head_size = config.hidden_size // config.num_attention_heads
         lengths = [tokens + 1 for tokens in entering]
         products += sum(-(-length // 2) * (length // 2) * head_size for length in lengths)
@@ -415,7 +417,12 @@ def in_a_fresh_process(*args, **kwargs):
 @pytest.mark.full
 @pytest.mark.parametrize(
     ("method", "settings"),
-    [("tome", {"rate_inflection": -0.5}), ("dynamicvit", {"blocks": [1, 3]}), ("stp", {"blocks": [2]})],
+    [
+        ("tome", {"rate_inflection": -0.5}),
+        ("tocom", {"trained_rate": 1}),
+        ("dynamicvit", {"blocks": [1, 3]}),
+        ("stp", {"blocks": [2]}),
+    ],
 )
 def test_the_file_of_a_foreign_method_travels(method, settings, tmp_path):
     model = classifier(method, reducer_config=settings)

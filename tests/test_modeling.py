@@ -39,9 +39,10 @@ from tests.common import (
 
 PRUNED = [name for name in CONFIGS if name != "unpruned"]
 DETERMINISTIC = [name for name in CONFIGS if name != "random"]
-MERGING = ["tome", "ailurus"]  # after which a token is no longer one patch; see their own tests
+MERGING = ["tome", "tocom", "ailurus"]  # after which a token is no longer one patch; see their own tests
 IDLING = ["idlevit", "svit"]  # what passes a block by may come back
-INSIDE = ["tome", "evit"]  # what leaves does so within a block; EViT's new tokens are no patches, see `test_evit.py`
+# What leaves does so within a block; EViT's new tokens are no patches, see `test_evit.py`.
+INSIDE = ["tome", "tocom", "evit"]
 
 
 def build(task, name, **overrides):

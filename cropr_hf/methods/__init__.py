@@ -20,6 +20,7 @@ from .idlevit import IdleViTConfig, IdleViTReducer
 from .itpn import MigrationConfig, MigrationReducer
 from .stp import STPConfig, STPReducer
 from .svit import SViTConfig, SViTReducer
+from .tocom import ToComConfig, ToComReducer, load_compensator, save_compensator
 from .tome import ToMeConfig, ToMeReducer
 
 
@@ -38,6 +39,10 @@ __all__ = [
     "STPReducer",
     "SViTConfig",
     "SViTReducer",
+    "ToComConfig",
+    "ToComReducer",
     "ToMeConfig",
     "ToMeReducer",
+    "load_compensator",
+    "save_compensator",
 ]

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -108,13 +109,21 @@ def _code_files() -> list[Path]:
     return sorted(Path(file) for file in files.union(*(get_relative_import_files(file) for file in files)))
 
 
+def _flat_name(method: type) -> str:
+    return f"{METHOD_PREFIX}{method.__module__.rpartition('.')[2]}"
+
+
 def _add_method(method: type, folder: Path) -> None:
-    """Adds the file of a method to code that is flat, and its line to those of the methods that are there anyway."""
-    name = f"{METHOD_PREFIX}{method.__module__.rpartition('.')[2]}"
-    code = Path(inspect.getfile(method)).read_text(encoding="utf-8")
-    write_file(folder / f"{name}.py", code.replace("\nfrom ..", "\nfrom ."))
+    """Adds the file of a method, and of those that it extends, to code that is flat, and its line to those of the
+    methods that are there anyway.
+    """
+    for part in method.__mro__:
+        if part.__module__.startswith(methods.__name__ + "."):
+            code = Path(inspect.getfile(part)).read_text(encoding="utf-8")
+            code = re.sub(r"\nfrom \.(?=\w)", f"\nfrom .{METHOD_PREFIX}", code)  # another method
+            write_file(folder / f"{_flat_name(part)}.py", code.replace("\nfrom ..", "\nfrom ."))
     listed = (folder / METHODS).read_text(encoding="utf-8")
-    line = f"from .{name} import {method.__name__}  # noqa: F401\n"
+    line = f"from .{_flat_name(method)} import {method.__name__}  # noqa: F401\n"
     write_file(folder / METHODS, listed.replace("\n\n\n__all__", f"\n{line}\n\n__all__", 1))
 
 

@@ -29,7 +29,7 @@ from ..files import finite, source_name, write_file, write_json
 from ..saving import CARD_MARK, CARD_NAME, PICTURE_NAME, RECORD_NAME, own_card
 from ..speed.cost import multiply_adds, unpruned_config
 from ..tasks import find_task
-from ..token_reduction import TOKEN_REDUCERS
+from ..token_reduction import TOKEN_REDUCERS, has_auxiliary_heads
 
 
 logger = logging.get_logger(__name__)
@@ -237,7 +237,7 @@ def render_card(record: Mapping[str, Any], folder: str | os.PathLike | None = No
         evaluations=record.get("evaluations"),
         throughput=record.get("throughput"),
         method=method if is_pruned else None,
-        is_stripped=method is not None and method.supports_auxiliary_heads and not model.get("use_auxiliary_heads"),
+        is_stripped=has_auxiliary_heads(model["token_reducer"]) and not model.get("use_auxiliary_heads"),
         usage=usage,
         has_code=has_code and REGISTERS in usage,
         training=_training_table(training),
