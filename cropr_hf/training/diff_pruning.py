@@ -27,7 +27,6 @@ from ..files import replacing
 from ..modeling_cropr_vit import CroprViTPreTrainedModel
 from ..saving import strip_state_dict
 from ..tasks import find_task
-from ..token_reduction import find_token_reducer
 from .adapters import find_backbone
 from .ema import SHARDED
 
@@ -533,7 +532,7 @@ def _split(model: CroprViTPreTrainedModel) -> tuple[dict[str, torch.Tensor], dic
     """The weights of the backbone, by their names in it, and all other weights of the stripped model, by theirs."""
     weights, prefix = model.state_dict(), _prefix(model)
     if model.config.use_auxiliary_heads:
-        weights = strip_state_dict(weights, find_token_reducer(model.config))
+        weights = strip_state_dict(weights, model.config)
     sparse = {name for name in weights if name.startswith(prefix) and "token_reducers." not in name}
     backbone = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name in sparse}
     return backbone, {name: tensor for name, tensor in weights.items() if name not in sparse}
