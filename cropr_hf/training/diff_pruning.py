@@ -27,6 +27,7 @@ from ..files import replacing
 from ..modeling_cropr_vit import CroprViTPreTrainedModel
 from ..saving import strip_state_dict
 from ..tasks import find_task
+from ..token_reduction import find_token_reducer
 from .adapters import find_backbone
 from .ema import SHARDED
 
@@ -423,7 +424,9 @@ def save_diff(
         `OSError`: when the file cannot be written.
     """
     config = copy.deepcopy(_checked(model, "model").config)
-    config.use_auxiliary_heads = False
+    if config.use_auxiliary_heads:
+        for name, value in find_token_reducer(config).stripped_fields(config).items():
+            setattr(config, name, value)
     backbone, dense = _split(model)
     before = _backbone_of(base, backbone)
     tensors = {DENSE + name: _in_one_piece(tensor).clone() for name, tensor in dense.items()}
