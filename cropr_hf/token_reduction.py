@@ -29,7 +29,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from .configuration_cropr_vit import DEFAULT_PRUNING_RATE, CroprViTConfig, check_finite
-from .token_schedule import check_pruning, kept_by_constant_rate, pruning_blocks, round_up
+from .token_schedule import check_pruning, kept_by_constant_rate, kept_by_steps, pruning_blocks
 from .token_state import TokenState, select_tokens
 
 
@@ -425,14 +425,12 @@ class IdlingReducer(TokenReducer):
     @classmethod
     def kept_by_default(cls, config: CroprViTConfig, num_patches: int) -> list[int]:
         """By `keep_rate`, rounded down."""
-        rate, blocks = cls.setting(config, "keep_rate"), pruning_blocks(config, cls)
-        kept, left = [], num_patches
-        for block in range(1, config.num_hidden_layers + 1):
-            if block in blocks:
-                power = 1 + 3 * blocks.index(block) // len(blocks)
-                left = max(1, math.floor(round(rate**power * num_patches, 6)))
-            kept.append(left)
-        return round_up(config, kept, num_patches)
+        rate, number = cls.setting(config, "keep_rate"), len(pruning_blocks(config, cls))
+
+        def leave(_: int, before: int) -> int:
+            return max(1, math.floor(round(rate ** (1 + 3 * before // number) * num_patches, 6)))
+
+        return kept_by_steps(config, cls, num_patches, leave)
 
     @classmethod
     def check_pruning(cls, config: CroprViTConfig) -> None:

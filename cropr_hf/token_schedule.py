@@ -21,7 +21,7 @@ Symbols: L blocks, numbered from 1.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -133,6 +133,20 @@ def kept_by_constant_rate(config: Any, blocks: Sequence[int], num_patches: int, 
             f"A pruning rate of {rate} at {len(blocks)} modules leaves {remaining} of {num_patches} patch tokens; at "
             f"least 1 must stay: use a rate of at most {limit} or a larger image."
         )
+    return round_up(config, kept, num_patches)
+
+
+def kept_by_steps(config: Any, method: Any, num_patches: int, leave: Callable[[int, int], int]) -> list[int]:
+    """The schedule of a method that says at each of its blocks how many patch tokens it leaves there; see `round_up`.
+
+    Args:
+        leave: of the patch tokens that are left, and of the number of its blocks before.
+    """
+    blocks, kept, left = pruning_blocks(config, method), [], num_patches
+    for block in range(1, config.num_hidden_layers + 1):
+        if block in blocks:
+            left = leave(left, blocks.index(block))
+        kept.append(left)
     return round_up(config, kept, num_patches)
 
 

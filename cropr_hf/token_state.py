@@ -96,6 +96,14 @@ def select_tokens(
     return order[:, :num_keep].sort(dim=1).values, order[:, num_keep:]
 
 
+def add_gumbel_noise(scores: torch.Tensor) -> torch.Tensor:
+    """Scores plus standard Gumbel noise, of the same shape: the best K of them are K draws without replacement by
+    softmax(scores).
+    """
+    smallest = torch.finfo(scores.dtype).tiny
+    return scores - torch.empty_like(scores).exponential_().clamp(min=smallest).log()
+
+
 def draw_decisions(log_probabilities: torch.Tensor) -> torch.Tensor:
     """Straight-through Gumbel-softmax at temperature 1: what is drawn going forward, its softmax going backward.
 
@@ -105,9 +113,7 @@ def draw_decisions(log_probabilities: torch.Tensor) -> torch.Tensor:
     Returns:
         (B, N), exactly 1 for what stays and 0 for what goes.
     """
-    smallest = torch.finfo(log_probabilities.dtype).tiny
-    gumbel = -torch.empty_like(log_probabilities).exponential_().clamp(min=smallest).log()
-    soft = (log_probabilities + gumbel).softmax(dim=-1)[..., 0]
+    soft = add_gumbel_noise(log_probabilities).softmax(dim=-1)[..., 0]
     hard = (soft > 0.5).to(soft.dtype)
     return hard + (soft - soft.detach())  # the bracket is exactly 0
 

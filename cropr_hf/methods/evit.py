@@ -26,7 +26,7 @@ from huggingface_hub.dataclasses import strict
 
 from ..configuration_cropr_vit import CroprViTConfig
 from ..token_reduction import AttentionFacts, StagedConfig, StagedReducer, register_token_reducer
-from ..token_schedule import pruning_blocks, round_up
+from ..token_schedule import kept_by_steps
 from ..token_state import TokenState, gather_tokens, select_tokens
 
 
@@ -92,13 +92,12 @@ class EViTReducer(StagedReducer):
     def kept_by_default(cls, config: CroprViTConfig, num_patches: int) -> list[int]:
         """By `keep_rate`: of n patch tokens ⌈keep_rate · n⌉ stay, and the new one beside them."""
         rate, fuses = cls.setting(config, "keep_rate"), cls.setting(config, "fuse_tokens")
-        blocks, kept, left = pruning_blocks(config, cls), [], num_patches
-        for block in range(1, config.num_hidden_layers + 1):
-            if block in blocks:
-                best = math.ceil(round(rate * left, 6))  # 0.7 * 10 is 7, not 7.000000000000001
-                left = min(left, best + fuses)  # one that would leave alone stays
-            kept.append(left)
-        return round_up(config, kept, num_patches)
+
+        def leave(left: int, _: int) -> int:
+            best = math.ceil(round(rate * left, 6))  # 0.7 * 10 is 7, not 7.000000000000001
+            return min(left, best + fuses)  # one that would leave alone stays
+
+        return kept_by_steps(config, cls, num_patches, leave)
 
     @classmethod
     def reachable_counts(cls, config: CroprViTConfig, num_patches: int, kept: Sequence[int]) -> list[int]:

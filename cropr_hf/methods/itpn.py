@@ -28,7 +28,7 @@ from huggingface_hub.dataclasses import strict
 
 from ..configuration_cropr_vit import CroprViTConfig
 from ..token_reduction import StagedConfig, StagedReducer, register_token_reducer
-from ..token_schedule import halved_at_most, pruning_blocks, round_up
+from ..token_schedule import halved_at_most, kept_by_steps
 from ..token_state import TokenState, rank_by_similarity
 
 
@@ -82,13 +82,9 @@ class MigrationReducer(StagedReducer):
     @classmethod
     def kept_by_default(cls, config: CroprViTConfig, num_patches: int) -> list[int]:
         """By `keep_rate`, rounded up."""
-        rate, blocks = cls.setting(config, "keep_rate"), pruning_blocks(config, cls)
-        kept, left = [], num_patches
-        for block in range(1, config.num_hidden_layers + 1):
-            if block in blocks:
-                left = math.ceil(round(rate * left, 6))
-            kept.append(left)
-        return cls.reachable_counts(config, num_patches, round_up(config, kept, num_patches))
+        rate = cls.setting(config, "keep_rate")
+        kept = kept_by_steps(config, cls, num_patches, lambda left, _: math.ceil(round(rate * left, 6)))
+        return cls.reachable_counts(config, num_patches, kept)
 
     @classmethod
     def reachable_counts(cls, config: CroprViTConfig, num_patches: int, kept: Sequence[int]) -> list[int]:

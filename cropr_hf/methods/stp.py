@@ -30,8 +30,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..configuration_cropr_vit import CroprViTConfig
 from ..token_reduction import StagedConfig, StagedReducer, register_token_reducer
-from ..token_schedule import pruning_blocks, round_up
-from ..token_state import TokenState, gather_tokens, select_tokens
+from ..token_schedule import kept_by_steps, pruning_blocks
+from ..token_state import TokenState, add_gumbel_noise, gather_tokens, select_tokens
 
 
 CITATION = """@inproceedings{zhou2023token,
@@ -82,12 +82,6 @@ class STPConfig(StagedConfig):
 # --------------------------------------------------------------------------------------------------------------------
 # 1. What it computes
 # --------------------------------------------------------------------------------------------------------------------
-
-
-def add_gumbel_noise(scores: torch.Tensor) -> torch.Tensor:
-    """Scores (B, T) plus standard Gumbel noise: their top K are K draws without replacement by softmax(scores)."""
-    smallest = torch.finfo(scores.dtype).tiny
-    return scores - torch.empty_like(scores).exponential_().clamp(min=smallest).log()
 
 
 def straight_through_gates(ranks: torch.Tensor, kept: torch.Tensor, num_prefix_tokens: int = 0) -> torch.Tensor:
@@ -276,13 +270,9 @@ class STPReducer(StagedReducer):
     @classmethod
     def kept_by_default(cls, config: CroprViTConfig, num_patches: int) -> list[int]:
         """By `keep_rate`, rounded down, and at least one."""
-        rate, blocks = cls.setting(config, "keep_rate"), pruning_blocks(config, cls)
-        kept, left = [], num_patches
-        for block in range(1, config.num_hidden_layers + 1):
-            if block in blocks:
-                left = max(1, int(round(rate * left, 6)))  # 0.7 * 10 is 7, not 6.999999999999999
-            kept.append(left)
-        return round_up(config, kept, num_patches)
+        rate = cls.setting(config, "keep_rate")
+        # 0.7 * 10 is 7, not 6.999999999999999.
+        return kept_by_steps(config, cls, num_patches, lambda left, _: max(1, int(round(rate * left, 6))))
 
     def scores(self, state: TokenState) -> torch.Tensor:
         """See `TokenReducer.scores`."""
