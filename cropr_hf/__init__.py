@@ -21,6 +21,7 @@ from .modeling_cropr_vit import (
 )
 from .modeling_cropr_vit_detection import CroprViTForInstanceSegmentation, CroprViTForObjectDetection
 from .modeling_cropr_vit_segmentation import CroprViTForSemanticSegmentation
+from .publishing.hub import code_patterns, write_code
 from .publishing.model_card import write_card
 from .saving import StrippableModel
 from .speed.schedule_search import FoundSchedule, find_schedule
@@ -44,6 +45,9 @@ from .version import __version__
 CroprViTConfig.find_reducer = staticmethod(find_token_reducer)  # type: ignore[assignment]
 CroprViTPreTrainedModel.convert = staticmethod(convert_vit)
 StrippableModel.write_card = write_card
+StrippableModel.write_code = write_code
+StrippableModel.code_patterns = staticmethod(code_patterns)  # type: ignore[assignment]
+CroprViTImageProcessor.register_for_auto_class()  # its code goes along whenever it is saved
 
 AutoConfig.register(CroprViTConfig.model_type, CroprViTConfig, exist_ok=True)
 AutoImageProcessor.register(

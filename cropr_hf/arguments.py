@@ -23,10 +23,10 @@ def parse_config(text: str, argument: str = "config", example: str = '{"pruning_
 
 
 def usable_device(name: str) -> torch.device:
-    """A device by its name; raises `ValueError` if torch cannot use it here."""
+    """A device by its name; raises `ValueError` if torch cannot compute on it here."""
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # which `meta` has not
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"`device` is {name!r}, which torch cannot use here ({reason}); try cpu.") from error

@@ -10,7 +10,7 @@ import os
 import sys
 import tempfile
 import traceback
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -107,7 +107,7 @@ def diff(args: Namespace) -> str:
             if processor_text is not None:
                 Path(folder, IMAGE_PROCESSOR_NAME).write_text(processor_text, encoding="utf-8")
             processor = _image_processor(folder)
-        save_for_hub(model, args.target, processor, with_code=False)
+        save_for_hub(model, args.target, processor)
         return f"{args.target} holds the model."
     target = check_file(args.target)
     model = _load(args.model)
@@ -292,7 +292,7 @@ def schedule(args: Namespace) -> str:
     if args.save is not None:
         stored = _load(args.model, **{**overrides, "pruning_rate": None, "pruning_schedule": found.schedule})
         _take_over_record(stored, args.model, without=("evaluations", "throughput"))  # of another schedule
-        save_for_hub(stored, args.save, processor, with_code=False)
+        save_for_hub(stored, args.save, processor)
     return _describe(found, model, args)
 
 
@@ -448,7 +448,8 @@ def build_parser() -> ArgumentParser:
 
     def add_output(command: ArgumentParser) -> None:
         command.add_argument("output_dir", help="folder for the stripped model")
-        command.add_argument("--with_code", action="store_true", help="add the code, for trust_remote_code=True")
+        code = "whether the code goes along, for trust_remote_code=True (default: it does)"
+        command.add_argument("--with_code", action=BooleanOptionalAction, default=True, help=code)
         add_overwrite(command)
 
     def add_overwrite(command: ArgumentParser) -> None:

@@ -386,28 +386,28 @@ class CroprViTModel(CroprViTPreTrainedModel):
                 positions = self.window_positions(state, window_grid, window_table)
         # The first argument stays the hidden states: what records outputs, and checkpointing, look for them there. The
         # key bias is one by position, since reentrant checkpoints know no gradient of others.
-        inside = reducer if reducer is not None and reducer.acts_inside else None
-        hidden_states = layer.checkpoint_input(state.hidden_states, inside)
-        if reducer is not None and reducer.idles and num_keep < state.num_patches:
-
-            def choose(hidden_states: torch.Tensor, layer: nn.Module) -> TokenState:
-                return reducer.before_next_block(state.updated(hidden_states=hidden_states), num_keep, layer)
-
-            hidden_states, state_inside = layer(hidden_states, positions, choose=choose, **kwargs)
-            return state_inside.updated(hidden_states=hidden_states)
-        if inside is None:
+        idles = reducer is not None and reducer.idles and num_keep < state.num_patches
+        acting: Any = reducer if reducer is not None and (idles or reducer.acts_inside) else None
+        hidden_states = layer.checkpoint_input(state.hidden_states, None if acting is None else acting.name)
+        if acting is None:
             hidden_states = layer(hidden_states, positions, window_grid, state.key_bias, **kwargs)
             return state.updated(hidden_states=hidden_states)
 
+        def choose(hidden_states: torch.Tensor, layer: nn.Module) -> TokenState:
+            return acting.before_next_block(state.updated(hidden_states=hidden_states), num_keep, layer)
+
         def reduce(hidden_states: torch.Tensor, facts: AttentionFacts) -> TokenState:
-            return inside.after_attention(state.updated(hidden_states=hidden_states), num_keep, facts)
+            return acting.after_attention(state.updated(hidden_states=hidden_states), num_keep, facts)
 
         def adapt(hidden_states: torch.Tensor, projected: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-            return inside.adapt_attention(state, num_keep, hidden_states, projected)
+            return acting.adapt_attention(state, num_keep, hidden_states, projected)
 
-        hidden_states, state_inside = layer(
-            hidden_states, positions, window_grid, state.key_bias, reduce=reduce, adapt=adapt, **kwargs
-        )
+        if idles:
+            hidden_states, state_inside = layer(hidden_states, positions, choose=choose, **kwargs)
+        else:
+            hidden_states, state_inside = layer(
+                hidden_states, positions, window_grid, state.key_bias, reduce=reduce, adapt=adapt, **kwargs
+            )
         return state_inside.updated(hidden_states=hidden_states)
 
     def embed(

@@ -23,7 +23,7 @@ import re
 import shutil
 import tempfile
 import traceback
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
@@ -63,8 +63,11 @@ class StrippableModel(PreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"(^|\.)token_reducers\.\d+\."]
     # What was done with these weights, for the model card. `CroprTrainer` fills it in.
     record: dict[str, Any] | None = None
-    # Writes the model card. The package hands it in; code from the Hub has none, and leaves it out.
+    # What the package hands in, and code from the Hub does without: what writes the model card; what writes the code,
+    # and returns the `auto_map` by which it is found; and patterns of its files.
     write_card: Callable[..., None] | None = None
+    write_code: Callable[..., dict[str, str]] | None = None
+    code_patterns: Callable[[], list[str]] = list
 
     @torch.no_grad()
     def remove_auxiliary_heads(self) -> None:
@@ -223,11 +226,13 @@ class StrippableModel(PreTrainedModel):
         push_to_hub: bool = False,
         *args: Any,
         strip_auxiliary_heads: bool | None = None,
+        with_code: bool | None = None,
         beside: Callable[[str], Any] | None = None,
         replaced: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
-        """Saves for publishing: stripped weights, with `training_config/config.json` to train them again.
+        """Saves for publishing: stripped weights, with `training_config/config.json` to train them again, and the code
+        that runs them.
 
         A folder that the Trainer resumes from (`checkpoint-<step>`) gets the complete weights. The model in memory
         does not change. A folder that held another model holds that one until all files are written, and then this
@@ -240,13 +245,17 @@ class StrippableModel(PreTrainedModel):
 
         Args:
             strip_auxiliary_heads: `None` is as above; `True` and `False` decide.
+            with_code: whether the code is saved as well, so that the folder loads through the Auto classes with
+                `trust_remote_code=True` where `cropr_hf` is not installed. By default it is, except in a folder to
+                resume from, and for a token reducer or a model that this package does not have.
             beside: writes into the folder that it is given what belongs to the model besides, such as
                 `image_processor.save_pretrained`. It is saved, and uploaded, together with the model.
             replaced: patterns of further files, relative to the folder, which belong to a model that is there already,
                 and go with it.
 
         Raises:
-            `ValueError`: for a distributed checkpoint, which can only be complete.
+            `ValueError`: for a distributed checkpoint, which can only be complete; with `with_code=True`, for what
+                this package does not have.
         """
         save_directory = os.fspath(save_directory)
         folder = os.path.basename(os.path.abspath(save_directory))
@@ -273,7 +282,9 @@ class StrippableModel(PreTrainedModel):
         saved = self.state_dict() if state_dict is None else state_dict  # which loses its tensors on the way
         num_parameters = sum(tensor.numel() for tensor in saved.values())
         os.makedirs(save_directory, exist_ok=True)
-        stale = [*_stale_files(kwargs.get("variant")), *replaced]
+        # Without a model beside them, they were saved there for this one.
+        is_replaced = os.path.exists(os.path.join(save_directory, CONFIG_NAME))
+        stale = [*_stale_files(kwargs.get("variant")), *replaced, *(self.code_patterns() if is_replaced else ())]
         if is_published:
             card = own_card(save_directory)
             stale += [*_stale_facts(card), *([CARD_NAME] if card is None else [])]
@@ -281,16 +292,14 @@ class StrippableModel(PreTrainedModel):
             if beside is not None:
                 beside(staging)
             fields = find_token_reducer(self.config).stripped_fields(self.config) if strip else {}
-            own_fields = {name: getattr(self.config, name) for name in fields}
-            try:
-                for name, value in fields.items():
-                    setattr(self.config, name, value)
+            brings_code = is_published if with_code is None else with_code
+            auto_map = getattr(self.config, "auto_map", None)
+            if self.write_code is not None:
+                auto_map = self.write_code(staging, with_code) if brings_code else None
+            with _changed(self.config, fields, auto_map):
                 super().save_pretrained(staging, True, state_dict, False, *args, **kwargs)
                 if is_published and self.write_card is not None:
                     self.write_card(staging, repo_id or folder, num_parameters, save_directory)
-            finally:
-                for name, value in own_fields.items():
-                    setattr(self.config, name, value)
             if strip:
                 _save_training_config(staging, type(self.config))
             if not kwargs.get("variant"):  # variants share a configuration
@@ -331,6 +340,22 @@ class StrippableModel(PreTrainedModel):
                 commit_message=commit_message,
                 commit_description=commit_description,
             )
+
+
+@contextmanager
+def _changed(config: PreTrainedConfig, fields: Mapping[str, Any], auto_map: dict[str, str] | None) -> Iterator[None]:
+    """A configuration with other values, and this `auto_map` or none, for a while."""
+    own = dict(vars(config))
+    try:
+        for name, value in fields.items():
+            setattr(config, name, value)
+        vars(config).pop("auto_map", None)  # a stored null would not load
+        if auto_map:
+            config.auto_map = auto_map
+        yield
+    finally:
+        vars(config).clear()
+        vars(config).update(own)
 
 
 def refuse_unexpected(path: str | os.PathLike, names: Iterable[str]) -> None:

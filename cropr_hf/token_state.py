@@ -19,6 +19,7 @@ L blocks.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -235,6 +236,11 @@ class TokenState:
         state.__dict__.update(self.__dict__)
         state.__dict__.update(changes)
         return state
+
+    def with_losses(self, losses: Mapping[str, torch.Tensor]) -> TokenState:
+        """Losses of a method in training, each added to what has its name already."""
+        summed = {name: self.losses[name] + loss if name in self.losses else loss for name, loss in losses.items()}
+        return self.updated(losses={**self.losses, **summed})
 
     @property
     def num_patches(self) -> int:

@@ -409,17 +409,30 @@ class CroprViTLayer(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.drop_path = CroprViTDropPath(drop_path_rate)
 
-    def checkpoint_input(self, hidden_states: torch.Tensor, reducer: nn.Module | None = None) -> torch.Tensor:
+    def checkpoint_input(self, hidden_states: torch.Tensor, method: str | None = None) -> torch.Tensor:
         """The hidden states, as a leaf that requires a gradient where a checkpoint needs one that nothing before does.
 
         A reentrant checkpoint computes gradients inside of it only if an input requires one: without this, adapters,
-        blocks behind a frozen part, and a `reducer` inside of the block, would learn nothing.
+        and blocks behind a frozen part, would learn nothing.
+
+        Args:
+            method: the token reducer that acts inside of the block.
+
+        Raises:
+            `ValueError`: when it does so inside of a reentrant checkpoint, which knows no gradient of the rest of a
+                `TokenState`: of losses, of columns, and of tokens that were set aside.
         """
         is_checkpoint = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        if not is_checkpoint or hidden_states.requires_grad or torch.compiler.is_compiling():
+        if not is_checkpoint:
             return hidden_states
-        parts = [self] if reducer is None else [self, reducer]
-        if not any(parameter.requires_grad for part in parts for parameter in part.parameters()):
+        if method is not None and getattr(self._gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+            raise ValueError(
+                f"`use_reentrant` is True, but the token reducer {method!r} acts within blocks, where reentrant "
+                "checkpoints lose gradients; leave it out, as its default is False."
+            )
+        if hidden_states.requires_grad or torch.compiler.is_compiling():
+            return hidden_states
+        if not any(parameter.requires_grad for parameter in self.parameters()):
             return hidden_states
         return hidden_states.detach().requires_grad_()
 
@@ -465,7 +478,7 @@ class CroprViTLayer(GradientCheckpointingLayer):
             residual = hidden_states = state.hidden_states
         hidden_states = self.mlp(self.layernorm_after(hidden_states))
         hidden_states = self.add(residual, hidden_states, self.layer_scale2)
-        if choose is not None:  # within the block, since reentrant checkpoints know no gradient of a state
+        if choose is not None:
             state = state.updated(hidden_states=hidden_states).unpark()  # type: ignore[union-attr]
             hidden_states = state.hidden_states
         return hidden_states if state is None else (hidden_states, state)

@@ -133,7 +133,7 @@ def load_split(args: EvaluationArguments, data_args: DataArguments, masks: bool)
     """The images to evaluate on.
 
     Raises:
-        `ValueError`: when the data set has no such split.
+        `ValueError`: when the data set has no such split, or no image in it.
     """
     if data_args.draws_digits:
         from cluttered_digits import cluttered_digits
@@ -142,6 +142,8 @@ def load_split(args: EvaluationArguments, data_args: DataArguments, masks: bool)
     images = load_source(data_args, masks, splits=[args.split])
     if args.split not in images:
         raise ValueError(f"There is no split {args.split!r}, only {', '.join(images or FILES)}; choose another.")
+    if not len(images[args.split]):
+        raise ValueError(f"The split {args.split!r} has no image; give one or more.")
     split = prepare_split(images[args.split], data_args, masks)
     return split.select(range(min(data_args.max_eval_samples or len(split), len(split))))
 

@@ -253,6 +253,9 @@ class TestEvaluation:
             example("evaluate_detection").main(arguments)
         with pytest.raises(ValueError, match="no split 'test', only train, validation"):
             example("evaluate_detection").main([*arguments, "--split", "test"])
+        (tmp_path / "validation.json").write_text(json.dumps({"images": [], "annotations": [], "categories": []}))
+        with pytest.raises(ValueError, match="'validation' has no image"):
+            example("evaluate_detection").main(arguments)
 
 
 class TestCocoFiles:

@@ -223,6 +223,7 @@ class TestWrongArguments:
             (["--batch_size", "-1"], "--batch_size is -1; give 1 or more"),
             (["--batch_size", "0"], "--batch_size is 0; give 1 or more"),
             (["--device", "gpu"], "`device` is 'gpu', which torch cannot use here .*; try cpu"),
+            (["--device", "meta"], "`device` is 'meta', which torch cannot use here .*; try cpu"),
             (["--picture", str(tmp_path / "no" / "x.png")], r"x\.png is to be written, but there is no folder"),
             (["--picture", str(tmp_path / "x.xyz")], r"x\.xyz is to be a picture; name a file that ends with"),
             (["--picture_images", "0"], "--picture_images is 0; give 1 or more"),

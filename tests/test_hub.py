@@ -7,7 +7,13 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForImageClassification, SegformerImageProcessor, ViTImageProcessor, pipeline
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    SegformerImageProcessor,
+    ViTImageProcessor,
+    pipeline,
+)
 
 from cropr_hf import (
     CroprRfDetrConfig,
@@ -158,11 +164,35 @@ def test_with_the_package_a_pipeline_asks_nobody_whether_to_run_code(tmp_path, m
     assert type(detect.model) is CroprViTForObjectDetection and not questions
 
 
-def test_a_later_ordinary_save_loads(model, tmp_path):
-    save_for_hub(model, tmp_path / "hub")
+def test_every_published_folder_has_the_code(model, tmp_path):
+    """But no checkpoint to resume from, and none where it is not wanted."""
+
+    def has_code(folder):
+        has_map = "auto_map" in json.loads((folder / "config.json").read_text())
+        assert has_map == (folder / "modeling_cropr_vit.py").exists() == (folder / "reducers.py").exists()
+        AutoModelForImageClassification.from_pretrained(folder)
+        return has_map
+
     model.save_pretrained(tmp_path / "plain")
-    assert "auto_map" not in json.loads((tmp_path / "plain" / "config.json").read_text())
-    AutoModelForImageClassification.from_pretrained(tmp_path / "plain")
+    model.save_pretrained(tmp_path / "checkpoint-3")
+    model.save_pretrained(tmp_path / "without", with_code=False)
+    expected = {"plain": True, "checkpoint-3": False, "without": False}
+    assert {name: has_code(tmp_path / name) for name in expected} == expected
+    assert getattr(model.config, "auto_map", None) is None
+    # A model that knows where its code was takes it along, or does not point to what is not there.
+    loaded = CroprViTForImageClassification.from_pretrained(tmp_path / "plain")
+    loaded.save_pretrained(tmp_path / "again")
+    loaded.save_pretrained(tmp_path / "plain", with_code=False)
+    assert has_code(tmp_path / "again") and not has_code(tmp_path / "plain")
+
+
+def test_an_image_processor_of_ours_brings_its_code(tmp_path):
+    processor = CroprViTImageProcessor(size={"shortest_edge": 32, "longest_edge": 32})
+    processor.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    assert stored["auto_map"] == {"AutoImageProcessor": "image_processing_cropr_vit.CroprViTImageProcessor"}
+    assert (tmp_path / "image_processing_cropr_vit.py").exists()
+    assert type(AutoImageProcessor.from_pretrained(tmp_path)) is CroprViTImageProcessor
 
 
 def test_other_models_are_refused(tmp_path):

@@ -39,7 +39,15 @@ from cropr_hf.token_state import KEY_BIAS, select_tokens
 from cropr_hf.training import CroprTrainer
 from cropr_hf.visualization import plot_pruning
 from tests.common import METHODS as OWN_TESTS
-from tests.common import NUM_LABELS, TINY, full, make_images, make_model, tiny_config
+from tests.common import (
+    NUM_LABELS,
+    TINY,
+    enable_activation_checkpointing,
+    full,
+    make_images,
+    make_model,
+    tiny_config,
+)
 
 
 @strict
@@ -354,6 +362,28 @@ def test_named_losses_join_the_loss_and_the_log(tmp_path):
     assert {"main_loss", "gate_2", "gate_4"} <= trainer.state.log_history[0].keys()
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_checkpoints_change_no_gradient(method, use_reentrant):
+    """Also none of a method's own losses, and none of what it learns inside of a block."""
+    reducer, gradients = TOKEN_REDUCERS[method], []
+    for checkpoints in (False, True):
+        model = classifier(method).double().train()
+        if checkpoints:
+            enable_activation_checkpointing(model, use_reentrant=use_reentrant)
+        torch.manual_seed(1)
+        if checkpoints and use_reentrant and (reducer.acts_inside or reducer.idles):
+            with pytest.raises(ValueError, match="`use_reentrant` is True"):
+                model(make_images().double())
+            return
+        model(make_images().double(), labels=torch.tensor([0, 1])).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    without, with_checkpoints = gradients
+    assert without.keys() == with_checkpoints.keys()
+    for name, gradient in without.items():
+        torch.testing.assert_close(with_checkpoints[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
+
+
 def test_the_plain_trainer_trains_through_merged_tokens(tmp_path):
     data = [{"pixel_values": image, "labels": index % 2} for index, image in enumerate(make_images(8))]
     settings = TrainingArguments(str(tmp_path), max_steps=30, learning_rate=1e-2, report_to="none", use_cpu=True)
@@ -449,6 +479,9 @@ def test_a_folder_whose_method_is_not_there_names_the_package(tmp_path):
 def test_code_of_another_package_is_not_saved(tmp_path):
     with pytest.raises(ValueError, match="'attentive' is not part of the code that is saved"):
         save_for_hub(classifier("attentive"), tmp_path)
+    classifier("attentive").save_pretrained(tmp_path)  # which says so, and brings none
+    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
+    assert not [*tmp_path.glob("*.py")]
 
 
 def test_a_configuration_of_an_unknown_method_can_be_read_but_not_counted():

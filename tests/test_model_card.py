@@ -54,7 +54,7 @@ class TestSaving:
         assert "No results are recorded" in card and "Not measured" in card and "Not recorded." in card
         data = ModelCard(card).data
         assert data.pipeline_tag == "image-classification" and data.library_name == "transformers"
-        assert data.tags == ["vision", "cropr", "token-pruning"] and data.eval_results is None
+        assert data.tags == ["vision", "cropr", "token-pruning", "custom_code"] and data.eval_results is None
 
     def test_bars_are_the_patches_that_each_block_works_on(self, tmp_path):
         model = saved(tmp_path, pruning_rate=4)
@@ -72,7 +72,7 @@ class TestSaving:
     def test_an_unpruned_model_has_no_bars(self, tmp_path):
         saved(tmp_path, token_reducer=None, pruning_rate=None, use_auxiliary_heads=False)
         card = card_of(tmp_path)
-        assert "█" not in card and "drops" not in card and ModelCard(card).data.tags == ["vision"]
+        assert "█" not in card and "drops" not in card and "cropr" not in ModelCard(card).data.tags
 
     def test_a_card_by_hand_stays(self, tmp_path):
         model = saved(tmp_path)
@@ -88,10 +88,11 @@ class TestSaving:
         assert not {"README.md", "record.json"} & {file.name for file in (tmp_path / "checkpoint-3").iterdir()}
 
     def test_a_folder_with_code_says_how_to_load_it(self, tmp_path):
-        saved(tmp_path / "plain")
-        save_for_hub(tiny_model(), tmp_path / "with_code")
-        assert "trust_remote_code=True" not in card_of(tmp_path / "plain")
-        assert "trust_remote_code=True" in card_of(tmp_path / "with_code")
+        tiny_model().save_pretrained(tmp_path / "without", with_code=False)
+        saved(tmp_path / "with_code")
+        for name, has_code in {"without": False, "with_code": True}.items():
+            card = card_of(tmp_path / name)
+            assert ("trust_remote_code=True" in card) == ("custom_code" in ModelCard(card).data.tags) == has_code
 
     def test_the_usage_of_a_backbone_loads_a_folder(self, tmp_path, monkeypatch):
         model = make_model(CroprViTBackbone, tiny_config(use_auxiliary_heads=True))
@@ -270,7 +271,7 @@ class TestTrainer:
         assert evaluation["dataset"] == "owner/squares" and set(evaluation["metrics"]) == {"loss"}
         data = ModelCard(card).data
         assert (data.license, data.datasets, data.language) == ("mit", ["owner/squares"], "en")
-        assert data.tags == ["vision", "cropr", "token-pruning", "squares"]
+        assert data.tags == ["vision", "cropr", "token-pruning", "custom_code", "squares"]
         trainer.model.save_pretrained(tmp_path / "copy")
         assert {**read_record(tmp_path / "copy"), "model": None} == {**record, "model": None}
 

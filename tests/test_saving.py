@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from cropr_hf import CroprViTBackbone, CroprViTConfig, CroprViTForImageClassification, CroprViTModel, saving
+from cropr_hf.publishing.hub import code_files
 from cropr_hf.saving import CARD_MARK
 from tests.common import (
     CONFIGS,
@@ -47,6 +48,7 @@ from tests.test_import_rules import TRAVELS
 
 # Files of a stripped save.
 PUBLISHED = {"README.md", "config.json", "model.safetensors", "record.json", "training_config"}
+PUBLISHED |= {file.name for file in code_files()}
 TRAINING_PARTS = ("queries", "aggregator", "auxiliary_head", "projection", "scorer.norm")
 
 SCORERS = {
@@ -462,7 +464,7 @@ def registered_for_remote_code(monkeypatch):
 @pytest.mark.full
 def test_remote_code_without_the_package_predicts_trains_and_saves(registered_for_remote_code, tmp_path):
     model = trainable(**SCORERS["everything"])
-    model.save_pretrained(tmp_path / "model")
+    model.save_pretrained(tmp_path / "model", with_code=False)  # Transformers itself brings it
     # What image classification needs of what travels.
     needed = {f"{name}.py" for name in TRAVELS if not re.search("detection|segmentation|processing", name)}
     assert {file.name for file in (tmp_path / "model").glob("*.py")} == needed

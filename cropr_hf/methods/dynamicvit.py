@@ -169,9 +169,7 @@ class DynamicViTReducer(StagedReducer):
         policy = before * F.pad(decisions, (prefix, 0), value=1.0)  # (B, T)
         shares = policy[:, prefix:].mean(dim=1)
         loss = self.loss_weight * (shares - num_keep / state.num_patches).square().mean()
-        if RATIO_LOSS in state.losses:
-            loss = loss + state.losses[RATIO_LOSS]
-        state = state.updated(losses={**state.losses, RATIO_LOSS: loss})
+        state = state.with_losses({RATIO_LOSS: loss})
         if num_keep == state.num_patches:
             return state
         padding = state.padding_of_tokens()

@@ -152,9 +152,7 @@ class IdleViTReducer(IdlingReducer):
             logits = class_logits(normalised, layer.attention, positions)
             active, idle = select_tokens(logits, num_active, prefix, state.padding_of_tokens())
         if self.training and self.loss_weight and self.loss_names:
-            state = state.updated(
-                losses={**state.losses, **self._losses(normalised, active, positions, layer, prefix)}
-            )
+            state = state.with_losses(self._losses(normalised, active, positions, layer, prefix))
         return state.park(active, idle, self.block)
 
     def _losses(

@@ -143,7 +143,7 @@ class SViTReducer(IdlingReducer):
             gates = (log_probabilities[..., 0] > log_probabilities[..., 1]).to(log_probabilities.dtype)
         if self.training:
             loss = self.loss_weight * (gates.mean() - num_active / state.num_patches).square()
-            state = state.updated(losses={**state.losses, RATIO_LOSS: loss + state.losses.get(RATIO_LOSS, 0.0)})
+            state = state.with_losses({RATIO_LOSS: loss})
         gates = F.pad(gates, (prefix, 0), value=1.0)
         if padding is not None:
             gates = gates.masked_fill(padding, 0.0)

@@ -4,13 +4,14 @@ import inspect
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from transformers.dynamic_module_utils import get_relative_import_files
-from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
+from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, logging
 
 from .. import methods
 from ..configuration_cropr_vit import CroprViTConfig
@@ -21,11 +22,14 @@ from ..tasks import TASKS
 from ..token_reduction import find_token_reducer
 
 
+logger = logging.get_logger(__name__)
+
 ROOT = Path(__file__).parents[1]  # of the code that travels
 METHODS = "reducers.py"  # names the files of methods, a line each
 METHOD_PREFIX = "reducer_"
 # Patterns of what belongs to a model in a folder besides what `save_pretrained` writes
-BESIDE_A_MODEL = (IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, "*_results.json", f"{METHOD_PREFIX}*.py")
+IMAGE_PROCESSOR_CODE = Path(inspect.getfile(CroprViTImageProcessor)).name
+BESIDE_A_MODEL = (IMAGE_PROCESSOR_NAME, IMAGE_PROCESSOR_CODE, PROCESSOR_NAME, "*_results.json")
 
 
 def _place(code: type) -> str:
@@ -36,7 +40,6 @@ AUTO_MAP = {
     "AutoConfig": _place(CroprViTConfig),
     **{task.auto_class: _place(task.model_class) for task in TASKS.values()},
 }
-IMAGE_PROCESSOR_MAP = {"AutoImageProcessor": _place(CroprViTImageProcessor)}
 
 
 def save_for_hub(
@@ -60,53 +63,86 @@ def save_for_hub(
         save_directory: the folder, made if necessary.
         image_processor: saved beside the model; pipelines need one.
         with_code: whether the code is saved as well.
-        kwargs: of `CroprViTPreTrainedModel.save_pretrained`.
+        kwargs: of `CroprViTPreTrainedModel.save_pretrained`, which leaves out what is given here.
 
     Raises:
         `ValueError`: for a model of another kind, or a reducer that is not one of this package, so that the code would
             not contain it.
     """
+    check_travels(model, with_code)
+    if image_processor is not None and not hasattr(image_processor, "save_pretrained"):
+        raise ValueError(f"`image_processor` is a {type(image_processor).__name__}; give one of Transformers.")
+
+    def write(folder: str) -> None:
+        if image_processor is not None:
+            without = nullcontext() if with_code else patch.object(CroprViTImageProcessor, "_auto_class", None)
+            with without:
+                image_processor.save_pretrained(folder)
+
+    # Without a model beside them, they were saved there for this one.
+    stale = BESIDE_A_MODEL if os.path.exists(os.path.join(save_directory, CONFIG_NAME)) else ()
+    model.save_pretrained(save_directory, with_code=with_code, beside=write, replaced=stale, **kwargs)
+
+
+def check_travels(model: Any, with_code: bool = True) -> None:
+    """Raises `ValueError` for a model whose code, or whose method if it is to go along, is not of this package."""
     if not isinstance(model, CroprViTPreTrainedModel):
         raise ValueError(
             f"The model is a {type(model).__name__}; the code that is saved is that of `CroprViT*` models. Publish "
             "others with `save_pretrained`."
         )
-    if image_processor is not None and not hasattr(image_processor, "save_pretrained"):
-        raise ValueError(f"`image_processor` is a {type(image_processor).__name__}; give one of Transformers.")
     method = find_token_reducer(model.config) if with_code else None
     if method is not None and not method.__module__.startswith(ROOT.name + "."):
         raise ValueError(
-            f"The token reducer {method.name!r} is not part of the code that is saved; publish by `save_pretrained`, "
-            "and name in the model card the package that registers it."
+            f"The token reducer {method.name!r} is not part of the code that is saved; publish without it by "
+            "`with_code=False`, and name in the model card the package that registers it."
         )
 
-    def write(folder: str) -> None:
-        if image_processor is not None:
-            own_processor = isinstance(image_processor, CroprViTImageProcessor) and with_code
-            with _auto_map(image_processor, IMAGE_PROCESSOR_MAP if own_processor else None):
-                image_processor.save_pretrained(folder)
-        if with_code:
-            for file in _code_files():
-                shutil.copyfile(file, os.path.join(folder, file.name))
-        if method is not None and method.__module__.startswith(methods.__name__ + "."):
-            _add_method(method, Path(folder))
 
-    # Without a model beside them, they were saved there for this one.
-    is_replaced = os.path.exists(os.path.join(save_directory, CONFIG_NAME))
-    stale = [*BESIDE_A_MODEL, *(file.name for file in _code_files())] if is_replaced else []
+def write_code(model: Any, folder: str | os.PathLike, required: bool | None = None) -> dict[str, str]:
+    """Writes the code that runs a model, and its method, into a folder.
+
+    Args:
+        model: any `CroprViT*` model.
+        folder: where the files go, beside `config.json`.
+        required: whether it is an error if the code would not contain what the model is made of; otherwise a warning
+            says so, and nothing is written.
+
+    Returns:
+        The `auto_map` of the configuration, by which the Auto classes find the code; empty without.
+
+    Raises:
+        `ValueError`: see `check_travels`.
+    """
+    try:
+        check_travels(model)
+    except ValueError as error:
+        if required:
+            raise
+        logger.warning("%s", error)
+        return {}
+    for file in code_files():
+        shutil.copyfile(file, os.path.join(folder, file.name))
+    method = find_token_reducer(model.config)
+    if method is not None and method.__module__.startswith(methods.__name__ + "."):
+        _add_method(method, Path(folder))
     # The segmentation pipeline looks for this entry first, and would take a semantic model otherwise.
     is_instance_model = isinstance(model, TASKS["instance_segmentation"].model_class)
     segmenter = TASKS["instance_segmentation" if is_instance_model else "semantic_segmentation"].auto_class
-    auto_map = {**AUTO_MAP, "AutoModelForImageSegmentation": AUTO_MAP[segmenter]}
-    with _auto_map(model.config, auto_map if with_code else None):
-        model.save_pretrained(save_directory, beside=write, replaced=stale, **kwargs)
+    return {**AUTO_MAP, "AutoModelForImageSegmentation": AUTO_MAP[segmenter]}
 
 
-def _code_files() -> list[Path]:
+@cache
+def code_files() -> list[Path]:
     """The files of code that every model needs."""
-    modules = {entry.split(".")[0] for entry in (*AUTO_MAP.values(), *IMAGE_PROCESSOR_MAP.values())}
+    modules = {entry.split(".")[0] for entry in (*AUTO_MAP.values(), _place(CroprViTImageProcessor))}
     files = {str(ROOT / f"{module}.py") for module in modules}
     return sorted(Path(file) for file in files.union(*(get_relative_import_files(file) for file in files)))
+
+
+def code_patterns() -> list[str]:
+    """Patterns of all files of a model's code in a folder."""
+    return [*(file.name for file in code_files() if file.name != IMAGE_PROCESSOR_CODE), f"{METHOD_PREFIX}*.py"]
 
 
 def _flat_name(method: type) -> str:
@@ -125,18 +161,3 @@ def _add_method(method: type, folder: Path) -> None:
     listed = (folder / METHODS).read_text(encoding="utf-8")
     line = f"from .{_flat_name(method)} import {method.__name__}  # noqa: F401\n"
     write_file(folder / METHODS, listed.replace("\n\n\n__all__", f"\n{line}\n\n__all__", 1))
-
-
-@contextmanager
-def _auto_map(holder: Any, auto_map: dict[str, str] | None) -> Iterator[None]:
-    """Gives a configuration or image processor an `auto_map` for the time of saving; `None` leaves it alone."""
-    own_map = vars(holder).get("auto_map")
-    if auto_map is not None:
-        holder.auto_map = auto_map
-    try:
-        yield
-    finally:
-        if own_map is not None:
-            holder.auto_map = own_map
-        elif auto_map is not None:
-            del holder.auto_map  # a stored null would not load

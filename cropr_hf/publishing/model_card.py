@@ -205,6 +205,7 @@ def render_card(record: Mapping[str, Any], folder: str | os.PathLike | None = No
     is_pruned = model["patches_kept"][-1] < model["num_patches"]
     metadata = record.get("metadata", {})
     method = TOKEN_REDUCERS.get(model["token_reducer"])
+    has_code = folder is not None and (folder / "modeling_cropr_vit.py").exists()
     kind = "token-merging" if method is not None and method.merges else "token-pruning"
     data = ModelCardData(
         library_name="transformers",
@@ -213,10 +214,14 @@ def render_card(record: Mapping[str, Any], folder: str | os.PathLike | None = No
         base_model=base if on_hub else None,
         datasets=[training["dataset"]] if _is_hub_id(training.get("dataset") or "") else None,
         pipeline_tag=_pipeline(model["class"]),
-        tags=["vision", *([model["token_reducer"], kind] if is_pruned else []), *metadata.get("tags", [])],
+        tags=[
+            "vision",
+            *([model["token_reducer"], kind] if is_pruned else []),
+            *(["custom_code"] if has_code else []),
+            *metadata.get("tags", []),
+        ],
         **({"model_name": name, "eval_results": results} if (results := _eval_results(record)) else {}),
     )
-    has_code = folder is not None and (folder / "modeling_cropr_vit.py").exists()
     usage = _usage(model["class"], name, has_code)
     return ModelCard.from_template(
         data,

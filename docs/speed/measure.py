@@ -125,7 +125,7 @@ GROUPS: dict[str, list[BenchmarkArguments]] = {
             min_rounds=5 if size == "large" else 15,
             max_rounds=6 if size == "large" else 30,
         )
-        for size in ("small", "base", "large")
+        for size in ("small", "large")
         for dtype in ("float32", "bfloat16")
         for batch_size in (1, 8)
     ],
