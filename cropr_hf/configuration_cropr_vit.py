@@ -269,7 +269,7 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
             before the first module stand for all tokens, whatever the image size.
         last_layer_fusion (`bool`, *optional*): put the pruned tokens back before the last block (Last Layer Fusion in
             the paper). By default as the method is published: on for Cropr and random, off for all others;
-            `from_vit` turns it on for label maps and detectors.
+            `from_vit` turns it on for label maps and detectors. With DToP, whose patches leave for good, it is off.
         align_first_module (`bool`): with a CLS token, the first module of `pruning_rate` removes one token more, so
             that the sequence length, CLS included, stays a multiple of 4 or 8 (197 -> 188 -> 180 ...).
         token_multiple (`int`): the sequence lengths that `pruning_rate` leaves, prefix included, are rounded up to
@@ -435,6 +435,8 @@ class CroprViTConfig(BackboneConfigMixin, PreTrainedConfig):
                 method = self.find_reducer(self)
         if self.last_layer_fusion is None and (method is not None or self.token_reducer is None):
             self.last_layer_fusion = method is None or method.fuses_by_default
+        if method is not None and method.exits:
+            self.last_layer_fusion = False
         self.stage_names = ["stem"] + [f"stage{i}" for i in range(1, self.num_hidden_layers + 1)]
         self.set_output_features_output_indices(
             out_features=kwargs.pop("out_features", None), out_indices=kwargs.pop("out_indices", None)

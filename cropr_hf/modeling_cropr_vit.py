@@ -38,6 +38,7 @@ from .token_reduction import (
     TokenReducer,
     build_token_reducers,
     check_attention,
+    check_exits,
     find_token_reducer,
     has_auxiliary_heads,
 )
@@ -67,13 +68,14 @@ class CroprViTModelOutput(ModelOutput):
             projected. `None` in models of dense tasks.
         pruned_after_block: (B, patches), with `output_pruning=True`: the block (1 to L) after which each patch was
             pruned, or in which it was merged into another; L if neither was the case before the last block.
-        token_indices: (B or 1, T), with `output_pruning=True`: place of each token of `last_hidden_state` in the
-            unpruned sequence, prefix tokens first. Tokens that have none (new ones; those that a method masks in
-            training) have the first index that no place has.
+        token_indices: (B or 1, T), with `output_pruning=True` or `exit_logits`: place of each token of
+            `last_hidden_state` in the unpruned sequence, prefix tokens first. Tokens that have none (new ones; those
+            that a method masks in training) have the first index that no place has.
         patches_per_block: (B, L), with `output_pruning=True`: how many patches of each image each block worked on.
         auxiliary_logits: one (B, N, C) per module, in training with auxiliary heads; of patches first. Embeddings
             (B, N, `config.embedding_size`) with the auxiliary task "embedding".
         auxiliary_patches: (n,), the patches that these are of in this step, if `config.patch_queries_per_step` draws.
+        exit_logits: one (B, patches, C) per module of a method by which patches leave with their class (`TokenState`).
         method_losses: further losses of the method, by name, in training.
         stage_states: one (B, prefix + patches, D) for each of `output_stages`: a pruned patch, which is at its place
             there, has the state in which it was pruned.
@@ -89,6 +91,7 @@ class CroprViTModelOutput(ModelOutput):
     patches_per_block: torch.Tensor | None = None
     auxiliary_logits: tuple[torch.Tensor, ...] | None = None
     auxiliary_patches: torch.Tensor | None = None
+    exit_logits: tuple[torch.Tensor, ...] | None = None
     method_losses: dict[str, torch.Tensor] | None = None
     stage_states: tuple[torch.Tensor, ...] | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
@@ -139,6 +142,11 @@ class CroprViTPreTrainedModel(StrippableModel):
     conversion_fields: dict[str, Any] = {}
     # The loss is a mean over the batch, not over `num_items_in_batch`, which miscounts soft and ignored targets.
     accepts_loss_kwargs = False
+    takes_exits = False  # whether the method may let patches leave with their class
+
+    def __init__(self, config: CroprViTConfig, *args: Any, **kwargs: Any):
+        check_exits(config, type(self))
+        super().__init__(config, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -200,7 +208,8 @@ class CroprViTPreTrainedModel(StrippableModel):
     @staticmethod
     def _check_fusion(config: CroprViTConfig) -> None:
         """Raises `ValueError` for what dense tasks cannot do with: patches that do not come back."""
-        if config.token_reducer is not None and not config.last_layer_fusion:
+        method = find_token_reducer(config)
+        if method is not None and not (config.last_layer_fusion or method.exits):
             raise ValueError(
                 "`last_layer_fusion` is False, but dense prediction needs every patch back; set it to True, or "
                 "`token_reducer` to None."
@@ -274,6 +283,8 @@ class CroprViTModel(CroprViTPreTrainedModel):
     Args:
         add_pooling_layer: whether it pools; models of dense tasks do not.
     """
+
+    takes_exits = True
 
     def __init__(self, config: CroprViTConfig, add_pooling_layer: bool = True):
         super().__init__(config)
@@ -351,10 +362,11 @@ class CroprViTModel(CroprViTPreTrainedModel):
             last_hidden_state=hidden_states,
             pooler_output=pooled,
             pruned_after_block=state.pruning_map(num_blocks) if output_pruning else None,
-            token_indices=state.token_indices if output_pruning else None,
+            token_indices=state.token_indices if output_pruning or state.exit_logits else None,
             patches_per_block=state.patches_per_block(num_blocks, fuses) if output_pruning else None,
             auxiliary_logits=tuple(state.auxiliary_logits.values()) or None,
             auxiliary_patches=state.auxiliary_patches,
+            exit_logits=tuple(state.exit_logits.values()) or None,
             method_losses=state.losses or None,
             stage_states=tuple(stage_states) or None,
         )

@@ -31,6 +31,7 @@ from .modeling_cropr_vit import (
     CroprViTTaskOutput,
     presence_loss,
 )
+from .token_state import put_tokens
 from .vit_layers import pad_to_patches
 
 
@@ -42,12 +43,16 @@ class CroprViTForSemanticSegmentation(CroprViTPreTrainedModel):
     `config.image_size` queries of patches are interpolated like a position table; the ranking stays that of the sum of
     the configured queries, which is what a stripped model has.
 
+    By some methods (DToP) patches leave on the way with a prediction of their class, which stands: the classifier is
+    for those that are left.
+
     Raises:
         `ValueError`: when the configuration prunes without last layer fusion, has no class, the ignore label among its
             classes, or several labels per pixel.
     """
 
     conversion_fields = {"last_layer_fusion": True}
+    takes_exits = True
 
     def __init__(self, config: CroprViTConfig):
         super().__init__(config)
@@ -105,12 +110,13 @@ class CroprViTForSemanticSegmentation(CroprViTPreTrainedModel):
         pixel_values = pad_to_patches(pixel_values, patch_size)
         outputs = self.cropr_vit(pixel_values, output_pruning=output_pruning, **kwargs)
         grid_size = (pixel_values.shape[2] // patch_size, pixel_values.shape[3] // patch_size)
-        patches = self.cropr_vit.patches(outputs)
-        # (B, rows * columns, C) -> (B, rows, columns, C) -> (B, C, rows, columns), in this order because the strides
-        # then say channels last for a single image as well, which PyTorch upsamples several times faster.
-        logits = patch_logits = self.classifier(patches).unflatten(1, grid_size).permute(0, 3, 1, 2)
-        if pixel_values.shape[2:] != (height, width):
-            logits = upsample(patch_logits, pixel_values.shape[-2:])[..., :height, :width]
+        patch_logits = self.classifier(self.cropr_vit.patches(outputs))  # of those that are left
+        exit_logits = outputs.exit_logits or ()
+        if exit_logits:
+            prefix = self.config.num_prefix_tokens
+            places = outputs.token_indices[:, prefix:] - prefix  # type: ignore[index]
+            patch_logits = put_tokens(exit_logits[-1], places, patch_logits)
+        logits = self.map_of_patches(patch_logits, grid_size, (height, width))
         self._warn_untrained(labels, outputs.auxiliary_logits)
         losses: dict[str, Any] = {}
         if labels is not None:
@@ -121,6 +127,12 @@ class CroprViTForSemanticSegmentation(CroprViTPreTrainedModel):
             if outputs.auxiliary_logits is not None:
                 patch_labels = self.patch_labels(labels, (height, width), grid_size)
                 auxiliary_losses = self.auxiliary_losses(outputs, labels, patch_labels)
+            if self.training and exit_logits:
+                maps = (self.map_of_patches(each, grid_size, (height, width)) for each in exit_logits)
+                outputs.method_losses = (outputs.method_losses or {}) | {
+                    f"exit_loss_{block}": self.segmentation_loss(upsample(each, labels.shape[-2:]), labels)
+                    for block, each in zip(self.cropr_vit.token_reducers, maps)
+                }
             losses = self._sum_losses(main_loss, auxiliary_losses, outputs)
         return CroprViTTaskOutput(
             **losses,
@@ -129,6 +141,19 @@ class CroprViTForSemanticSegmentation(CroprViTPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def map_of_patches(
+        self, patch_logits: torch.Tensor, grid_size: tuple[int, int], image_size: tuple[int, int]
+    ) -> torch.Tensor:
+        """Logits of patches (B, rows * columns, C) as a map that covers the image: (B, C, rows, columns), or where the
+        patches cover more, in its pixels, (B, C, height, width).
+        """
+        # (B, rows * columns, C) -> (B, rows, columns, C) -> (B, C, rows, columns), in this order because the strides
+        # then say channels last for a single image as well, which PyTorch upsamples several times faster.
+        logits = patch_logits.unflatten(1, grid_size).permute(0, 3, 1, 2)
+        height, width = image_size
+        covered = tuple(count * self.config.patch_size for count in grid_size)
+        return logits if covered == image_size else upsample(logits, covered)[..., :height, :width]
 
     def segmentation_loss(
         self, logits: torch.Tensor, labels: torch.Tensor, places: torch.Tensor | None = None

@@ -150,6 +150,7 @@ class TokenReducer(nn.Module):
         learns: whether its choices are by chance before it is trained; otherwise it can be used without training.
         supports_auxiliary_heads: whether it has parts that a stripped model does without; see `add_auxiliary_heads`.
         merges: whether tokens are merged rather than dropped.
+        exits: whether patches leave with their class, for good: for label maps only, and without last layer fusion.
         idles: whether tokens sit out blocks and come back, so that it has a `before_next_block`.
         acts_inside: whether it has an `after_attention`.
         fuses_by_default: what `config.last_layer_fusion` is unless it is given.
@@ -170,6 +171,7 @@ class TokenReducer(nn.Module):
     learns = False
     supports_auxiliary_heads = False
     merges = False
+    exits = False
     idles = False
     acts_inside = False
     fuses_by_default = True
@@ -286,6 +288,14 @@ class TokenReducer(nn.Module):
         return {}
 
     @classmethod
+    def scheduled_fields(cls, config: CroprViTConfig) -> dict[str, Any]:
+        """Fields of the configuration with which images keep what the schedule says, whatever they show.
+
+        So the benchmark times inference, with random weights.
+        """
+        return {}
+
+    @classmethod
     def stripped_fields(cls, config: CroprViTConfig) -> dict[str, Any]:
         """Fields of the configuration that the stripped model has other values of."""
         return {"use_auxiliary_heads": False}
@@ -378,10 +388,22 @@ class StagedReducer(TokenReducer):
     @classmethod
     def blocks(cls, config: CroprViTConfig) -> list[int]:
         """See `TokenReducer.blocks`."""
-        chosen, num_blocks = cls.setting(config, "blocks"), config.num_hidden_layers
+        chosen = cls.setting(config, "blocks")
         if chosen is None:
-            chosen = [quarter * num_blocks // 4 + cls.acts_inside for quarter in (1, 2, 3)]
+            chosen = cls.default_blocks(config.num_hidden_layers)
         return [block for block in super().blocks(config) if block in chosen]
+
+    @classmethod
+    def default_blocks(cls, num_blocks: int) -> list[int]:
+        """Where it acts in a model of so many blocks, unless its field `blocks` says so."""
+        return [quarter * num_blocks // 4 + cls.acts_inside for quarter in (1, 2, 3)]
+
+    @classmethod
+    def kept_by_default(cls, config: CroprViTConfig, num_patches: int) -> list[int]:
+        """By `keep_rate` of the patch tokens there, rounded down, and at least one."""
+        rate = cls.setting(config, "keep_rate")
+        # 0.7 * 10 is 7, not 6.999999999999999.
+        return kept_by_steps(config, cls, num_patches, lambda left, _: max(1, int(round(rate * left, 6))))
 
     @classmethod
     def check_pruning(cls, config: CroprViTConfig) -> None:
@@ -454,6 +476,16 @@ def check_attention(implementation: str | None, biased_by: str | None) -> None:
         )
 
 
+def check_exits(config: CroprViTConfig, model_class: Any) -> None:
+    """Raises `ValueError` for a method by which patches leave with their class, in a model without label maps."""
+    method = find_token_reducer(config)
+    if method is not None and method.exits and not model_class.takes_exits:
+        raise ValueError(
+            f"The token reducer {method.name!r} predicts a label map on the way, and {model_class.__name__} has none; "
+            "choose another reducer, or a model for semantic segmentation."
+        )
+
+
 TOKEN_REDUCERS: dict[str, type[TokenReducer]] = {}
 
 ReducerType = TypeVar("ReducerType", bound=type[TokenReducer])
@@ -509,7 +541,7 @@ def build_token_reducers(config: CroprViTConfig) -> nn.ModuleDict:
     reducer = find_token_reducer(config)
     if reducer is None:
         return nn.ModuleDict()
-    if config.last_layer_fusion is None:
+    if config.last_layer_fusion is None or reducer.exits:
         config.last_layer_fusion = reducer.fuses_by_default
     reducer.check(config)
     if reducer.__module__.rpartition(".")[0] != __package__:

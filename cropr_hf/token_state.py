@@ -52,6 +52,21 @@ def gather_tokens(indices: torch.Tensor, *sequences: torch.Tensor) -> tuple[torc
     return tuple(tokens.flatten(0, 1).index_select(0, rows).unflatten(0, indices.shape) for tokens in sequences)
 
 
+def put_tokens(table: torch.Tensor, indices: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """A table of all places with other rows at some of them.
+
+    Args:
+        table: (B, N, C)
+        indices: (B or 1, K), in [0, N]; at N, which no place has, a token is left out.
+        tokens: (B, K, C)
+
+    Returns:
+        (B, N, C)
+    """
+    places = indices[..., None].expand_as(tokens)
+    return F.pad(table, (0, 0, 0, 1)).scatter(1, places, tokens)[:, :-1]
+
+
 def resample_grid(
     table: torch.Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int], antialias: bool
 ) -> torch.Tensor:
@@ -202,6 +217,8 @@ class TokenState:
         keeps_pruned_states: whether `pruned` has the hidden states, which fusion needs.
         auxiliary_logits: (B, N, C) by the block that the auxiliary head follows, in training.
         auxiliary_patches: (n,), the patches whose queries give the first of these logits; `None` is all.
+        exit_logits: of a method by which patches leave with their class, (B, patches, C) by the block that a head
+            follows: of all patches, those that left before as they were predicted then.
         losses: of methods, by name, in training; the task class adds them to its loss.
     """
 
@@ -222,6 +239,7 @@ class TokenState:
     keeps_pruned_states: bool = True
     auxiliary_logits: dict[int, torch.Tensor] = field(default_factory=dict)
     auxiliary_patches: torch.Tensor | None = None
+    exit_logits: dict[int, torch.Tensor] = field(default_factory=dict)
     losses: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -374,9 +392,8 @@ class TokenState:
         assert parked.hidden_states is not None
         if self.columns:  # of `park_by`
             gates, states = self.columns.get(GATES), self.hidden_states
-            if gates is None:  # packed; what fills up rows goes to a place behind the last, which is cut off
-                places = self.token_indices[..., None].expand_as(states)
-                states = F.pad(parked.hidden_states, (0, 0, 0, 1)).scatter(1, places, states)[:, :-1]
+            if gates is None:  # packed
+                states = put_tokens(parked.hidden_states, self.token_indices, states)
             else:
                 gates = gates[..., None].to(states.dtype)
                 states = gates * states + (1 - gates) * parked.hidden_states

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from cropr_hf import (
+    TOKEN_REDUCERS,
     CroprViTBackbone,
     CroprViTConfig,
     CroprViTForImageClassification,
@@ -106,6 +107,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "itpn": {"token_reducer": "itpn", "pruning_rate": None, "use_cls_token": False, "pooling": "mean"},
     "dynamicvit": {"token_reducer": "dynamicvit", "pruning_rate": None, "num_register_tokens": 1},
     "stp": {"token_reducer": "stp", "pruning_rate": None, "num_register_tokens": 1},
+    "dtop": {"token_reducer": "dtop", "pruning_rate": None, "reducer_config": {"threshold": None}},
     "clip": {
         "use_embedding_norm": True,
         "patch_bias": False,
@@ -125,7 +127,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "unpruned": {"token_reducer": None, "pruning_rate": None},
 }
 
-# Methods with a test file of their own, which the quick suite leaves it at.
+# Methods with a test file of their own, which the quick suite leaves it at. Those that exit are no classifiers: their
+# file has the tools as well.
 METHODS = ["ailurus", "dynamicvit", "evit", "idlevit", "itpn", "stp", "svit", "tocom"]
 
 # A detector on a pyramid of 16 x 16 to 1 x 1 cells
@@ -207,7 +210,12 @@ class Task:
     float32: bool = False
 
     def takes(self, name: str) -> bool:
-        """Whether the class runs with a configuration of the table: not without fusion if it insists on that."""
+        """Whether the class runs with a configuration of the table: not without fusion if it insists on that, and by a
+        method that exits if it makes label maps, whose labels train that.
+        """
+        reducer = CONFIGS[name].get("token_reducer", "cropr")
+        if reducer is not None and TOKEN_REDUCERS[reducer].exits:
+            return self.model_class.takes_exits and self.labels is not None
         return CONFIGS[name].get("last_layer_fusion", True) or "last_layer_fusion" not in self.fields
 
     def build(self, name: str = "plain", seed: int = 0, **overrides: Any) -> Any:

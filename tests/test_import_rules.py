@@ -40,7 +40,7 @@ TRAVELS = {
         HUB,
     ),
     "modeling_cropr_vit_segmentation": (
-        {"configuration_cropr_vit", "labels", "vit_layers", "modeling_cropr_vit"},
+        {"configuration_cropr_vit", "labels", "token_state", "vit_layers", "modeling_cropr_vit"},
         HUB,
     ),
     "detection_heads": ({"configuration_cropr_vit"}, {*HUB, "torchvision"}),

@@ -14,6 +14,7 @@
 """Token reduction methods besides that of the paper, a file each; importing this folder registers them."""
 
 from .ailurus import AiluRusConfig, AiluRusReducer
+from .dtop import DToPConfig, DToPReducer
 from .dynamicvit import DynamicViTConfig, DynamicViTReducer
 from .evit import EViTConfig, EViTReducer
 from .idlevit import IdleViTConfig, IdleViTReducer
@@ -27,6 +28,8 @@ from .tome import ToMeConfig, ToMeReducer
 __all__ = [
     "AiluRusConfig",
     "AiluRusReducer",
+    "DToPConfig",
+    "DToPReducer",
     "DynamicViTConfig",
     "DynamicViTReducer",
     "EViTConfig",

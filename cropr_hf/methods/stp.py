@@ -30,7 +30,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..configuration_cropr_vit import CroprViTConfig
 from ..token_reduction import StagedConfig, StagedReducer, register_token_reducer
-from ..token_schedule import kept_by_steps, pruning_blocks
+from ..token_schedule import pruning_blocks
 from ..token_state import TokenState, add_gumbel_noise, gather_tokens, select_tokens
 
 
@@ -266,13 +266,6 @@ class STPReducer(StagedReducer):
             self.pruned_norm = nn.LayerNorm(config.hidden_size, eps=ASSEMBLY_EPS)
             if block == blocks[-1]:
                 self.assembly = TokenAssembly(config, settings, blocks)
-
-    @classmethod
-    def kept_by_default(cls, config: CroprViTConfig, num_patches: int) -> list[int]:
-        """By `keep_rate`, rounded down, and at least one."""
-        rate = cls.setting(config, "keep_rate")
-        # 0.7 * 10 is 7, not 6.999999999999999.
-        return kept_by_steps(config, cls, num_patches, lambda left, _: max(1, int(round(rate * left, 6))))
 
     def scores(self, state: TokenState) -> torch.Tensor:
         """See `TokenReducer.scores`."""

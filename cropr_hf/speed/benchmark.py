@@ -49,7 +49,8 @@ def pruning_candidates(
 ) -> dict[str, CroprViTPreTrainedModel]:
     """The unpruned model of `config` for one of `TASKS`, that of its method by the name of it, and `random_twin`.
 
-    Without `training` the model is stripped, else it has its auxiliary heads, if its method has any.
+    Without `training` the model is stripped, and keeps what its schedule says, since by random weights nothing can
+    follow the image; else it has its auxiliary heads, if its method has any.
 
     Raises:
         `ValueError`: for a configuration that does not prune, or that the method cannot run with.
@@ -58,9 +59,10 @@ def pruning_candidates(
     if method is None:
         raise ValueError("The configuration does not prune (`token_reducer` is None); give one that does.")
     heads = {"use_auxiliary_heads": training and method.supports_auxiliary_heads}
+    scheduled = {} if training else method.scheduled_fields(config)
     configs = {
         UNPRUNED: unpruned_config(config),
-        method.name: CroprViTConfig(**config.to_dict() | heads),
+        method.name: CroprViTConfig(**config.to_dict() | heads | scheduled),
         RANDOM: random_twin(config),
     }
     return {name: TASKS[task].model_class(config) for name, config in configs.items()}
@@ -71,7 +73,8 @@ def random_twin(config: CroprViTConfig) -> CroprViTConfig:
 
     Where that method reduces tokens within a block, or in the last one, the random pruner cannot follow, and has more.
     """
-    kept, last = config.kept_patches(), RandomReducer.blocks(config)[-1]
+    exits = find_token_reducer(config).exits  # without fusion, which the random pruner has in label maps
+    kept, last = config.kept_patches(), RandomReducer.blocks(config)[-1] - exits
     kept[last:] = [kept[last - 1]] * (len(kept) - last)
     prunes = kept[-1] < config.num_patches
     fields = {
@@ -80,6 +83,7 @@ def random_twin(config: CroprViTConfig) -> CroprViTConfig:
         "reducer_package": None,
         "pruning_rate": None if prunes else 0,
         "pruning_schedule": kept if prunes else None,
+        "last_layer_fusion": config.last_layer_fusion or exits,
         "use_auxiliary_heads": False,
     }
     return CroprViTConfig(**config.to_dict() | fields)
