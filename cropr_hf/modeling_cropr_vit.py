@@ -405,10 +405,12 @@ class CroprViTModel(CroprViTPreTrainedModel):
         def adapt(hidden_states: torch.Tensor, projected: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
             return inside.adapt_attention(state, num_keep, hidden_states, projected)
 
-        hidden_states, state_inside = layer(
-            hidden_states, positions, window_grid, state.key_bias, reduce=reduce, adapt=adapt, **kwargs
-        )
-        return state_inside.updated(hidden_states=hidden_states)
+        hooks = {"reduce": reduce, "adapt": adapt, "carried": inside.carried_columns}
+        outputs = layer(hidden_states, positions, window_grid, state.key_bias, **hooks, **kwargs)
+        hidden_states, state_inside, *carried = outputs
+        names = [name for name in inside.carried_columns if name in state_inside.columns]
+        columns = {**state_inside.columns, **dict(zip(names, carried))}
+        return state_inside.updated(hidden_states=hidden_states, columns=columns)
 
     def embed(
         self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None = None

@@ -152,6 +152,8 @@ class TokenReducer(nn.Module):
         merges: whether tokens are merged rather than dropped.
         idles: whether tokens sit out blocks and come back, so that it has a `before_next_block`.
         acts_inside: whether it has an `after_attention`.
+        carried_columns: columns with a gradient that its `after_attention` makes.
+        follows_images: whether each image always keeps as many patches as it needs, and a schedule is the most.
         fuses_by_default: what `config.last_layer_fusion` is unless it is given.
         deterministic: whether the same image always gives the same output.
         supports_windows: whether it can run with windowed attention.
@@ -172,6 +174,8 @@ class TokenReducer(nn.Module):
     merges = False
     idles = False
     acts_inside = False
+    carried_columns: tuple[str, ...] = ()
+    follows_images = False
     fuses_by_default = True
     deterministic = True
     supports_windows = False

@@ -17,7 +17,7 @@ Symbols: B images, T tokens now, D hidden size, d head size.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -432,8 +432,9 @@ class CroprViTLayer(GradientCheckpointingLayer):
         reduce: Callable[[torch.Tensor, AttentionFacts], TokenState] | None = None,
         adapt: Adapt | None = None,
         choose: Callable[[torch.Tensor, nn.Module], TokenState] | None = None,
+        carried: Sequence[str] = (),
         **kwargs: Any,
-    ) -> torch.Tensor | tuple[torch.Tensor, TokenState]:
+    ) -> torch.Tensor | tuple[Any, ...]:
         """(B, T, D) -> (B, T, D); with `reduce` (B, K, D), and the state that it returned; with `choose` also the
         state after the block.
 
@@ -442,6 +443,8 @@ class CroprViTLayer(GradientCheckpointingLayer):
             reduce: of a method that acts inside, called between attention and MLP.
             adapt: of such a method, called with the input of the attention, and with queries, keys and values.
             choose: of a method that lets tokens idle, called with the tokens and this block, before anything is done.
+            carried: columns of the state that are returned behind it, since reentrant checkpoints know gradients of
+                what a block returns, and not of a state.
         """
         state = None
         if choose is not None:
@@ -468,7 +471,9 @@ class CroprViTLayer(GradientCheckpointingLayer):
         if choose is not None:  # within the block, since reentrant checkpoints know no gradient of a state
             state = state.updated(hidden_states=hidden_states).unpark()  # type: ignore[union-attr]
             hidden_states = state.hidden_states
-        return hidden_states if state is None else (hidden_states, state)
+        if state is None:
+            return hidden_states
+        return hidden_states, state, *(state.columns[name] for name in carried if name in state.columns)
 
     def add(
         self, residual: torch.Tensor, branch: torch.Tensor, layer_scale: CroprViTLayerScale | None
