@@ -157,34 +157,40 @@ def test_the_hard_rule_against_a_loop(thresholds, use_cls_token):
         assert outputs.patches_per_block[index].tolist() == counts
 
 
+def set_packing(model, packs):
+    for reducer in model.base_model.token_reducers.values():
+        reducer.packs = packs
+
+
 @pytest.mark.parametrize(("model_class", "fields"), VARIANTS)
 @torch.no_grad()
-def test_packed_masked_and_single_images_agree(model_class, fields, monkeypatch):
-    """Acceptance (2) and (6); and that the length that is left would be the wrong divisor."""
+def test_packed_masked_and_single_images_agree(model_class, fields):
+    """Acceptance (2) and (6)."""
     model, pixels = build(model_class, **fields), images()
     counts = model.base_model(pixels, output_pruning=True).patches_per_block
     assert (counts.amax(dim=0) > counts.amin(dim=0)).any()  # images differ
     packed, single = result(model, pixels), torch.cat([result(model, image[None]) for image in pixels])
     assert_close_relative(packed, single, 1e-12)
+    set_packing(model, False)
+    masked = model.base_model(pixels, output_pruning=True)
+    assert torch.equal(masked.patches_per_block, counts)
+    assert masked.last_hidden_state.shape[1] == 16 + model.config.num_prefix_tokens
+    assert_close_relative(result(model, pixels), single, 1e-12)
 
-    def masked():
-        for reducer in model.base_model.token_reducers.values():
-            reducer.packs = False
-        found = model.base_model(pixels, output_pruning=True)
-        assert torch.equal(found.patches_per_block, counts)
-        assert found.last_hidden_state.shape[1] == 16 + model.config.num_prefix_tokens
-        return result(model, pixels)
 
-    assert_close_relative(masked(), single, 1e-12)
-
-    def by_present_length(facts, rows):
-        return received_attention(facts, rows) * (16 + model.config.num_prefix_tokens) / rows.shape[1]
-
-    monkeypatch.setattr(ltp, "received_attention", by_present_length)
-    assert_close_relative(masked(), single, 1e-12)
-    for reducer in model.base_model.token_reducers.values():
-        reducer.packs = True
-    assert (result(model, pixels) - single).abs().max() > 1e-3
+@torch.no_grad()
+def test_the_length_that_is_left_would_be_the_wrong_divisor(monkeypatch):
+    """Acceptance (2), the other way round: packed and masked inference would not agree."""
+    model, found = build(thresholds=0.7), []
+    monkeypatch.setattr(ltp, "received_attention", lambda facts, rows: received_attention(facts, rows) / rows.shape[1])
+    set_thresholds(model, 0.7 / 17)
+    for packs in (False, True):
+        set_packing(model, packs)
+        found.append(torch.cat([result(model, image[None]) for image in images()]))
+    monkeypatch.undo()
+    set_thresholds(model, 0.7)
+    assert_close_relative(found[0], result(model, images()), 1e-6)
+    assert (found[1] - found[0]).abs().max() > 1e-3 * found[0].abs().max()
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -208,7 +214,7 @@ def test_a_schedule_is_the_most_that_stays():
     assert model.config.kept_patches() == [16] * 5 and model.config.kept_patches(pruning=2) == [13, 11, 9, 7, 5]
     most = torch.tensor([[16, 13, 11, 9, 7]] * 4)
     assert torch.equal(model(images(), output_pruning=True).patches_per_block, most)
-    set_thresholds(model, 0.6)
+    set_thresholds(model, 1.0)
     both = model(images(), output_pruning=True).patches_per_block
     assert (both <= most).all() and (both < most).any()
 
@@ -259,8 +265,8 @@ def test_a_temperature_near_zero_is_the_hard_stage(model_class, fields):
         model = build(model_class, reducer_config=settings, **fields)
         expected = result(model.eval(), pixels)
         found.append(result(model.train(), pixels))
-        assert_close_relative(found[-1], expected, 1e-9)
-    assert_close_relative(*found, 1e-9)
+        assert_close_relative(found[-1], expected, 1e-6)  # hard masks, and with them weights of means, are float32
+    assert_close_relative(*found, 1e-6)
 
 
 @pytest.mark.parametrize("temperature", [0.1, 0.01, 0.001])
@@ -311,6 +317,16 @@ def test_thresholds_learn_from_the_task_as_well(model_class, fields):
     assert all(gradient.abs().max() > 0 for gradient in gradients)
 
 
+@pytest.mark.parametrize("pooling", ["attention", *full("mean", "patch_mean")])
+@pytest.mark.parametrize("thresholds", [100.0, *full(0.6, -100.0)])
+def test_gradients_are_finite_where_nothing_is_left(thresholds, pooling):
+    """In float32, where masks become 0, and beside those of the schedule, which are 0 from the start."""
+    fields = {"pooling": pooling, "use_cls_token": False, "pruning_rate": 2}
+    model = build(CroprViTForImageClassification, thresholds=thresholds, **fields).float().train()
+    model(make_images(), labels=torch.tensor([0, 1])).loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize(
     ("stage", "fields"),
@@ -329,7 +345,9 @@ def test_checkpointing_gives_equal_gradients(stage, fields, use_reentrant):
         model(images(2), labels=torch.tensor([0, 1])).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert any("threshold" in name for name in gradients[0]) == (stage == "soft")
-    assert_close_relative(gradients[1], gradients[0], 1e-10)
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-9, atol=1e-12, msg=name)
 
 
 @pytest.mark.full
@@ -338,7 +356,7 @@ def test_a_compiled_training_step_has_no_break(stage):
     torch.compiler.reset()
     model = build(CroprViTForImageClassification, reducer_config={"stage": stage}).train()
     inputs = {"pixel_values": images(2), "labels": torch.tensor([0, 1])}
-    loss = torch.compile(model, fullgraph=True, backend="aot_eager")(**inputs).loss
+    loss = torch.compile(model, fullgraph=True, backend="eager")(**inputs).loss
     torch.testing.assert_close(loss, model(**inputs).loss)
     loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
@@ -421,35 +439,34 @@ def bright_patches(count):
     patches = torch.zeros(count, 3, 16)
     patches[torch.arange(count), 2 * labels, places] = 2.0
     grown = patches.view(count, 3, 4, 4).repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
-    return pixels + grown, labels
+    return pixels + grown, labels, places
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("seed", range(3))
 def test_training_learns_to_prune_what_does_not_matter(seed):
     torch.manual_seed(seed)
-    config = ltp_config(num_labels=2, initializer_range=0.05, num_hidden_layers=4)
+    settings = {"mask_loss_weight": 0.5}
+    config = ltp_config(num_labels=2, initializer_range=0.1, num_hidden_layers=3, reducer_config=settings)
     model = CroprViTForImageClassification(config).train()
-    starts = [value.item() for value in thresholds_of(model)]
-    groups = [
-        {"params": thresholds_of(model), "lr": 1e-2},
-        {"params": [each for name, each in model.named_parameters() if "threshold" not in name], "lr": 2e-3},
-    ]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    with torch.no_grad():
+        pixels, labels, places = bright_patches(64)
+        assert (model.eval()(pixels, output_pruning=True).pruned_after_block == 3).sum(dim=1).min() > 8
+    others = [parameter for name, parameter in model.named_parameters() if "threshold" not in name]
+    optimizer = torch.optim.AdamW([{"params": thresholds_of(model), "lr": 1e-2}, {"params": others, "lr": 2e-3}])
     for _ in range(150):
-        pixels, labels = bright_patches(32)
-        outputs = model(pixels, labels=labels)
+        pixels, labels, _ = bright_patches(32)
+        loss = model.train()(pixels, labels=labels).loss
         optimizer.zero_grad()
-        outputs.loss.backward()
+        loss.backward()
         optimizer.step()
     with torch.no_grad():
-        pixels, labels = bright_patches(64)
-        correct = model.eval()(pixels).logits.argmax(dim=1) == labels
-        counts = model.cropr_vit(pixels, output_pruning=True).patches_per_block[:, -1].float()
-        set_thresholds(model, starts)
-        before = model.cropr_vit(pixels, output_pruning=True).patches_per_block[:, -1].float()
-    assert correct.float().mean() > 0.9
-    assert counts.mean() < before.mean()
+        pixels, labels, places = bright_patches(64)
+        outputs = model.eval()(pixels, output_pruning=True)
+    stays = outputs.pruned_after_block == 3
+    assert stays.sum(dim=1).float().mean() < 4
+    assert stays.gather(1, places[:, None]).float().mean() > 0.9
+    assert (outputs.logits.argmax(dim=1) == labels).float().mean() > 0.9
 
 
 # What it costs, and what is said of it
