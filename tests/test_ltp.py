@@ -256,6 +256,33 @@ def test_padding_leaves_first(stage):
 # The soft stage
 
 
+@torch.no_grad()
+def test_the_soft_stage_against_whole_matrices():
+    """Attention to a token, its row in the scores, its updates and its share of means count the product of masks."""
+    model = build(thresholds=[0.5, 0.2, 0.0, -0.2, -0.3], reducer_config={"temperature": 0.3}).train()
+    outputs = model(images())
+    for index, image in enumerate(images()):
+        tokens, product = model.embeddings(image[None])[0][0], torch.ones(17, dtype=torch.float64)
+        for layer, parameter in zip(model.layers, thresholds_of(model)):
+            normed, attention = layer.layernorm_before(tokens), layer.attention
+            # (T, D) -> (T, heads, d) -> (heads, T, d)
+            query, key, value = (
+                part(normed).unflatten(1, (4, 8)).transpose(0, 1)
+                for part in (attention.q_proj, attention.k_proj, attention.v_proj)
+            )
+            weights = (query @ key.mT / 8**0.5).exp() * product
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+            mask = (((product[:, None] * weights).sum(dim=1).mean(dim=0) - parameter) / 0.3).sigmoid()
+            mask[0] = 1.0
+            attended = attention.o_proj((weights @ value).transpose(0, 1).flatten(1))
+            update = layer.mlp(layer.layernorm_after(tokens + attended))
+            tokens = tokens + product[:, None] * attended + (product * mask)[:, None] * update
+            product = product * mask
+        assert 0.01 < product[1:].median() < 0.9
+        pooled = model.layernorm((product[:, None] * tokens).sum(dim=0) / product.sum())
+        torch.testing.assert_close(outputs.pooler_output[index], pooled, rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize(("model_class", "fields"), VARIANTS)
 @torch.no_grad()
 def test_a_temperature_near_zero_is_the_hard_stage(model_class, fields):
