@@ -153,6 +153,7 @@ class TokenReducer(nn.Module):
         exits: whether patches leave with their class, for good: for label maps only, and without last layer fusion.
         idles: whether tokens sit out blocks and come back, so that it has a `before_next_block`.
         acts_inside: whether it has an `after_attention`.
+        follows_images: whether each image always keeps as many patches as it needs, and a schedule is the most.
         fuses_by_default: what `config.last_layer_fusion` is unless it is given.
         deterministic: whether the same image always gives the same output.
         supports_windows: whether it can run with windowed attention.
@@ -174,6 +175,7 @@ class TokenReducer(nn.Module):
     exits = False
     idles = False
     acts_inside = False
+    follows_images = False
     fuses_by_default = True
     deterministic = True
     supports_windows = False

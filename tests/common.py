@@ -105,6 +105,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "idlevit": {"token_reducer": "idlevit", "pruning_rate": None, "num_register_tokens": 1, "rope_theta": 100.0},
     "svit": {"token_reducer": "svit", "pruning_rate": None, "num_register_tokens": 1, "rope_theta": 100.0},
     "itpn": {"token_reducer": "itpn", "pruning_rate": None, "use_cls_token": False, "pooling": "mean"},
+    "ltp": {  # without thresholds, so that the schedule alone decides; see `test_ltp.py`
+        "token_reducer": "ltp",
+        "num_register_tokens": 1,
+        "rope_theta": 100.0,
+        "reducer_config": {"final_threshold": -2.0},
+    },
     "dynamicvit": {"token_reducer": "dynamicvit", "pruning_rate": None, "num_register_tokens": 1},
     "stp": {"token_reducer": "stp", "pruning_rate": None, "num_register_tokens": 1},
     "dtop": {"token_reducer": "dtop", "pruning_rate": None, "reducer_config": {"threshold": None}},
@@ -129,7 +135,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 # Methods with a test file of their own, which the quick suite leaves it at. Those that exit are no classifiers: their
 # file has the tools as well.
-METHODS = ["ailurus", "dynamicvit", "evit", "idlevit", "itpn", "stp", "svit", "tocom"]
+METHODS = ["ailurus", "dynamicvit", "evit", "idlevit", "itpn", "ltp", "stp", "svit", "tocom"]
 
 # A detector on a pyramid of 16 x 16 to 1 x 1 cells
 DETECTOR: dict[str, Any] = {

@@ -161,7 +161,7 @@ def test_cards_name_the_method(method, tmp_path):
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert TOKEN_REDUCERS[method].title in card
     assert ("bergner2025tokencropr" in card) == (method == "cropr")
-    assert ("training-free" in card) == (method not in ("cropr", "dynamicvit", "stp", "svit"))
+    assert ("training-free" in card) == (method not in ("cropr", "dynamicvit", "ltp", "stp", "svit"))
     assert ("`use_auxiliary_heads=True` makes it trainable again" in card) == (method == "cropr")
 
 
@@ -180,7 +180,7 @@ def test_folders_give_the_same_outputs_and_keep_the_settings(method, fusion, tmp
     assert torch.equal(*outputs)
     package = {
         **dict.fromkeys(
-            ("tome", "tocom", "evit", "ailurus", "dynamicvit", "idlevit", "itpn", "stp", "svit"), "cropr_hf"
+            ("tome", "tocom", "evit", "ailurus", "dynamicvit", "idlevit", "itpn", "ltp", "stp", "svit"), "cropr_hf"
         ),
         "attentive": AttentiveReducer.__module__.partition(".")[0],
     }.get(method)
@@ -232,7 +232,8 @@ def test_graphs_have_no_break(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_pruning_maps_show_what_left_where(method):
-    settings = {"fuse_tokens": False} if method == "evit" else None  # new tokens are no patches; see `test_evit.py`
+    # New tokens of EViT are no patches, and thresholds of LTP prune below the schedule; see their own tests.
+    settings = {"evit": {"fuse_tokens": False}, "ltp": {"final_threshold": -2.0}}.get(method)
     model = make_model(CroprViTModel, config_of(method, reducer_config=settings))
     blocks = model(make_images(), output_pruning=True).pruned_after_block
     kept = model.config.kept_patches()
@@ -314,6 +315,8 @@ def test_multiply_adds_count_what_the_method_runs(method):
     if method == "itpn":  # similarities of every second token with the others
         lengths = [entering[block - 1] + 1 for block in config.pruning_blocks]
         products += sum(-(-length // 2) * (length // 2) * config.hidden_size for length in lengths)
+    if method == "ltp":  # queries and keys once more, and a sum over queries for each head
+        products += sum((tokens + 1) ** 2 * (config.hidden_size + config.num_attention_heads) for tokens in entering)
     if method == "ailurus":  # the mean of representatives in the end
         products += (kept[-1] + 1) * config.hidden_size
     if method == "evit":  # the sum of what leaves, one more than there are fewer
@@ -452,6 +455,7 @@ def in_a_fresh_process(*args, **kwargs):
         ("tocom", {"trained_rate": 1}),
         ("dynamicvit", {"blocks": [1, 3]}),
         ("stp", {"blocks": [2]}),
+        ("ltp", {"stage": "hard"}),
     ],
 )
 def test_the_file_of_a_foreign_method_travels(method, settings, tmp_path):

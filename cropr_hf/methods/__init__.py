@@ -19,6 +19,7 @@ from .dynamicvit import DynamicViTConfig, DynamicViTReducer
 from .evit import EViTConfig, EViTReducer
 from .idlevit import IdleViTConfig, IdleViTReducer
 from .itpn import MigrationConfig, MigrationReducer
+from .ltp import LTPConfig, LTPReducer
 from .stp import STPConfig, STPReducer
 from .svit import SViTConfig, SViTReducer
 from .tocom import ToComConfig, ToComReducer, load_compensator, save_compensator
@@ -36,6 +37,8 @@ __all__ = [
     "EViTReducer",
     "IdleViTConfig",
     "IdleViTReducer",
+    "LTPConfig",
+    "LTPReducer",
     "MigrationConfig",
     "MigrationReducer",
     "STPConfig",

@@ -202,10 +202,11 @@ def render_card(record: Mapping[str, Any], folder: str | os.PathLike | None = No
     base = model.get("base_model")
     on_hub = bool(base) and _is_hub_id(base)
     training = record.get("training", {})
-    is_pruned = model["patches_kept"][-1] < model["num_patches"]
+    has_schedule = model["patches_kept"][-1] < model["num_patches"]
     metadata = record.get("metadata", {})
     method = TOKEN_REDUCERS.get(model["token_reducer"])
     has_code = folder is not None and (folder / "modeling_cropr_vit.py").exists()
+    is_pruned = has_schedule or (method is not None and method.follows_images)
     kind = "token-merging" if method is not None and method.merges else "token-pruning"
     data = ModelCardData(
         library_name="transformers",
@@ -235,7 +236,7 @@ def render_card(record: Mapping[str, Any], folder: str | os.PathLike | None = No
         base_licence=training.get("base_licence"),
         model=model,
         giga=_giga,
-        token_bars=_token_bars(model) if is_pruned else None,
+        token_bars=_token_bars(model) if has_schedule else None,
         picture=PICTURE_NAME if folder is not None and (folder / PICTURE_NAME).exists() else None,
         published=record.get("published"),
         recipe=record.get("recipe"),
@@ -264,9 +265,10 @@ def _summary(model: Mapping[str, Any], is_pruned: bool, is_trained: bool) -> str
     linked = method.title if method.url is None else f"[{method.title}]({method.url})"
     acts = "merges" if method.merges else "drops"
     free = "" if method.learns or is_trained else ", training-free"
-    return (
-        f"A vision transformer that {does}, and {acts} {share:.0%} of the image patches on the way by {linked}{free}."
-    )
+    much = f"{share:.0%} of the image patches"
+    if method.follows_images:
+        much = f"at least {much}" if share else "image patches, of each image as many as it can do without,"
+    return f"A vision transformer that {does}, and {acts} {much} on the way by {linked}{free}."
 
 
 def _pipeline(class_name: str) -> str | None:
