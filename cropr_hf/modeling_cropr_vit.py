@@ -42,7 +42,7 @@ from .token_reduction import (
     has_auxiliary_heads,
 )
 from .token_schedule import kept_patches
-from .token_state import Rotation, TokenState
+from .token_state import SCORES, Rotation, TokenState
 from .vit_layers import (
     CroprViTAttention,
     CroprViTAttentionPooling,
@@ -395,6 +395,11 @@ class CroprViTModel(CroprViTPreTrainedModel):
 
             hidden_states, state_inside = layer(hidden_states, positions, choose=choose, **kwargs)
             return state_inside.updated(hidden_states=hidden_states)
+        if reducer is not None and reducer.reads_attention:
+            hidden_states, scores = layer(
+                hidden_states, positions, window_grid, state.key_bias, score=reducer.attention_scores, **kwargs
+            )
+            return state.updated(hidden_states=hidden_states, columns={**state.columns, SCORES: scores})
         if inside is None:
             hidden_states = layer(hidden_states, positions, window_grid, state.key_bias, **kwargs)
             return state.updated(hidden_states=hidden_states)
@@ -487,7 +492,7 @@ class CroprViTModel(CroprViTPreTrainedModel):
             if sizes is None:
                 pooled.append(averaged.mean(dim=1))
             else:
-                weights = sizes[:, first:] / sizes[:, first:].sum(dim=1, keepdim=True)
+                weights = F.normalize(sizes[:, first:], p=1.0, dim=1)  # the mean of no patches is 0
                 # (B, 1, T) x (B, T, D) -> (B, D)
                 pooled.append((weights[:, None].to(averaged.dtype) @ averaged)[:, 0])
         if self.pooler is not None:

@@ -236,10 +236,12 @@ class CroprViTAttention(SharedInput):
         key_bias: torch.Tensor | None = None,
         window_grid: tuple[int, int] | None = None,
         output_facts: bool = False,
+        output_contexts: bool = False,
         adapt: Adapt | None = None,
         **kwargs: Any,
     ) -> tuple[Any, ...]:
-        """(B, T, D) -> (B, T, D), the weights if the implementation returns them, and with `output_facts` these.
+        """(B, T, D) -> (B, T, D), the weights if the implementation returns them, and with `output_facts` these,
+        with `output_contexts` among them.
 
         Args:
             position_embeddings: rotary positions of the tokens, or of the patch tokens in windows.
@@ -270,10 +272,11 @@ class CroprViTAttention(SharedInput):
             output = output.flatten(2)  # (B, T, heads, d) -> (B, T, D)
             if window_grid is not None:
                 output = merge_windows(output, window_grid, self.config.window_size)
+        contexts = output.unflatten(2, (-1, self.head_dim)) if output_contexts else None
         output = self.o_proj(output)
         if not output_facts:
             return output, weights
-        return output, weights, AttentionFacts(query, key, content_key, self.scaling, key_bias)
+        return output, weights, AttentionFacts(query, key, content_key, self.scaling, key_bias, contexts)
 
     def attend_with_prefix(
         self,
@@ -432,16 +435,19 @@ class CroprViTLayer(GradientCheckpointingLayer):
         reduce: Callable[[torch.Tensor, AttentionFacts], TokenState] | None = None,
         adapt: Adapt | None = None,
         choose: Callable[[torch.Tensor, nn.Module], TokenState] | None = None,
+        score: Callable[[AttentionFacts], torch.Tensor] | None = None,
         **kwargs: Any,
-    ) -> torch.Tensor | tuple[torch.Tensor, TokenState]:
+    ) -> torch.Tensor | tuple[torch.Tensor, TokenState | torch.Tensor]:
         """(B, T, D) -> (B, T, D); with `reduce` (B, K, D), and the state that it returned; with `choose` also the
-        state after the block.
+        state after the block, and with `score` what that returned.
 
         Args:
             position_embeddings, window_grid, key_bias: see `CroprViTAttention`.
             reduce: of a method that acts inside, called between attention and MLP.
             adapt: of such a method, called with the input of the attention, and with queries, keys and values.
             choose: of a method that lets tokens idle, called with the tokens and this block, before anything is done.
+            score: of a method that reads the attention, called after it. Not a part of a state, as reentrant
+                checkpoints know no gradient of these.
         """
         state = None
         if choose is not None:
@@ -455,10 +461,12 @@ class CroprViTLayer(GradientCheckpointingLayer):
             position_embeddings,
             key_bias,
             window_grid,
-            output_facts=reduce is not None,
+            output_facts=reduce is not None or score is not None,
+            output_contexts=score is not None,
             adapt=adapt,
             **kwargs,
         )
+        scores = None if score is None else score(facts.pop())
         residual = hidden_states = self.add(residual, hidden_states, self.layer_scale1)
         if reduce is not None:
             state = reduce(hidden_states, *facts)
@@ -468,6 +476,8 @@ class CroprViTLayer(GradientCheckpointingLayer):
         if choose is not None:  # within the block, since reentrant checkpoints know no gradient of a state
             state = state.updated(hidden_states=hidden_states).unpark()  # type: ignore[union-attr]
             hidden_states = state.hidden_states
+        if scores is not None:
+            return hidden_states, scores
         return hidden_states if state is None else (hidden_states, state)
 
     def add(

@@ -301,7 +301,10 @@ BUDGETS = [{"pruning_schedule": [26, 17, 11, 11, 11]}, *full({"pruning_rate": 4}
 
 @pytest.mark.parametrize(
     "methods",
-    [["cropr", "random", "tome"], *full(["ailurus", "dynamicvit", "evit", "idlevit", "itpn", "stp", "svit", "tocom"])],
+    [
+        ["cropr", "random", "tome"],
+        *full(["ailurus", "asvit", "dynamicvit", "evit", "idlevit", "itpn", "stp", "svit", "tocom"]),
+    ],
 )
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_every_method_meets_a_budget(budget, methods):

@@ -153,7 +153,7 @@ def test_cards_name_the_method(method, tmp_path):
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert TOKEN_REDUCERS[method].title in card
     assert ("bergner2025tokencropr" in card) == (method == "cropr")
-    assert ("training-free" in card) == (method not in ("cropr", "dynamicvit", "stp", "svit"))
+    assert ("training-free" in card) == (method not in ("cropr", "asvit", "dynamicvit", "stp", "svit"))
     assert ("`use_auxiliary_heads=True` makes it trainable again" in card) == (method == "cropr")
 
 
@@ -172,7 +172,7 @@ def test_folders_give_the_same_outputs_and_keep_the_settings(method, fusion, tmp
     assert torch.equal(*outputs)
     package = {
         **dict.fromkeys(
-            ("tome", "tocom", "evit", "ailurus", "dynamicvit", "idlevit", "itpn", "stp", "svit"), "cropr_hf"
+            ("tome", "tocom", "evit", "ailurus", "asvit", "dynamicvit", "idlevit", "itpn", "stp", "svit"), "cropr_hf"
         ),
         "attentive": AttentiveReducer.__module__.partition(".")[0],
     }.get(method)
@@ -224,8 +224,11 @@ def test_graphs_have_no_break(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_pruning_maps_show_what_left_where(method):
-    settings = {"fuse_tokens": False} if method == "evit" else None  # new tokens are no patches; see `test_evit.py`
-    model = make_model(CroprViTModel, config_of(method, reducer_config=settings))
+    settings = {
+        "evit": {"fuse_tokens": False},  # new tokens are no patches; see `test_evit.py`
+        "asvit": {"eval_mode": "topk"},  # or images differ; see `test_asvit.py`
+    }
+    model = make_model(CroprViTModel, config_of(method, reducer_config=settings.get(method)))
     blocks = model(make_images(), output_pruning=True).pruned_after_block
     kept = model.config.kept_patches()
     for block, count in enumerate(kept[:-1], start=1):
@@ -298,7 +301,7 @@ def test_multiply_adds_count_what_the_method_runs(method):
         lengths = [tokens + 1 for tokens in entering]
         products += sum(-(-length // 2) * (length // 2) * head_size for length in lengths)
         products += (kept[-1] + 1) * config.hidden_size
-    acts = {"attentive": (2, 4), "evit": (2, 3, 4)}.get(method, ())
+    acts = {"asvit": (2, 3, 4), "attentive": (2, 4), "evit": (2, 3, 4)}.get(method, ())
     for block in acts:  # attention of the CLS token, once more
         products += (entering[block - 1] + 1) * config.hidden_size
     if method == "idlevit":  # its product with every token
@@ -420,6 +423,7 @@ def in_a_fresh_process(*args, **kwargs):
     [
         ("tome", {"rate_inflection": -0.5}),
         ("tocom", {"trained_rate": 1}),
+        ("asvit", {"eval_mode": "topk"}),
         ("dynamicvit", {"blocks": [1, 3]}),
         ("stp", {"blocks": [2]}),
     ],

@@ -14,6 +14,7 @@
 """Token reduction methods besides that of the paper, a file each; importing this folder registers them."""
 
 from .ailurus import AiluRusConfig, AiluRusReducer
+from .asvit import ASViTConfig, ASViTReducer
 from .dynamicvit import DynamicViTConfig, DynamicViTReducer
 from .evit import EViTConfig, EViTReducer
 from .idlevit import IdleViTConfig, IdleViTReducer
@@ -25,6 +26,8 @@ from .tome import ToMeConfig, ToMeReducer
 
 
 __all__ = [
+    "ASViTConfig",
+    "ASViTReducer",
     "AiluRusConfig",
     "AiluRusReducer",
     "DynamicViTConfig",
