@@ -390,7 +390,7 @@ class StagedReducer(TokenReducer):
     attention, in or after those that begin the others.
     """
 
-    config_class = StagedConfig
+    config_class: type[ReducerConfig] = StagedConfig
     budget_field = "keep_rate"
     fuses_by_default = False
 

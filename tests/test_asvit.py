@@ -268,11 +268,11 @@ def test_images_that_keep_nothing_one_patch_or_many(variant, masks, monkeypatch)
 # Inference by thresholds
 
 
-@pytest.mark.parametrize("size", [(32, 32), *full((40, 48))])
+@pytest.mark.parametrize(("height", "width"), [(32, 32), *full((40, 48))])
 @pytest.mark.parametrize("variant", ["plain", "rope_registers", "cls_patch_mean", "fusion", *full("attention")])
 @torch.no_grad()
-def test_packed_masked_and_single_images_agree(variant, size, monkeypatch):
-    pixels = make_images(4, *size).double()
+def test_packed_masked_and_single_images_agree(variant, height, width, monkeypatch):
+    pixels = make_images(4, height, width).double()
     model = build(CroprViTForImageClassification, pixels=pixels, **VARIANTS[variant])
     counts = model.cropr_vit(pixels, output_pruning=True).patches_per_block
     assert counts[:, BLOCKS[0]].amin() < counts[:, BLOCKS[0]].amax()  # images differ
@@ -527,27 +527,28 @@ def test_activation_checkpointing_gives_equal_gradients(use_reentrant):
         if checkpointing:
             enable_activation_checkpointing(model, use_reentrant=use_reentrant)
         model(make_images(4).double(), labels=torch.arange(4)).loss.backward()
-        gradients.append([parameter.grad for parameter in model.parameters()])
-    assert_close_relative(gradients[1], gradients[0], 1e-9)
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    largest = max(gradient.abs().max().item() for gradient in gradients[0].values())
+    for name, gradient in gradients[0].items():  # that of biases of keys is 0 but for rounding
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-9, atol=1e-13 * largest, msg=name)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("seed", range(3))
 def test_thresholds_learn_to_meet_the_budget(seed):
-    torch.manual_seed(seed)
-    model = CroprViTModel(asvit_config(reducer_config={"budget": 0.75}, initializer_range=0.1)).train()
     pixels = make_images(16, seed=seed)
-    set_thresholds(model, [0.001, 0.001, 0.001])
+    model = make_model(CroprViTModel, asvit_config(reducer_config={"budget": 0.75}), seed)
+    settle(model, pixels, shares=(0.95, 0.95, 0.95)).train()
     optimizer = torch.optim.Adam([reducer.threshold.value for reducer in reducers_of(model)])
     losses = []
-    for step in range(150):
-        optimizer.param_groups[0]["lr"] = 1e-4 * (1 - step / 150)
+    for step in range(100):
+        optimizer.param_groups[0]["lr"] = 1e-4 * (1 - step / 100)
         loss = model(pixels).method_losses[BUDGET_LOSS]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert sum(losses[-20:]) / 20 < 0.2 * losses[0]
+    assert sum(losses[-10:]) / 10 < 0.05 * losses[0]
 
 
 def test_thresholds_have_no_weight_decay_and_the_rate_of_the_head():
