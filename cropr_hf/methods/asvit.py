@@ -54,7 +54,6 @@ EVAL_MODES = ("adaptive", "batch_mean", "topk")
 IMPORTANCE_EPS = 1e-8  # of the sum of norms, as in the authors' code
 FIRST_THRESHOLD = 1e-3  # before training, times 1, 2, 3, as in the authors' code
 THRESHOLD_PATCHES = 196  # of the images for which the authors' thresholds are
-BISECTIONS = 30  # of the rate that meets a budget, which is then exact to 1e-9
 BUDGET_LOSS = "budget_loss"
 
 
@@ -105,7 +104,7 @@ class ASViTConfig(ReducerConfig):
 
 def weighted_class_attention(attention: torch.Tensor, contexts: torch.Tensor) -> torch.Tensor:
     """What the CLS token attends to each token, as a mean over heads: a head counts by the norm of what it gathers
-    for that token, as a share of all heads (section 3.2).
+    for that token, as a share of all heads.
 
     Args:
         attention: of the CLS token, (B, H, T).
@@ -120,14 +119,27 @@ def weighted_class_attention(attention: torch.Tensor, contexts: torch.Tensor) ->
     return (attention * importance.transpose(1, 2)).sum(dim=1)
 
 
-def block_multiply_adds(config: CroprViTConfig, tokens: Any) -> Any:
-    """Multiply-adds of a block on so many tokens, CLS token included, in 1e9; of a number or a tensor of numbers.
+@dataclass(frozen=True)
+class BlockCost:
+    """Multiply-adds of a block, in 1e9: with an MLP of four times the width as the authors count, 12 D² n + 2 D n².
 
-    With an MLP of four times the width it is what the authors count, 12 D² n + 2 D n².
+    Attributes:
+        token: of a token for itself.
+        pair: of two tokens, one of which attends to the other.
     """
-    size = config.hidden_size
-    mlp = (3 if config.use_gated_mlp else 2) * size * config.intermediate_size
-    return ((4 * size**2 + mlp) * tokens + 2 * size * tokens * tokens) / 1e9
+
+    token: float
+    pair: float
+
+    @classmethod
+    def of(cls, config: CroprViTConfig) -> "BlockCost":
+        """That of the blocks of a model."""
+        size, num_matrices = config.hidden_size, 3 if config.use_gated_mlp else 2
+        return cls((4 * size**2 + num_matrices * size * config.intermediate_size) / 1e9, 2 * size / 1e9)
+
+    def __call__(self, tokens: Any) -> Any:
+        """Of so many tokens, prefix included: a number, or a tensor of numbers."""
+        return (self.token + self.pair * tokens) * tokens
 
 
 def best_of_each(scores: torch.Tensor, is_above: torch.Tensor) -> torch.Tensor:
@@ -218,7 +230,7 @@ class ASViTReducer(StagedReducer):
         super().__init__(config, block)
         settings, stage = self.settings(config), pruning_blocks(config, type(self)).index(block)
         self.config, self.stage, self.eval_mode = config, stage + 1, settings.eval_mode
-        lengths = self._lengths(config)
+        lengths, self.cost = self._lengths(config), BlockCost.of(config)
         self.num_blocks, self.is_last = lengths[stage], self.stage == len(lengths)
         first = FIRST_THRESHOLD * self.stage if settings.thresholds is None else settings.thresholds[stage]
         self.loss_weight, self.threshold = settings.budget_loss_weight, Threshold(first, settings.temperature)
@@ -241,29 +253,34 @@ class ASViTReducer(StagedReducer):
         budget, prefix, lengths = cls.setting(config, "budget"), config.num_prefix_tokens, cls._lengths(config)
         if budget == 1:
             return 1.0
-        num_blocks, pixels = config.num_hidden_layers, config.num_channels * config.patch_size**2
-        embedding = num_patches * config.hidden_size * pixels / 1e9
+        cost, num_blocks, pixels = BlockCost.of(config), config.num_hidden_layers, config.patch_size**2
+        embedding = num_patches * config.hidden_size * config.num_channels * pixels / 1e9
         # Prefix tokens count, but not in the unpruned model, as in the authors' code.
-        whole = embedding + num_blocks * block_multiply_adds(config, num_patches)
-        dense = embedding + (num_blocks - sum(lengths)) * block_multiply_adds(config, prefix + num_patches)
+        whole = embedding + num_blocks * cost(num_patches)
+        dense = embedding + (num_blocks - sum(lengths)) * cost(prefix + num_patches)
 
-        def excess(rate: float) -> float:
-            pruned = (
-                length * block_multiply_adds(config, prefix + rate**stage * num_patches)
-                for stage, length in enumerate(lengths, start=1)
-            )
-            return dense + sum(pruned) - budget * whole
+        def excess(rate: float) -> tuple[float, float]:
+            """Multiply-adds beyond the budget, and their derivative."""
+            value, slope = dense - budget * whole, 0.0
+            for stage, length in enumerate(lengths, start=1):
+                per_rate = num_patches * rate ** (stage - 1)
+                tokens = prefix + rate * per_rate
+                value += length * cost(tokens)
+                slope += length * (cost.token + 2 * cost.pair * tokens) * stage * per_rate
+            return value, slope
 
-        low, high = 0.0, 1.0
-        if excess(low) > 0:
+        least, _ = excess(0.0)
+        if least > 0:
             raise ValueError(
-                f"`budget` of {cls.label} is {budget}, but {budget + excess(low) / whole:.3f} of the multiply-adds "
+                f"`budget` of {cls.label} is {budget}, but {budget + least / whole:.3f} of the multiply-adds "
                 f"are left even when all {num_patches} patches leave; use a larger budget, or earlier `blocks`."
             )
-        for _ in range(BISECTIONS):
-            middle = (low + high) / 2
-            low, high = (low, middle) if excess(middle) > 0 else (middle, high)
-        return low
+        rate = step = 1.0
+        while step > 1e-9:  # Newton's method, from above, as the slope rises with the rate
+            value, slope = excess(rate)
+            step = value / slope
+            rate -= step
+        return rate
 
     @classmethod
     def kept_by_default(cls, config: CroprViTConfig, num_patches: int) -> list[int]:
@@ -335,7 +352,7 @@ class ASViTReducer(StagedReducer):
         return F.pad(stays, (prefix, 0), value=True)
 
     def mask(self, state: TokenState, scores: torch.Tensor, num_keep: int) -> TokenState:
-        """What training does: masks what is below the threshold, and adds to the loss of the budget (section 3.3).
+        """What training does: masks what is below the threshold, and adds to the loss of the budget.
 
         Until the last module it is no loss yet, but the multiply-adds so far less those of the budget.
         """
@@ -347,9 +364,9 @@ class ASViTReducer(StagedReducer):
         if num_keep < num_patches:
             state = mask_tokens(state, policy, self.block)
             policy = state.columns[POLICY]
-        of_images = block_multiply_adds(self.config, policy.sum(dim=1)).mean()
-        of_budget = block_multiply_adds(self.config, prefix + self._granted(num_patches, num_keep))
-        excess = self.num_blocks * (of_images - of_budget) + state.losses.get(BUDGET_LOSS, 0.0)
+        granted = prefix + self._granted(num_patches, num_keep)
+        beyond = self.cost(policy.sum(dim=1)).mean() - self.cost(granted)
+        excess = self.num_blocks * beyond + state.losses.get(BUDGET_LOSS, 0.0)
         loss = self.loss_weight * excess.abs() if self.is_last else excess
         return state.updated(losses={**state.losses, BUDGET_LOSS: loss})
 
