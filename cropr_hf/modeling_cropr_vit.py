@@ -399,7 +399,8 @@ class CroprViTModel(CroprViTPreTrainedModel):
         # The first argument stays the hidden states: what records outputs, and checkpointing, look for them there. The
         # key bias is one by position, since reentrant checkpoints know no gradient of others.
         idles = reducer is not None and reducer.idles and num_keep < state.num_patches
-        acting: Any = reducer if reducer is not None and (idles or reducer.acts_inside) else None
+        works_inside = reducer is not None and (idles or reducer.acts_inside or reducer.reads_attention)
+        acting: Any = reducer if works_inside else None
         hidden_states = layer.checkpoint_input(state.hidden_states, None if acting is None else acting.name)
         if acting is None:
             hidden_states = layer(hidden_states, positions, window_grid, state.key_bias, **kwargs)
@@ -499,7 +500,7 @@ class CroprViTModel(CroprViTPreTrainedModel):
             if sizes is None:
                 pooled.append(averaged.mean(dim=1))
             else:
-                weights = sizes[:, first:] / sizes[:, first:].sum(dim=1, keepdim=True)
+                weights = F.normalize(sizes[:, first:], p=1.0, dim=1)  # the mean of no patches is 0
                 # (B, 1, T) x (B, T, D) -> (B, D)
                 pooled.append((weights[:, None].to(averaged.dtype) @ averaged)[:, 0])
         if self.pooler is not None:

@@ -42,6 +42,7 @@ class AttentionFacts:
         content_keys: the keys before rotation: what a token is about, and not where it stands.
         scaling: of their products.
         key_bias: (B, T) or `None`.
+        contexts: (B, T, H, d), what each head gathers for each token, before the output projection.
     """
 
     queries: torch.Tensor
@@ -49,6 +50,7 @@ class AttentionFacts:
     content_keys: torch.Tensor
     scaling: float
     key_bias: torch.Tensor | None
+    contexts: torch.Tensor
 
     def class_attention(self) -> torch.Tensor:
         """Attention weights of the first token to all tokens, (B, H, T), in O(T D)."""
@@ -110,8 +112,7 @@ class StagedConfig(KeepRateConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.blocks is not None and (not self.blocks or sorted({*self.blocks}) != list(self.blocks)):
-            raise ValueError(f"`blocks` is {self.blocks}; give the numbers of one or more blocks, in ascending order.")
+        check_blocks(self.blocks)
 
 
 @strict
@@ -127,6 +128,12 @@ class IdlingConfig(KeepRateConfig):
     """
 
     first_block: int | None = None
+
+
+def check_blocks(blocks: Sequence[int] | None) -> None:
+    """Raises `ValueError` for a field `blocks` without blocks, or with blocks that do not ascend."""
+    if blocks is not None and (not blocks or sorted({*blocks}) != list(blocks)):
+        raise ValueError(f"`blocks` is {blocks}; give the numbers of one or more blocks, in ascending order.")
 
 
 class TokenReducer(nn.Module):
@@ -154,6 +161,7 @@ class TokenReducer(nn.Module):
         idles: whether tokens sit out blocks and come back, so that it has a `before_next_block`.
         acts_inside: whether it has an `after_attention`.
         follows_images: whether each image always keeps as many patches as it needs, and a schedule is the most.
+        reads_attention: whether it acts after the block by what its `after_attention` puts into the state.
         fuses_by_default: what `config.last_layer_fusion` is unless it is given.
         deterministic: whether the same image always gives the same output.
         supports_windows: whether it can run with windowed attention.
@@ -176,6 +184,7 @@ class TokenReducer(nn.Module):
     idles = False
     acts_inside = False
     follows_images = False
+    reads_attention = False
     fuses_by_default = True
     deterministic = True
     supports_windows = False
@@ -235,7 +244,7 @@ class TokenReducer(nn.Module):
         return projected
 
     def after_attention(self, state: TokenState, num_keep: int, facts: AttentionFacts) -> TokenState:
-        """Called between attention and MLP of its block, if it `acts_inside`."""
+        """Called between attention and MLP of its block, if it `acts_inside` or `reads_attention`."""
         return state
 
     def after_block(self, state: TokenState, num_keep: int) -> TokenState:
@@ -254,13 +263,15 @@ class TokenReducer(nn.Module):
         """How much each token matters, (B, T), on any scale, for the schedule search; `None` if it does not score."""
         return None
 
-    def keep_best(self, state: TokenState, num_keep: int) -> TokenState:
-        """Prunes to the `num_keep` patch tokens with the highest scores, and those of padding first."""
+    def keep_best(self, state: TokenState, num_keep: int, scores: torch.Tensor | None = None) -> TokenState:
+        """Prunes to the `num_keep` patch tokens with the highest `scores` (B, T), by default those of the method; of
+        padding first.
+        """
         if num_keep == state.num_patches:
             return state
         with torch.no_grad():  # ranking has no gradient
-            scores: Any = self.scores(state)
-            kept, pruned = select_tokens(scores, num_keep, state.num_prefix_tokens, state.padding_of_tokens())
+            ranked: Any = self.scores(state) if scores is None else scores
+            kept, pruned = select_tokens(ranked, num_keep, state.num_prefix_tokens, state.padding_of_tokens())
         return state.prune(kept, pruned, self.block)
 
     # What a stripped model does without
@@ -380,10 +391,11 @@ class TokenReducer(nn.Module):
 class StagedReducer(TokenReducer):
     """A method that acts at a few blocks, which its field `blocks` names.
 
-    By default that is after each of the first three quarters, or within the blocks that begin the others.
+    By default that is after each of the first three quarters; of methods that act within a block, or read its
+    attention, in or after those that begin the others.
     """
 
-    config_class = StagedConfig
+    config_class: type[ReducerConfig] = StagedConfig
     budget_field = "keep_rate"
     fuses_by_default = False
 
@@ -398,7 +410,8 @@ class StagedReducer(TokenReducer):
     @classmethod
     def default_blocks(cls, num_blocks: int) -> list[int]:
         """Where it acts in a model of so many blocks, unless its field `blocks` says so."""
-        return [quarter * num_blocks // 4 + cls.acts_inside for quarter in (1, 2, 3)]
+        one_later = cls.acts_inside or cls.reads_attention
+        return [quarter * num_blocks // 4 + one_later for quarter in (1, 2, 3)]
 
     @classmethod
     def kept_by_default(cls, config: CroprViTConfig, num_patches: int) -> list[int]:

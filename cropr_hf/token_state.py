@@ -188,6 +188,8 @@ def rank_by_similarity(metric: torch.Tensor, num_prefix_tokens: int = 0) -> tupl
 Rotation = tuple[torch.Tensor, torch.Tensor]  # cosine and sine
 SIZES, KEY_BIAS = "sizes", "key_bias"  # columns that the model reads
 GATES = "gates"  # of tokens that idle while they are masked
+POLICY, RESTING = "policy", "resting"  # of `mask_tokens`: what stays, and dropped tokens as they were
+LEAK = 1e-6  # what a dropped token still counts there, as in the code of DynamicViT's authors
 
 
 @dataclass
@@ -480,6 +482,8 @@ class TokenState:
         Raises:
             `ValueError`: when the hidden states of pruned tokens were not kept.
         """
+        if POLICY in self.columns:
+            return _unmask(self)
         if self.is_whole:
             return self
         if self.slots is not None:
@@ -569,3 +573,47 @@ class PrunedTokens:
     block: int
     token_indices: torch.Tensor
     hidden_states: torch.Tensor | None = None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# 3. Dropping in training, where what decides learns from the difference that it makes
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def mask_tokens(state: TokenState, policy: torch.Tensor, block: int) -> TokenState:
+    """Drops tokens and leaves them in the sequence: a dropped token is one of size `LEAK`.
+
+    Attention and means over tokens weigh tokens by their sizes: next to nothing, with the gradient of a masked softmax
+    (DynamicViT, section 3.3). `TokenState.restore` brings them back as they were when dropped; decisions learn from
+    that as well.
+
+    Args:
+        policy: (B, T), exactly 1 for what stays, prefix tokens included, and 0 for what goes or went before. Padding
+            that goes first goes whatever it says.
+        block: after which it happens.
+    """
+    states, before, padding = state.hidden_states, state.columns.get(POLICY), state.padding_of_tokens()
+    if padding is not None:
+        policy = policy.masked_fill(padding, 0.0)
+    sizes = policy + LEAK
+    columns = {**state.columns, POLICY: policy, SIZES: sizes, KEY_BIAS: sizes.log()}
+    if state.keeps_pruned_states:
+        columns[RESTING] = (
+            states if before is None else torch.where(before[..., None] == 0, state.columns[RESTING], states)
+        )
+    # A dropped token is still there, but its place is that of tokens which have none.
+    is_dropped, nowhere = policy == 0, state.num_places
+    return state.updated(
+        columns=columns,
+        token_indices=torch.where(is_dropped, nowhere, state.token_indices),
+        pruned=(*state.pruned, PrunedTokens(block, torch.where(is_dropped, state.token_indices, nowhere))),
+        restored=True,
+    )
+
+
+def _unmask(state: TokenState) -> TokenState:
+    policy = state.columns[POLICY]
+    stays = policy[..., None].to(state.hidden_states.dtype)
+    indices = torch.arange(policy.shape[1], device=policy.device)[None]
+    states = stays * state.hidden_states + (1 - stays) * state.columns[RESTING]
+    return state.updated(hidden_states=states, token_indices=indices, columns={})

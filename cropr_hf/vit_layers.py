@@ -270,10 +270,11 @@ class CroprViTAttention(SharedInput):
             output = output.flatten(2)  # (B, T, heads, d) -> (B, T, D)
             if window_grid is not None:
                 output = merge_windows(output, window_grid, self.config.window_size)
-        output = self.o_proj(output)
+        projected = self.o_proj(output)
         if not output_facts:
-            return output, weights
-        return output, weights, AttentionFacts(query, key, content_key, self.scaling, key_bias)
+            return projected, weights
+        contexts = output.unflatten(2, (-1, self.head_dim))  # (B, T, D) -> (B, T, heads, d)
+        return projected, weights, AttentionFacts(query, key, content_key, self.scaling, key_bias, contexts)
 
     def attend_with_prefix(
         self,
@@ -452,7 +453,7 @@ class CroprViTLayer(GradientCheckpointingLayer):
 
         Args:
             position_embeddings, window_grid, key_bias: see `CroprViTAttention`.
-            reduce: of a method that acts inside, called between attention and MLP.
+            reduce: of a method that acts inside, or reads the attention, called between attention and MLP.
             adapt: of such a method, called with the input of the attention, and with queries, keys and values.
             choose: of a method that lets tokens idle, called with the tokens and this block, before anything is done.
         """

@@ -102,6 +102,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "ailurus": {"token_reducer": "ailurus", "pruning_rate": 7, "last_layer_fusion": False},
     "evit": {"token_reducer": "evit", "pruning_rate": None, "num_register_tokens": 1, "rope_theta": 100.0},
+    "asvit": {
+        "token_reducer": "asvit",
+        "pruning_rate": None,
+        "num_register_tokens": 1,
+        "rope_theta": 100.0,
+        "reducer_config": {"budget": 0.9, "eval_mode": "topk"},  # numbers by the schedule; others in `test_asvit.py`
+    },
     "idlevit": {"token_reducer": "idlevit", "pruning_rate": None, "num_register_tokens": 1, "rope_theta": 100.0},
     "svit": {"token_reducer": "svit", "pruning_rate": None, "num_register_tokens": 1, "rope_theta": 100.0},
     "itpn": {"token_reducer": "itpn", "pruning_rate": None, "use_cls_token": False, "pooling": "mean"},
@@ -135,7 +142,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 # Methods with a test file of their own, which the quick suite leaves it at. Those that exit are no classifiers: their
 # file has the tools as well.
-METHODS = ["ailurus", "dynamicvit", "evit", "idlevit", "itpn", "ltp", "stp", "svit", "tocom"]
+METHODS = ["ailurus", "asvit", "dynamicvit", "evit", "idlevit", "itpn", "ltp", "stp", "svit", "tocom"]
 
 # A detector on a pyramid of 16 x 16 to 1 x 1 cells
 DETECTOR: dict[str, Any] = {

@@ -303,7 +303,7 @@ BUDGETS = [{"pruning_schedule": [26, 17, 11, 11, 11]}, *full({"pruning_rate": 4}
     "methods",
     [
         ["cropr", "random", "tome"],
-        *full(["ailurus", "dynamicvit", "evit", "idlevit", "itpn", "ltp", "stp", "svit", "tocom"]),
+        *full(["ailurus", "asvit", "dynamicvit", "evit", "idlevit", "itpn", "ltp", "stp", "svit", "tocom"]),
     ],
 )
 @pytest.mark.parametrize("budget", BUDGETS)

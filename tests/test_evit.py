@@ -28,7 +28,7 @@ def make_state(config, batch_size=2, dtype=torch.float64):
         num_prefix_tokens=config.num_prefix_tokens,
         grid_size=config.grid_size,
     )
-    return state, AttentionFacts(queries, keys, keys, 8**-0.5, None)
+    return state, AttentionFacts(queries, keys, keys, 8**-0.5, None, keys.transpose(1, 2))
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def make_state(batch_size=2, length=17, prefix=1):
     queries, keys = torch.randn(2, batch_size, 4, length, 8, dtype=torch.float64)
     states = torch.randn(batch_size, length, 32, dtype=torch.float64)
     state = TokenState(states, torch.arange(length)[None], num_prefix_tokens=prefix, grid_size=(4, 4))
-    return state, AttentionFacts(queries, keys, keys, 8**-0.5, None)
+    return state, AttentionFacts(queries, keys, keys, 8**-0.5, None, keys.transpose(1, 2))
 
 
 # Scores

@@ -161,7 +161,7 @@ def test_cards_name_the_method(method, tmp_path):
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert TOKEN_REDUCERS[method].title in card
     assert ("bergner2025tokencropr" in card) == (method == "cropr")
-    assert ("training-free" in card) == (method not in ("cropr", "dynamicvit", "ltp", "stp", "svit"))
+    assert ("training-free" in card) == (method not in ("cropr", "asvit", "dynamicvit", "ltp", "stp", "svit"))
     assert ("`use_auxiliary_heads=True` makes it trainable again" in card) == (method == "cropr")
 
 
@@ -180,7 +180,8 @@ def test_folders_give_the_same_outputs_and_keep_the_settings(method, fusion, tmp
     assert torch.equal(*outputs)
     package = {
         **dict.fromkeys(
-            ("tome", "tocom", "evit", "ailurus", "dynamicvit", "idlevit", "itpn", "ltp", "stp", "svit"), "cropr_hf"
+            ("tome", "tocom", "evit", "ailurus", "asvit", "dynamicvit", "idlevit", "itpn", "ltp", "stp", "svit"),
+            "cropr_hf",
         ),
         "attentive": AttentiveReducer.__module__.partition(".")[0],
     }.get(method)
@@ -232,9 +233,12 @@ def test_graphs_have_no_break(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_pruning_maps_show_what_left_where(method):
-    # New tokens of EViT are no patches, and thresholds of LTP prune below the schedule; see their own tests.
-    settings = {"evit": {"fuse_tokens": False}, "ltp": {"final_threshold": -2.0}}.get(method)
-    model = make_model(CroprViTModel, config_of(method, reducer_config=settings))
+    settings = {
+        "evit": {"fuse_tokens": False},  # new tokens are no patches; see `test_evit.py`
+        "asvit": {"eval_mode": "topk"},  # or images differ; see `test_asvit.py`
+        "ltp": {"final_threshold": -2.0},  # thresholds prune below the schedule; see `test_ltp.py`
+    }
+    model = make_model(CroprViTModel, config_of(method, reducer_config=settings.get(method)))
     blocks = model(make_images(), output_pruning=True).pruned_after_block
     kept = model.config.kept_patches()
     for block, count in enumerate(kept[:-1], start=1):
@@ -307,7 +311,7 @@ def test_multiply_adds_count_what_the_method_runs(method):
         lengths = [tokens + 1 for tokens in entering]
         products += sum(-(-length // 2) * (length // 2) * head_size for length in lengths)
         products += (kept[-1] + 1) * config.hidden_size
-    acts = {"attentive": (2, 4), "evit": (2, 3, 4)}.get(method, ())
+    acts = {"asvit": (2, 3, 4), "attentive": (2, 4), "evit": (2, 3, 4)}.get(method, ())
     for block in acts:  # attention of the CLS token, once more
         products += (entering[block - 1] + 1) * config.hidden_size
     if method == "idlevit":  # its product with every token
@@ -375,7 +379,7 @@ def test_checkpoints_change_no_gradient(method, use_reentrant):
         if checkpoints:
             enable_activation_checkpointing(model, use_reentrant=use_reentrant)
         torch.manual_seed(1)
-        if checkpoints and use_reentrant and (reducer.acts_inside or reducer.idles):
+        if checkpoints and use_reentrant and (reducer.acts_inside or reducer.idles or reducer.reads_attention):
             with pytest.raises(ValueError, match="`use_reentrant` is True"):
                 model(make_images().double())
             return
@@ -453,6 +457,7 @@ def in_a_fresh_process(*args, **kwargs):
     [
         ("tome", {"rate_inflection": -0.5}),
         ("tocom", {"trained_rate": 1}),
+        ("asvit", {"eval_mode": "topk"}),
         ("dynamicvit", {"blocks": [1, 3]}),
         ("stp", {"blocks": [2]}),
         ("ltp", {"stage": "hard"}),

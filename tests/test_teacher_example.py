@@ -132,7 +132,10 @@ class TestPublishedRecipe:
 
     def test_numbers_are_the_published_ones(self):
         assert {name: recipe["num_train_epochs"] for name, recipe in RECIPES.items()} == dict.fromkeys(RECIPES, 30)
-        dynamicvit, idlevit, evit = (RECIPES[name] for name in ("dynamicvit", "idlevit", "evit"))
+        names = ("asvit", "dynamicvit", "idlevit", "evit")
+        asvit, dynamicvit, idlevit, evit = (RECIPES[name] for name in names)
+        assert asvit["distill_logits"] == 0.5 and "distill_tokens" not in asvit
+        assert (asvit["learning_rate"], asvit["lr_scheduler_kwargs"]) == (2e-5 * 4 * 128 / 512, {"min_lr": 2e-6})
         assert dynamicvit["distill_logits"] == dynamicvit["distill_tokens"] == 0.5
         assert dynamicvit["backbone_learning_rate"] == pytest.approx(0.01 * dynamicvit["learning_rate"])
         assert dynamicvit["frozen_start"] * dynamicvit["num_train_epochs"] == 5
@@ -144,11 +147,11 @@ class TestPublishedRecipe:
     @pytest.mark.parametrize("words", [[], ["--token_reducer", "tome"], ["--token_reducer", "none"]])
     def test_methods_without_one_say_so(self, words, example):
         with pytest.raises(
-            ValueError, match="is there for the methods dynamicvit, evit, idlevit, svit, but --token_reducer is"
+            ValueError, match="is there for the methods asvit, dynamicvit, evit, idlevit, svit, but --token_reducer is"
         ):
             self.parse(example, "--published_recipe", *words)
 
-    @pytest.mark.parametrize("method", ["dynamicvit", *full("idlevit", "evit", "svit")])
+    @pytest.mark.parametrize("method", ["dynamicvit", *full("asvit", "idlevit", "evit", "svit")])
     def test_the_source_teaches_where_it_knows_the_classes(self, method, example, digits_classifier, tmp_path):
         fields = {"token_reducer": method, "published_recipe": True, "num_train_epochs": 2, "pruning_rate": None}
         example("train_image_classification").main(command(digits_classifier, tmp_path, **fields))

@@ -288,7 +288,7 @@ def test_registering_a_second_class_under_a_name_is_refused(keep_first):
 def test_an_unknown_reducer_names_the_known_ones():
     with pytest.raises(
         ValueError,
-        match=r"'rndom'; did you mean 'random'\? Choose one of ailurus, cropr, .*, random, .*, or None",
+        match=r"'rndom'; did you mean 'random'\? Choose one of ailurus, .*cropr, .*, random, .*, or None",
     ):
         build_token_reducers(tiny_config(token_reducer="rndom"))
 

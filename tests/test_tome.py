@@ -167,7 +167,7 @@ def test_unmerging_gives_every_token_back():
     for block, num_keep in ((1, 12), (2, 7), (3, 4)):
         reducer = ToMeReducer(config, block)
         keys = state.hidden_states[:, None, :, :3] + 0.1  # (B, 1, T, 3)
-        facts = AttentionFacts(keys, keys, keys, 1.0, None)
+        facts = AttentionFacts(keys, keys, keys, 1.0, None, keys.transpose(1, 2))
         _, merged, slots = match_tokens(keys[:, 0], state.num_patches - num_keep, 2)
         state = reducer.after_attention(state, num_keep, facts)
         for image in range(2):

@@ -14,6 +14,7 @@
 """Token reduction methods besides that of the paper, a file each; importing this folder registers them."""
 
 from .ailurus import AiluRusConfig, AiluRusReducer
+from .asvit import ASViTConfig, ASViTReducer
 from .dtop import DToPConfig, DToPReducer
 from .dynamicvit import DynamicViTConfig, DynamicViTReducer
 from .evit import EViTConfig, EViTReducer
@@ -27,6 +28,8 @@ from .tome import ToMeConfig, ToMeReducer
 
 
 __all__ = [
+    "ASViTConfig",
+    "ASViTReducer",
     "AiluRusConfig",
     "AiluRusReducer",
     "DToPConfig",

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from ..configuration_cropr_vit import CroprViTConfig
 from ..token_reduction import StagedConfig, StagedReducer, register_token_reducer
 from ..token_schedule import pruning_blocks, round_up
-from ..token_state import KEY_BIAS, SIZES, PrunedTokens, TokenState, draw_decisions
+from ..token_state import POLICY, TokenState, draw_decisions, mask_tokens
 
 
 CITATION = """@inproceedings{rao2021dynamicvit,
@@ -39,8 +39,6 @@ CITATION = """@inproceedings{rao2021dynamicvit,
   url       = {https://arxiv.org/abs/2106.02034}
 }"""
 
-LEAK = 1e-6  # what a dropped token still counts as a key, as in the authors' code
-POLICY, RESTING = "policy", "resting"  # columns of a state in training: what stays, and dropped tokens as they were
 RATIO_LOSS = "ratio_loss"
 
 
@@ -101,11 +99,11 @@ class KeepPredictor(nn.Module):
 class DynamicViTReducer(StagedReducer):
     """DynamicViT after one block.
 
-    In training a dropped token is one of size `LEAK`, by which attention and means over tokens weigh it: next to
-    nothing, with the gradient of the paper's masked softmax, so that a decision learns from what it changes. (The
-    paper lets every token attend to itself whatever its decision. Of values, that changes those of dropped tokens,
-    which nothing reads; of gradients, a decision here also gets that of the token's attention to itself.) Where all
-    patches come back, dropped ones are as they were when dropped, as in inference.
+    In training a dropped token counts next to nothing (see `mask_tokens`), with the gradient of the paper's masked
+    softmax, so that a decision learns from what it changes. (The paper lets every token attend to itself whatever its
+    decision. Of values, that changes those of dropped tokens, which nothing reads; of gradients, a decision here also
+    gets that of the token's attention to itself.) Where all patches come back, dropped ones are as they were when
+    dropped, as in inference.
 
     Patches that stay keep their order, where the authors' code sorts them by score. Padding that goes first is dropped
     in training at once. Only training biases keys: inference runs on kernels that cannot, such as FlashAttention 2.
@@ -172,31 +170,7 @@ class DynamicViTReducer(StagedReducer):
         state = state.with_losses({RATIO_LOSS: loss})
         if num_keep == state.num_patches:
             return state
-        padding = state.padding_of_tokens()
-        if padding is not None:
-            policy = policy.masked_fill(padding, 0.0)
-        sizes = policy + LEAK
-        columns = {**state.columns, POLICY: policy, SIZES: sizes, KEY_BIAS: sizes.log()}
-        if state.keeps_pruned_states:
-            columns[RESTING] = torch.where(before[..., None] == 0, state.columns.get(RESTING, states), states)
-        # A dropped token is still there, but its place is that of tokens which have none.
-        is_dropped, nowhere = policy == 0, state.num_places
-        return state.updated(
-            columns=columns,
-            token_indices=torch.where(is_dropped, nowhere, state.token_indices),
-            pruned=(*state.pruned, PrunedTokens(self.block, torch.where(is_dropped, state.token_indices, nowhere))),
-            restored=True,
-        )
-
-    def restore(self, state: TokenState) -> TokenState:
-        """See `TokenReducer.restore`; in training decisions learn from the difference that it makes."""
-        policy = state.columns.get(POLICY)
-        if policy is None:
-            return super().restore(state)
-        stays = policy[..., None].to(state.hidden_states.dtype)
-        indices = torch.arange(policy.shape[1], device=policy.device)[None]
-        states = stays * state.hidden_states + (1 - stays) * state.columns[RESTING]
-        return state.updated(hidden_states=states, token_indices=indices, columns={})
+        return mask_tokens(state, policy, self.block)
 
 
 __all__ = ["DynamicViTConfig", "DynamicViTReducer"]
