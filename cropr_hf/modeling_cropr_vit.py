@@ -71,6 +71,7 @@ class CroprViTModelOutput(ModelOutput):
             unpruned sequence, prefix tokens first. Tokens that have none (new ones; those that a method masks in
             training) have the first index that no place has.
         patches_per_block: (B, L), with `output_pruning=True`: how many patches of each image each block worked on.
+        patches_kept: (B, L), with `output_pruning=True`: how many were left after each block, as schedules count them.
         auxiliary_logits: one (B, N, C) per module, in training with auxiliary heads; of patches first. Embeddings
             (B, N, `config.embedding_size`) with the auxiliary task "embedding".
         auxiliary_patches: (n,), the patches that these are of in this step, if `config.patch_queries_per_step` draws.
@@ -87,6 +88,7 @@ class CroprViTModelOutput(ModelOutput):
     pruned_after_block: torch.Tensor | None = None
     token_indices: torch.Tensor | None = None
     patches_per_block: torch.Tensor | None = None
+    patches_kept: torch.Tensor | None = None
     auxiliary_logits: tuple[torch.Tensor, ...] | None = None
     auxiliary_patches: torch.Tensor | None = None
     method_losses: dict[str, torch.Tensor] | None = None
@@ -312,7 +314,7 @@ class CroprViTModel(CroprViTPreTrainedModel):
         Args:
             pixel_values: (B, channels, height, width), height and width multiples of the patch size.
             pixel_mask: (B, height, width), 0 for padding; only `config.prune_padding_first` heeds it.
-            output_pruning: also return `pruned_after_block` and `token_indices`.
+            output_pruning: also return `pruned_after_block`, `token_indices` and the counts of patches.
             output_stages: also return `stage_states` after these blocks (1 to L; 0 is before the first), in ascending
                 order.
             kwargs: `output_hidden_states`, `output_attentions`, and what the attention implementation takes.
@@ -353,6 +355,7 @@ class CroprViTModel(CroprViTPreTrainedModel):
             pruned_after_block=state.pruning_map(num_blocks) if output_pruning else None,
             token_indices=state.token_indices if output_pruning else None,
             patches_per_block=state.patches_per_block(num_blocks, fuses) if output_pruning else None,
+            patches_kept=state.patches_kept(num_blocks) if output_pruning else None,
             auxiliary_logits=tuple(state.auxiliary_logits.values()) or None,
             auxiliary_patches=state.auxiliary_patches,
             method_losses=state.losses or None,

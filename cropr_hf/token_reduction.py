@@ -212,6 +212,14 @@ class TokenReducer(nn.Module):
         """The counts that the method can reach nearest to `kept`, patch tokens left after each block."""
         return list(kept)
 
+    @classmethod
+    def counts_vary(cls, config: CroprViTConfig) -> bool:
+        """Whether inference leaves some images more patches than others. Then the schedule says how many are meant, or
+        the most; without data (on the meta device, where multiply-adds are counted) the method computes all that it
+        does with data, and leaves what the schedule says.
+        """
+        return False
+
     # What it does to tokens. `num_keep` is what the schedule leaves at its block.
 
     def before_block(self, state: TokenState) -> TokenState:
@@ -294,8 +302,10 @@ class TokenReducer(nn.Module):
 
     @classmethod
     def uses_key_bias(cls, config: CroprViTConfig) -> bool:
-        """Whether it gives tokens a `key_bias`, which some attention kernels do not support."""
-        return False
+        """Whether it gives tokens a `key_bias`, which some attention kernels do not support; where images have unlike
+        numbers of tokens, it hides what fills up the others.
+        """
+        return cls.counts_vary(config)
 
     @classmethod
     def settings(cls, config: CroprViTConfig) -> Any:
