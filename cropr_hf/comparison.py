@@ -37,6 +37,7 @@ from .saving import PICTURE_NAME
 from .speed.alternatives import COMPILED, SMALLER_IMAGE, SMALLER_MODEL, smaller_image
 from .speed.benchmark import UNPRUNED
 from .speed.cost import head_multiply_adds, multiply_adds
+from .speed.counts import MEANS, MULTIPLY_ADDS, PATCHES_LEFT
 from .speed.instruments import compiled, library_versions, machine_name
 from .speed.plots import plot_tradeoff
 from .speed.tables import markdown_table
@@ -48,6 +49,7 @@ from .token_reduction import TOKEN_REDUCERS
 RECORD, TABLE, PICTURE = "comparison.json", "comparison.md", "comparison.png"
 ONNX, ONNX_NAME = "ONNX", "model.onnx"
 FIELDS = ("last_layer_fusion", "reducer_config")  # of the configuration: which tokens there are depends on them too
+MODEL = ("method", "budget", "trained")  # of a run: what those with other seeds have in common
 CLOSE, TOLERANCE = 0.01, 0.05  # of multiply-adds: near enough not to look further, and to be called the same budget
 PERCENT = range(50, 151)  # of a schedule's pruning
 # More than torch compiles of a function for one detector: stages differ, each for fixed or any numbers of boxes.
@@ -117,7 +119,7 @@ class Runner:
         models: dict[str, Run] = {}
         for run in runs:  # of a method that is also there off the shelf, which is as fast, the trained one
             models.setdefault(name_of(run.method, run.budget), run)
-        record |= self.measured(models)
+        record |= self.measured(models, records)
         write_json(self.output_dir / RECORD, record)
         write_file(self.output_dir / TABLE, comparison_table(record) + "\n")
         if find_spec("matplotlib") is not None:
@@ -182,7 +184,9 @@ class Runner:
             settings = comparison.arguments | run.arguments | {"seed": run.seed, "output_dir": str(model)}
             call(comparison.train, settings, folder / "train.log")
             record |= training_of(model)
-        record["metrics"] = metrics = self.evaluated(run, self.form(run), "evaluate.log")
+        found = self.evaluated(run, self.form(run), "evaluate.log")
+        record["metrics"] = metrics = {name: value for name, value in found.items() if name not in MEANS}
+        record |= {"counts": means} if (means := {name: found[name] for name in MEANS if name in found}) else {}
         missing = [name for name in comparison.metrics if name not in metrics]
         if missing or not metrics:
             raise ValueError(
@@ -222,8 +226,8 @@ class Runner:
 
     # Speed
 
-    def measured(self, runs: Mapping[str, Run]) -> dict[str, Any]:
-        """The sections `machine`, `versions`, `models` and `speed` of the record.
+    def measured(self, runs: Mapping[str, Run], records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The sections `machine`, `versions`, `models` and `speed` of the record, given those of all runs.
 
         The times of a type and a batch size are of one process, where models take turns, so that all are loaded
         first. Those that are there are kept if machine, versions, models and which of them have an ONNX file are the
@@ -232,7 +236,7 @@ class Runner:
         speed, device = self.comparison.speed, parse_device(self.comparison.speed.device)
         facts = {"machine": machine_name(device), "versions": library_versions(), "settings": asdict(speed)}
         models = {name: self.load(run) for name, run in runs.items()}
-        facts["models"] = {name: facts_of(model) for name, model in models.items()}
+        facts["models"] = {name: facts_of(models[name], counts_of(run, records)) for name, run in runs.items()}
         files = {name: self.folder(run) / ONNX_NAME for name, run in runs.items() if self.comparison.exported}
         files = {name: path for name, path in files.items() if path.exists()}
         facts["exported"] = [*files]
@@ -289,17 +293,33 @@ class Runner:
         return task[1].model_class.from_pretrained(folder, use_auxiliary_heads=False, **changes).eval()
 
 
-def facts_of(model: Any) -> dict[str, Any]:
-    """What is to be known about a model besides its times."""
+def facts_of(model: Any, counts: Mapping[str, float]) -> dict[str, Any]:
+    """What is to be known about a model besides its times.
+
+    Where images have unlike numbers of patches it is what `counts` say of the mean image, and by how much its cost
+    misses that of the schedule, which meets the budget.
+    """
     config = model.config
     with torch.no_grad():
         head = head_multiply_adds(model, {"pixel_values": torch.zeros(1, 3, *config.input_size)})
-    return {
+    facts: dict[str, Any] = {
         "patches": config.num_patches,
         "patches_left": config.kept_patches()[-1] if config.token_reducer else config.num_patches,
         "multiply_adds": multiply_adds(config) + head,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
+    if counts:
+        meant, found = facts["multiply_adds"], counts[MULTIPLY_ADDS] + head
+        facts |= {"patches_left": counts[PATCHES_LEFT], "multiply_adds": found, "share_of_budget": found / meant}
+    return facts
+
+
+def counts_of(run: Run, records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Means over the seeds of what the evaluations of a model say about the mean image, if they do."""
+    own = [record for record in records if all(record[name] == getattr(run, name) for name in MODEL)]
+    if any("counts" not in record for record in own):
+        return {}
+    return {name: statistics.mean(record["counts"][name] for record in own) for name in MEANS}
 
 
 def name_of(method: str, budget: str | None) -> str:
@@ -504,7 +524,7 @@ def comparison_table(record: Mapping[str, Any]) -> str:
         own = [run for run in runs if name_of(run["method"], run["budget"]) == name]
         cells = [
             title_of(name),
-            f"{facts['patches_left']} of {facts['patches']}",
+            f"{round(facts['patches_left'], 1)} of {facts['patches']}",
             f"{facts['multiply_adds'] / 1e9:.2f}",
         ]
         for trained in kinds:
@@ -546,8 +566,21 @@ def circumstances(record: Mapping[str, Any]) -> str:
     return (
         f"*{'One seed' if seeds == 1 else f'Mean and standard deviation of {seeds} seeds'}; {images} training images, "
         f"{trainings[0].get('num_steps')} steps, on {where}. Speed-ups are over the unpruned model as it is, in turns "
-        f"in one process: {record['machine']}, {versions}.*"
+        f"in one process: {record['machine']}, {versions}.{about_mean_images(record['models'])}*"
     )
+
+
+def about_mean_images(models: Mapping[str, Mapping[str, Any]]) -> str:
+    """What is to be known about the rows of methods whose images have unlike numbers of patches, if there are such."""
+    shares = {title_of(name): facts["share_of_budget"] for name, facts in models.items() if "share_of_budget" in facts}
+    if not shares:
+        return ""
+    text = (
+        f" Of {', '.join(shares)} patches and multiply-adds are those of the mean image of the evaluation; times are "
+        "those of noise, whose numbers of patches are others."
+    )
+    missed = [f"{title} by {share - 1:+.0%}" for title, share in shares.items() if abs(share - 1) > TOLERANCE]
+    return text + (f" The budget is missed, in multiply-adds: {', '.join(missed)}." if missed else "")
 
 
 def tradeoff_curves(record: Mapping[str, Any], setting: int = -1) -> dict[str, list[dict[str, Any]]]:

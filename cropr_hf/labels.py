@@ -11,12 +11,13 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What labels must look like, and what is wrong with those that do not."""
+"""What labels must look like, what is wrong with those that do not, and which classes they show."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from .configuration_cropr_vit import CroprViTConfig
 
@@ -187,3 +188,17 @@ def map_presence(labels: torch.Tensor, num_labels: int, ignored: int) -> torch.T
     presence = torch.zeros(len(labels), num_labels + 1, device=labels.device)
     classes = labels.masked_fill(labels == ignored, num_labels).flatten(1)
     return presence.scatter(1, classes, 1.0)[:, :num_labels]
+
+
+def presence_loss(
+    logits: torch.Tensor, presence: torch.Tensor, is_counted: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Mean binary cross-entropy of logits (B, N, C), whose N queries all predict which classes (B, C) are present.
+
+    With `is_counted` (B,) it is that of these images; 0 if there are none.
+    """
+    losses = F.binary_cross_entropy_with_logits(logits.float(), presence[:, None].expand_as(logits), reduction="none")
+    if is_counted is None:
+        return losses.mean()
+    of_images = losses.flatten(1).mean(dim=1)
+    return (of_images * is_counted).sum() / is_counted.sum().clamp(min=1)

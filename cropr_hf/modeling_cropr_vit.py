@@ -29,7 +29,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_cropr_vit import CroprViTConfig
-from .labels import IGNORED_LABEL, check_class_shares, check_image_labels
+from .labels import IGNORED_LABEL, check_class_shares, check_image_labels, presence_loss
 from .reducers import CroprModule  # noqa: F401 (the file registers the methods that travel with a model)
 from .saving import StrippableModel
 from .token_reduction import (
@@ -72,6 +72,7 @@ class CroprViTModelOutput(ModelOutput):
             `last_hidden_state` in the unpruned sequence, prefix tokens first. Tokens that have none (new ones; those
             that a method masks in training) have the first index that no place has.
         patches_per_block: (B, L), with `output_pruning=True`: how many patches of each image each block worked on.
+        patches_kept: (B, L), with `output_pruning=True`: how many were left after each block, as schedules count them.
         auxiliary_logits: one (B, N, C) per module, in training with auxiliary heads; of patches first. Embeddings
             (B, N, `config.embedding_size`) with the auxiliary task "embedding".
         auxiliary_patches: (n,), the patches that these are of in this step, if `config.patch_queries_per_step` draws.
@@ -89,6 +90,7 @@ class CroprViTModelOutput(ModelOutput):
     pruned_after_block: torch.Tensor | None = None
     token_indices: torch.Tensor | None = None
     patches_per_block: torch.Tensor | None = None
+    patches_kept: torch.Tensor | None = None
     auxiliary_logits: tuple[torch.Tensor, ...] | None = None
     auxiliary_patches: torch.Tensor | None = None
     exit_logits: tuple[torch.Tensor, ...] | None = None
@@ -323,7 +325,7 @@ class CroprViTModel(CroprViTPreTrainedModel):
         Args:
             pixel_values: (B, channels, height, width), height and width multiples of the patch size.
             pixel_mask: (B, height, width), 0 for padding; only `config.prune_padding_first` heeds it.
-            output_pruning: also return `pruned_after_block` and `token_indices`.
+            output_pruning: also return `pruned_after_block`, `token_indices` and the counts of patches.
             output_stages: also return `stage_states` after these blocks (1 to L; 0 is before the first), in ascending
                 order.
             kwargs: `output_hidden_states`, `output_attentions`, and what the attention implementation takes.
@@ -364,6 +366,7 @@ class CroprViTModel(CroprViTPreTrainedModel):
             pruned_after_block=state.pruning_map(num_blocks) if output_pruning else None,
             token_indices=state.token_indices if output_pruning or state.exit_logits else None,
             patches_per_block=state.patches_per_block(num_blocks, fuses) if output_pruning else None,
+            patches_kept=state.patches_kept(num_blocks) if output_pruning else None,
             auxiliary_logits=tuple(state.auxiliary_logits.values()) or None,
             auxiliary_patches=state.auxiliary_patches,
             exit_logits=tuple(state.exit_logits.values()) or None,
@@ -681,20 +684,6 @@ class CroprViTBackbone(BackboneMixin, CroprViTPreTrainedModel):
                 "`cropr_hf.training.train_routers` on the model around it, and give that its labels."
             )
         return None
-
-
-def presence_loss(
-    logits: torch.Tensor, presence: torch.Tensor, is_counted: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Mean binary cross-entropy of logits (B, N, C), whose N queries all predict which classes (B, C) are present.
-
-    With `is_counted` (B,) it is that of these images; 0 if there are none.
-    """
-    losses = F.binary_cross_entropy_with_logits(logits.float(), presence[:, None].expand_as(logits), reduction="none")
-    if is_counted is None:
-        return losses.mean()
-    of_images = losses.flatten(1).mean(dim=1)
-    return (of_images * is_counted).sum() / is_counted.sum().clamp(min=1)
 
 
 __all__ = ["CroprViTBackbone", "CroprViTForImageClassification", "CroprViTModel", "CroprViTPreTrainedModel"]

@@ -51,8 +51,8 @@ from .detection_heads import (
     pyramid_strides,
     soft_nms,
 )
-from .labels import check_labels_per_image, check_object_labels, class_presence
-from .modeling_cropr_vit import CroprViTModel, CroprViTPreTrainedModel, presence_loss
+from .labels import check_labels_per_image, check_object_labels, class_presence, presence_loss
+from .modeling_cropr_vit import CroprViTModel, CroprViTPreTrainedModel
 from .vit_layers import pad_to_patches
 
 

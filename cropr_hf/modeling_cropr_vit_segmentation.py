@@ -23,13 +23,12 @@ from transformers import initialization as init
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_cropr_vit import CroprViTConfig
-from .labels import check_label_maps, map_presence
+from .labels import check_label_maps, map_presence, presence_loss
 from .modeling_cropr_vit import (
     CroprViTModel,
     CroprViTModelOutput,
     CroprViTPreTrainedModel,
     CroprViTTaskOutput,
-    presence_loss,
 )
 from .token_state import put_tokens
 from .vit_layers import pad_to_patches

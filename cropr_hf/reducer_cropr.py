@@ -397,8 +397,8 @@ class CroprModule(TokenReducer):
         return self.keep_mass(state, num_keep)
 
     @classmethod
-    def uses_key_bias(cls, config: CroprViTConfig) -> bool:
-        """See `TokenReducer.uses_key_bias`: where images keep unlike numbers of tokens."""
+    def counts_vary(cls, config: CroprViTConfig) -> bool:
+        """See `TokenReducer.counts_vary`: with `mass_threshold`, and the schedule is the most."""
         return cls.setting(config, "mass_threshold") is not None
 
     def keep_mass(self, state: TokenState, num_keep: int) -> TokenState:

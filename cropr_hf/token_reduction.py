@@ -160,7 +160,6 @@ class TokenReducer(nn.Module):
         exits: whether patches leave with their class, for good: for label maps only, and without last layer fusion.
         idles: whether tokens sit out blocks and come back, so that it has a `before_next_block`.
         acts_inside: whether it has an `after_attention`.
-        follows_images: whether each image always keeps as many patches as it needs, and a schedule is the most.
         reads_attention: whether it acts after the block by what its `after_attention` puts into the state.
         fuses_by_default: what `config.last_layer_fusion` is unless it is given.
         deterministic: whether the same image always gives the same output.
@@ -183,7 +182,6 @@ class TokenReducer(nn.Module):
     exits = False
     idles = False
     acts_inside = False
-    follows_images = False
     reads_attention = False
     fuses_by_default = True
     deterministic = True
@@ -224,6 +222,14 @@ class TokenReducer(nn.Module):
     def reachable_counts(cls, config: CroprViTConfig, num_patches: int, kept: Sequence[int]) -> list[int]:
         """The counts that the method can reach nearest to `kept`, patch tokens left after each block."""
         return list(kept)
+
+    @classmethod
+    def counts_vary(cls, config: CroprViTConfig) -> bool:
+        """Whether inference leaves some images more patches than others. Then the schedule says how many are meant, or
+        the most; without data (on the meta device, where multiply-adds are counted) the method computes all that it
+        does with data, and leaves what the schedule says.
+        """
+        return False
 
     # What it does to tokens. `num_keep` is what the schedule leaves at its block.
 
@@ -317,8 +323,10 @@ class TokenReducer(nn.Module):
 
     @classmethod
     def uses_key_bias(cls, config: CroprViTConfig) -> bool:
-        """Whether it gives tokens a `key_bias`, which some attention kernels do not support."""
-        return False
+        """Whether it gives tokens a `key_bias`, which some attention kernels do not support; where images have unlike
+        numbers of tokens, it hides what fills up the others.
+        """
+        return cls.counts_vary(config)
 
     @classmethod
     def settings(cls, config: CroprViTConfig) -> Any:

@@ -537,16 +537,27 @@ class TokenState:
             idles_until = tokens.block
         return blocks[:, self.num_prefix_tokens : -1]
 
-    def patches_per_block(self, num_blocks: int, fuses: bool) -> torch.Tensor:
-        """Patches of the image that each block worked on: (B, blocks); with fusion the last one has all of them."""
+    def patches_kept(self, num_blocks: int) -> torch.Tensor:
+        """Patches of each image left after each block, as schedules count them: (B, blocks).
+
+        What was pruned counts no more, also where it came back. Of a method that lets patches idle it is how many took
+        part in the next block, and after the last of these blocks as many as in it.
+        """
         numbers = torch.arange(1, num_blocks + 1, device=self.token_indices.device)
         patches = self.num_places - self.num_prefix_tokens
         counts = self.token_indices.new_full((len(self.hidden_states), num_blocks), patches)
         for tokens in self.pruned:
-            counts = counts - self._number_of(tokens) * (numbers > tokens.block)
+            counts = counts - self._number_of(tokens) * (numbers >= tokens.block)
         for tokens in self.idle:
-            counts = counts - self._number_of(tokens) * (numbers == tokens.block + 1)
-        return torch.where(numbers == num_blocks, patches, counts) if fuses else counts
+            counts = counts - self._number_of(tokens) * (numbers == tokens.block)
+        last = self.idle[-1].block if self.idle else num_blocks
+        return torch.where(numbers > last, counts[:, last - 1 : last], counts)
+
+    def patches_per_block(self, num_blocks: int, fuses: bool) -> torch.Tensor:
+        """Patches of each image that each block worked on: (B, blocks); with fusion the last one has all of them."""
+        patches = self.num_places - self.num_prefix_tokens
+        counts = F.pad(self.patches_kept(num_blocks)[:, :-1], (1, 0), value=patches)
+        return F.pad(counts[:, :-1], (0, 1), value=patches) if fuses else counts
 
     def _number_of(self, tokens: PrunedTokens) -> torch.Tensor:
         """How many of these tokens have a place, (B, 1)."""

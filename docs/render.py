@@ -22,6 +22,7 @@ ROOT = DOCS.parent
 sys.path.insert(0, str(ROOT / "examples"))
 import any_speed  # noqa: E402
 import demo  # noqa: E402
+import five_tasks  # noqa: E402
 
 
 REFERENCES = ("transformers ViT", "timm")
@@ -186,6 +187,20 @@ def turns_table(records: list[dict[str, Any]], columns: list[str]) -> str:
         cells = [f"{own['p50_ms']:.0f} ms ({ratio(own)})" for own in times]
         rows.append([record["setting"], *cells])
     return markdown_table(columns, rows)
+
+
+def packed_table(records: list[dict[str, Any]]) -> str:
+    """Speed-ups of SViT on images with unlike numbers of patches, and what the mean and the longest image allow."""
+    columns = ["size, pixels, batch", "patches left, fewest to most", "unpruned, ms", "packed", "masked", "one by one"]
+    columns += ["bound", "of the longest"]
+    rows = []
+    for record in records:
+        left, results = record["patches_left"], record["results"]
+        cells = [record["setting"], f"{min(left)} to {max(left)} of {record['patches']}"]
+        cells += [f"{results[UNPRUNED]['p50_ms']:.0f}"]
+        cells += [ratio(results[name]) for name in ("packed", "masked", "one by one")]
+        rows.append([*cells, f"{record['bound']:.2f}", f"{record['bound_of_longest']:.2f}"])
+    return markdown_table(columns, rows, num_names=2)
 
 
 def budgets_table(records: list[dict[str, Any]]) -> str:
@@ -357,6 +372,11 @@ def any_speed_table(record: dict[str, Any]) -> str:
     return f"{any_speed.table(record)}\n\n{circumstances(record, record['any_speed'])}"
 
 
+def five_tasks_table(record: dict[str, Any]) -> str:
+    """What `examples/five_tasks.py` found, and how it ran."""
+    return f"{five_tasks.table(record)}\n\n{circumstances(record, record)}"
+
+
 def results_table(targets: list[dict[str, Any]], photographs: dict[str, Any], *demos: dict[str, Any]) -> str:
     """What the README shows: the speed of ViT-L, and speed and quality of DINOv2 on photographs and of demos."""
     columns = ["", "patches left", "multiply-adds fall by", "speed-up", "quality, unpruned", "Cropr", "random"]
@@ -411,6 +431,7 @@ PAGES: dict[str, dict[str, tuple[Callable[..., str], list[str]]]] = {
         "instance_segmentation": (demo_table, ["demos/instance_segmentation"]),
         "any_speed": (any_speed_table, ["demos/any_speed"]),
     },
+    "docs/fine_tune.md": {"five_tasks": (five_tasks_table, ["demos/five_tasks"])},
     "docs/speed.md": {
         "targets": (targets_table, ["speed/targets"]),
         "limits": (limits_table, ["speed/limits"]),
@@ -429,6 +450,7 @@ PAGES: dict[str, dict[str, tuple[Callable[..., str], list[str]]]] = {
         "attention": (ATTENTION, ["speed/attention"]),
         "attention_kept": (ATTENTION, ["speed/attention_kept"]),
         "tokens": (cost_table, ["speed/tokens"]),
+        "packed": (packed_table, ["speed/packed"]),
     },
     "docs/gpu.md": {
         "summary": (gpu_summary, ["speed/gpu/summary", "speed/gpu/kernels"]),

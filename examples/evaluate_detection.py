@@ -47,6 +47,7 @@ from cropr_hf import CroprViTConfig
 from cropr_hf.arguments import parse_config
 from cropr_hf.conversion.convert import FURTHER_ARGUMENTS, check_names
 from cropr_hf.files import finite
+from cropr_hf.speed.counts import PatchCounts
 from cropr_hf.visualization import plot_detections
 
 
@@ -159,9 +160,11 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     if names != label_names(images):
         raise ValueError(f"The model knows the categories {names}, the data set has {label_names(images)}.")
     patches = KeptPatches(config.num_hidden_layers)
+    counts = PatchCounts(detector.model)
     for start in logging.tqdm(range(0, len(images), args.batch_size), desc="Evaluation"):
         rows = list(images.select(range(start, min(start + args.batch_size, len(images)))))
-        outputs, sizes = detector.forward([picture_of(row)[0] for row in rows])
+        with counts:
+            outputs, sizes = detector.forward([picture_of(row)[0] for row in rows])
         shape = [length * config.patch_size for length in config.grid_size]
         touched = touched_patches(rows, data_args.box_format, sizes, config)
         patches.add(outputs.pruned_after_block, touched, picture_patches(sizes, shape, config.patch_size))
@@ -173,8 +176,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         detector.picture(shown, data_args.box_format).savefig(args.picture, dpi=110)
     results = metrics.compute() | patches.compute()
     if args.update_record:
-        record_evaluation(args.model_name_or_path, data_args, args.split, len(images), results, args.changes)
-    return results
+        record_evaluation(args.model_name_or_path, data_args, args.split, len(images), results, counts, args.changes)
+    return results | counts.means()
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from transformers.utils import logging
 
 import cropr_hf  # noqa: F401 (registers the models with the Auto classes)
 from cropr_hf.files import finite
+from cropr_hf.speed.counts import PatchCounts
 from cropr_hf.training.distillation import load_teacher
 
 
@@ -52,7 +53,6 @@ class Arguments(ImageArguments):
             )
 
 
-@torch.inference_mode()
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     """Evaluates and returns the metrics; `arguments` are those of the command line."""
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(arguments)
@@ -64,25 +64,26 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     other_size = {} if side is None else {"size": {"height": side, "width": side}}
     object_maps = None if args.object_maps is None else ObjectMaps(args.object_maps, processor, model.config)
     own, right = [], []
-    for start in logging.tqdm(range(0, len(values), args.batch_size), desc="Evaluation"):
-        batch = values[start : start + args.batch_size]
-        pictures = [read_picture(value) for value in batch]
-        pixel_values = processor(pictures, return_tensors="pt")["pixel_values"].to(args.device)
-        outputs = model(pixel_values, output_pruning=True)
-        own.append(outputs.pooler_output.cpu())
-        if other_size:
-            pixel_values = processor(pictures, return_tensors="pt", **other_size)["pixel_values"].to(args.device)
-        right.append(teacher(pixel_values).pooler_output.cpu())
-        if object_maps is not None:
-            object_maps.add(batch, outputs.pruned_after_block)
+    with PatchCounts(model) as counts, torch.inference_mode():
+        for start in logging.tqdm(range(0, len(values), args.batch_size), desc="Evaluation"):
+            batch = values[start : start + args.batch_size]
+            pictures = [read_picture(value) for value in batch]
+            pixel_values = processor(pictures, return_tensors="pt")["pixel_values"].to(args.device)
+            outputs = model(pixel_values, output_pruning=True)
+            own.append(outputs.pooler_output.cpu())
+            if other_size:
+                pixel_values = processor(pictures, return_tensors="pt", **other_size)["pixel_values"].to(args.device)
+            right.append(teacher(pixel_values).pooler_output.cpu())
+            if object_maps is not None:
+                object_maps.add(batch, outputs.pruned_after_block)
     metrics = embedding_agreement(torch.cat(own), torch.cat(right))
     if object_maps is not None:
         metrics |= object_maps.kept.compute()
     if args.picture is not None:
         save_picture(model, processor, values, args)
     if args.update_record:
-        record_evaluation(args.model_name_or_path, args, args.split, len(values), metrics)
-    return metrics
+        record_evaluation(args.model_name_or_path, args, args.split, len(values), metrics, counts)
+    return metrics | counts.means()
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ from transformers.utils import logging
 import cropr_hf  # noqa: F401 (registers the models with the Auto classes)
 from cropr_hf.files import finite
 from cropr_hf.images import orientation, upright
+from cropr_hf.speed.counts import PatchCounts
 from cropr_hf.visualization import plot_pruning
 
 
@@ -203,15 +204,16 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     pictures = list(images[args.image_column_name])
     processor = AutoImageProcessor.from_pretrained(args.model_name_or_path, trust_remote_code=False)
     object_maps = None if args.object_maps is None else ObjectMaps(args.object_maps, processor, model.config)
-    predictions = predict(model, processor, pictures, args, object_maps)
+    with PatchCounts(model) as counts:
+        predictions = predict(model, processor, pictures, args, object_maps)
     if args.picture is not None:
         save_picture(model, processor, pictures, args, labels)
     metrics = evaluate.load(ACCURACY).compute(predictions=predictions, references=labels)
     if object_maps is not None:
         metrics |= object_maps.kept.compute()
     if args.update_record:
-        record_evaluation(args.model_name_or_path, args, args.split, len(labels), metrics)
-    return metrics
+        record_evaluation(args.model_name_or_path, args, args.split, len(labels), metrics, counts)
+    return metrics | counts.means()
 
 
 if __name__ == "__main__":

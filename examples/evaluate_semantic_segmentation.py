@@ -52,6 +52,7 @@ from cropr_hf import CroprViTConfig
 from cropr_hf.files import finite
 from cropr_hf.modeling_cropr_vit_segmentation import upsample
 from cropr_hf.sliding_window import sliding_window_logits
+from cropr_hf.speed.counts import PatchCounts
 from cropr_hf.visualization import plot_segmentation
 
 
@@ -201,9 +202,11 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     known = segmenter.model.config.id2label
     mean_iou, references = evaluate.load(MEAN_IOU), References(data_args, known)
 
-    for row in logging.tqdm(split, desc="Evaluation"):
-        image, labels = references.pair(row)
-        mean_iou.add_batch(predictions=[segmenter.label_map(image, labels)], references=[labels])
+    whole_images = segmenter.model if args.stride is None else None  # in windows that slide there are others
+    with PatchCounts(whole_images) as counts:
+        for row in logging.tqdm(split, desc="Evaluation"):
+            image, labels = references.pair(row)
+            mean_iou.add_batch(predictions=[segmenter.label_map(image, labels)], references=[labels])
     if args.picture is not None:
         pairs = [references.pair(row) for row in split.take(min(args.picture_images, len(split)))]
         segmenter.picture(*zip(*pairs)).savefig(args.picture, dpi=110)
@@ -214,8 +217,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         metrics |= segmenter.kept.compute()
     if args.update_record:
         settings = {} if args.stride is None else {"stride": args.stride}
-        record_evaluation(args.model_name_or_path, data_args, args.split, len(split), metrics, settings)
-    return metrics
+        record_evaluation(args.model_name_or_path, data_args, args.split, len(split), metrics, counts, settings)
+    return metrics | counts.means()
 
 
 if __name__ == "__main__":

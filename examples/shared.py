@@ -38,6 +38,7 @@ from cropr_hf.images import decode_image, orientation, to_rgb
 from cropr_hf.publishing.model_card import add_to_record, published_throughput
 from cropr_hf.speed import benchmark
 from cropr_hf.speed.benchmark import BenchmarkArguments
+from cropr_hf.speed.counts import PatchCounts
 from cropr_hf.training import (
     CroprTrainer,
     DiffPruning,
@@ -679,11 +680,14 @@ def record_evaluation(
     split: str,
     num_examples: int,
     metrics: dict[str, float],
+    counts: PatchCounts,
     settings: dict[str, Any] | None = None,
 ) -> None:
     """Adds what an evaluation found to the record and the card of a published folder.
 
-    `args` name the data set, `settings` what is not as the folder has it.
+    `args` name the data set, `counts` are those of the patches of its images, `settings` what is not as the folder
+    has it.
     """
     evaluation = {**data_facts(args, split), "split": split, "num_examples": num_examples, "metrics": metrics}
-    add_to_record(folder, evaluation=evaluation | ({"settings": settings} if settings else {}))
+    further = {"counts": counts.summary(), "settings": settings}
+    add_to_record(folder, evaluation=evaluation | {name: facts for name, facts in further.items() if facts})

@@ -150,6 +150,36 @@ def test_variants_of_a_method_have_names_of_their_own(scripts, write, tmp_path):
     assert "| few chances, half | 4 of 16 |" in (tmp_path / "comparison.md").read_text()
 
 
+def test_methods_that_follow_the_image_are_compared_by_the_mean_image(scripts, write, tmp_path):
+    """Scripts say what it was; the unpruned model and others go by the schedule."""
+    methods = {"random": {}, "adaptive": {"token_reducer": "cropr"}}
+
+    def answer(script, settings, log):
+        printed = scripts(script, settings, log)
+        if script != "evaluate.py" or "adaptive" not in settings["model_name_or_path"]:
+            return printed
+        seed = int(settings["model_name_or_path"].split("seed_")[1][0])
+        means = {"mean_patches_left": 2.5 + seed, "mean_multiply_adds": 200_000 + 2000 * seed}
+        return json.dumps(json.loads(printed.splitlines()[-1]) | means)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comparison, "call", answer)
+        chosen = {"methods": methods, "off_the_shelf": False, "smaller_model": None}
+        record = Runner(Comparison.from_file(write(**chosen)), tmp_path)()
+    runs = [run for run in record["runs"] if run["method"] == "adaptive"]
+    assert [run["counts"]["mean_patches_left"] for run in runs] == [2.5, 3.5]
+    assert all(set(run["metrics"]) == {"accuracy", "kept"} for run in record["runs"])
+    facts, other = record["models"]["adaptive, half"], record["models"]["random, half"]
+    head = TINY["hidden_size"] * TINY["num_labels"]
+    assert facts["patches_left"] == 3 and facts["multiply_adds"] == 201_000 + head
+    assert facts["share_of_budget"] == pytest.approx(facts["multiply_adds"] / other["multiply_adds"])
+    assert other["patches_left"] == 4 and "share_of_budget" not in other
+    table = (tmp_path / "comparison.md").read_text()
+    assert "| adaptive, half | 3.0 of 16 | 0.00 |" in table
+    missed = facts["share_of_budget"] - 1
+    assert abs(missed) > 0.05 and f"missed, in multiply-adds: adaptive, half by {missed:+.0%}." in table
+
+
 @pytest.mark.full
 def test_what_scripts_are_told(scripts, write, tmp_path):
     Runner(Comparison.from_file(write(seeds=[3])), tmp_path / "out")()

@@ -48,6 +48,7 @@ NEWER_OPTIONS = {"--activation_checkpointing"}
     [
         "README.md",
         "docs/demos.md",
+        "docs/fine_tune.md",
         "docs/speed.md",
         "docs/speed_details.md",
         "docs/gpu.md",

@@ -30,6 +30,7 @@ from transformers import (
 import cropr_hf
 from cropr_hf.cli import main as command_line
 from cropr_hf.publishing.model_card import read_record
+from cropr_hf.speed.cost import multiply_adds
 from tests.test_detection_examples import TINY_HEADS
 
 
@@ -430,6 +431,60 @@ class TestKeptPatches:
         model = cropr_hf.CroprViTForSemanticSegmentation.from_pretrained(segmenter, id2label={0: "a", 1: "b", 2: "c"})
         monkeypatch.setattr(script.EvaluationArguments, "load", lambda *_: model)
         assert script.Segmenter(script.EvaluationArguments(str(segmenter)), 255).kept is None
+
+
+class TestNumbersThatFollowTheImage:
+    """They are counted, recorded and printed."""
+
+    SETTINGS = {"mass_threshold": 0.5}
+
+    def by_hand(self, folder: Path, data: Path) -> list[list[int]]:
+        """Patches left after each block, by image."""
+        model = cropr_hf.CroprViTForImageClassification.from_pretrained(folder).eval()
+        processor = ViTImageProcessor.from_pretrained(folder)
+        images = [Image.open(data / "maps" / "images" / "validation" / f"{index}.png") for index in range(5)]
+        with torch.no_grad():
+            outputs = model.base_model(processor(images, return_tensors="pt")["pixel_values"], output_pruning=True)
+        return outputs.patches_kept.tolist()
+
+    def test_of_a_classifier(self, classify, data, tiny_vit, tmp_path):
+        model_class = cropr_hf.CroprViTForImageClassification
+        folder = publish(tmp_path, model_class, tiny_vit, reducer_config=self.SETTINGS)
+        metrics = classify(folder, "--update_record", "True", maps=False)
+        kept = self.by_hand(folder, data)
+        assert metrics["mean_patches_left"] == pytest.approx(np.mean([row[-1] for row in kept]), abs=0.01)
+        config = AutoConfig.from_pretrained(folder)
+        costs = [multiply_adds(config, pruning=row) for row in kept]
+        assert metrics["mean_multiply_adds"] == pytest.approx(np.mean(costs), abs=1)
+        record = read_record(folder)
+        (evaluation,) = record["evaluations"]
+        assert evaluation["metrics"].keys() == {"accuracy"}
+        per_block = evaluation["counts"].pop("patches_per_block")
+        assert evaluation["counts"] == {name: metrics[name] for name in evaluation["counts"]}
+        assert per_block["mean"][0] == 36 and len(per_block["p10"]) == len(per_block["p90"]) == 4
+        card = (folder / "README.md").read_text(encoding="utf-8")
+        assert "| blocks | mean | 10th percentile | 90th percentile |" in card
+
+    @pytest.mark.full
+    def test_of_other_tasks(self, example, segment, detect, data, tiny_vit, detector, tmp_path):
+        fields = {"reducer_config": self.SETTINGS}
+        folder = publish(tmp_path / "maps", cropr_hf.CroprViTForSemanticSegmentation, tiny_vit, **fields)
+        metrics = segment(folder, "--update_record", "True")
+        (evaluation,) = read_record(folder)["evaluations"]
+        assert evaluation["counts"]["patches_per_block"]["mean"][-1] == 36  # fusion
+        assert metrics["mean_patches_left"] == evaluation["counts"]["mean_patches_left"] < 36
+        assert "mean_patches_left" not in segment(folder, "--stride", 24)  # windows are no images
+
+        folder = publish(tmp_path / "encoder", cropr_hf.CroprViTModel, tiny_vit, **fields)
+        words = ["--model_name_or_path", str(folder), "--teacher_name_or_path", tiny_vit]
+        words += ["--dataset_name", str(data / "classes"), "--split", "validation", "--batch_size", "2"]
+        metrics = example("evaluate_embedding").main([*words, "--update_record", "True"])
+        (evaluation,) = read_record(folder)["evaluations"]
+        assert metrics["mean_multiply_adds"] == evaluation["counts"]["mean_multiply_adds"] > 0
+
+        settings = {"reducer_config": self.SETTINGS}
+        metrics = detect(detector, "--config", json.dumps(settings))
+        assert 0 < metrics["mean_patches_left"] < 36
 
 
 class TestOtherMethods:

@@ -312,8 +312,8 @@ class ASViTReducer(StagedReducer):
             )
 
     @classmethod
-    def uses_key_bias(cls, config: CroprViTConfig) -> bool:
-        """See `TokenReducer.uses_key_bias`: where images keep unlike numbers of tokens; training always does."""
+    def counts_vary(cls, config: CroprViTConfig) -> bool:
+        """See `TokenReducer.counts_vary`: unless each image keeps its best, as many as the schedule says."""
         return cls.setting(config, "eval_mode") != "topk"
 
     # What it does to tokens

@@ -143,8 +143,8 @@ class DToPReducer(StagedReducer):
         return [num_blocks // 2, 2 * num_blocks // 3]
 
     @classmethod
-    def uses_key_bias(cls, config: CroprViTConfig) -> bool:
-        """See `TokenReducer.uses_key_bias`: where images keep unlike numbers of patches."""
+    def counts_vary(cls, config: CroprViTConfig) -> bool:
+        """See `TokenReducer.counts_vary`: by a threshold."""
         return cls.setting(config, "threshold") is not None
 
     @classmethod

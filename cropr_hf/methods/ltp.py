@@ -194,7 +194,6 @@ class LTPReducer(TokenReducer):
     config_class = LTPConfig
     learns = True
     acts_inside = True
-    follows_images = True
     fuses_by_default = False
 
     def __init__(self, config: CroprViTConfig, block: int):
@@ -216,8 +215,8 @@ class LTPReducer(TokenReducer):
         return [num_patches] * config.num_hidden_layers
 
     @classmethod
-    def uses_key_bias(cls, config: CroprViTConfig) -> bool:
-        """See `TokenReducer.uses_key_bias`: images keep unlike numbers of tokens."""
+    def counts_vary(cls, config: CroprViTConfig) -> bool:
+        """See `TokenReducer.counts_vary`."""
         return True
 
     @property

@@ -125,8 +125,8 @@ class SViTReducer(IdlingReducer):
         self.gate = Gate(config)
 
     @classmethod
-    def uses_key_bias(cls, config: CroprViTConfig) -> bool:
-        """See `TokenReducer.uses_key_bias`: unless all images have as many tokens; training always does."""
+    def counts_vary(cls, config: CroprViTConfig) -> bool:
+        """See `TokenReducer.counts_vary`: unless each image keeps its best, as many as the schedule says."""
         return cls.setting(config, "eval_mode") != "topk"
 
     def before_next_block(self, state: TokenState, num_active: int, layer: Any) -> TokenState:

@@ -4,7 +4,8 @@ A record is the JSON file `record.json` beside the weights:
 
 - `model`: what it computes (`model_facts`),
 - `training`: data, settings, hardware, versions; written by `CroprTrainer`,
-- `evaluations`: one entry per data set and split, with its metrics,
+- `evaluations`: one entry per data set and split, with its metrics, and where they follow the image the `counts` of
+  patches,
 - `throughput`: a record of `cropr_hf.speed.benchmark`,
 - `metadata`: `language`, `license` and `tags` for the Hub.
 
@@ -14,7 +15,7 @@ The card says what the record says, and nothing else.
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from ..files import finite, source_name, write_file, write_json
 from ..saving import CARD_MARK, CARD_NAME, PICTURE_NAME, RECORD_NAME, own_card
 from ..speed.cost import multiply_adds, unpruned_config
 from ..tasks import find_task
-from ..token_reduction import TOKEN_REDUCERS, has_auxiliary_heads
+from ..token_reduction import TOKEN_REDUCERS, find_token_reducer, has_auxiliary_heads
 
 
 logger = logging.get_logger(__name__)
@@ -55,7 +56,8 @@ def model_facts(
         num_parameters: of the stripped model.
         base_model: what it was fine-tuned from, a Hub id or a folder.
     """
-    return {
+    method = find_token_reducer(config)
+    facts: dict[str, Any] = {
         "name": name or class_name,
         "class": class_name,
         "base_model": source_name(base_model) if base_model else None,
@@ -72,6 +74,9 @@ def model_facts(
         "multiply_adds": multiply_adds(config),
         "multiply_adds_unpruned": multiply_adds(unpruned_config(config)),
     }
+    if method is not None and method.counts_vary(config):
+        facts["counts_vary"] = True  # the schedule is not what images have
+    return facts
 
 
 def class_name(model: Any) -> str:
@@ -151,8 +156,9 @@ def add_to_record(
 
     Args:
         folder: with weights and `record.json`.
-        evaluation: `dataset`, `split`, `num_examples`, `metrics`, such as `{"accuracy": 0.93}`, and where they are not
-            those of the folder, `settings`; it replaces one of the same data set, split and settings.
+        evaluation: `dataset`, `split`, `num_examples`, `metrics`, such as `{"accuracy": 0.93}`, where they are not
+            those of the folder, `settings`, and where images differ in their numbers of patches, `counts`, the summary
+            of `cropr_hf.speed.counts.PatchCounts`; it replaces one of the same data set, split and settings.
         throughput: what `cropr_hf.speed.benchmark.run` returns.
 
     Raises:
@@ -206,7 +212,7 @@ def render_card(record: Mapping[str, Any], folder: str | os.PathLike | None = No
     metadata = record.get("metadata", {})
     method = TOKEN_REDUCERS.get(model["token_reducer"])
     has_code = folder is not None and (folder / "modeling_cropr_vit.py").exists()
-    is_pruned = has_schedule or (method is not None and method.follows_images)
+    is_pruned = has_schedule or bool(model.get("counts_vary"))
     kind = "token-merging" if method is not None and method.merges else "token-pruning"
     data = ModelCardData(
         library_name="transformers",
@@ -236,6 +242,7 @@ def render_card(record: Mapping[str, Any], folder: str | os.PathLike | None = No
         base_licence=training.get("base_licence"),
         model=model,
         giga=_giga,
+        count_rows=_count_rows,
         token_bars=_token_bars(model) if has_schedule else None,
         picture=PICTURE_NAME if folder is not None and (folder / PICTURE_NAME).exists() else None,
         published=record.get("published"),
@@ -266,8 +273,8 @@ def _summary(model: Mapping[str, Any], is_pruned: bool, is_trained: bool) -> str
     acts = "merges" if method.merges else "drops"
     free = "" if method.learns or is_trained else ", training-free"
     much = f"{share:.0%} of the image patches"
-    if method.follows_images:
-        much = f"at least {much}" if share else "image patches, of each image as many as it can do without,"
+    if model.get("counts_vary"):
+        much = "image patches, of each image as many as it can do without,"
     return f"A vision transformer that {does}, and {acts} {much} on the way by {linked}{free}."
 
 
@@ -282,13 +289,26 @@ def _token_bars(model: Mapping[str, Any]) -> str:
     patches = [total, *model["patches_kept"][:-1]]
     if model["last_layer_fusion"]:
         patches[-1] = total
-    starts = [block for block, kept in enumerate(patches) if block == 0 or kept != patches[block - 1]]
     lines = []
-    for start, end in zip(starts, [*starts[1:], len(patches)]):
-        blocks = f"block {start + 1}" if end == start + 1 else f"blocks {start + 1}-{end}"
-        bar = "█" * max(1, round(BAR_LENGTH * patches[start] / total))
-        lines.append(f"{blocks:<13}{bar:<{BAR_LENGTH}} {patches[start]:>5}")
+    for numbers, kept in _runs(patches):
+        blocks = f"block{'s' * ('-' in numbers)} {numbers}"
+        bar = "█" * max(1, round(BAR_LENGTH * kept / total))
+        lines.append(f"{blocks:<13}{bar:<{BAR_LENGTH}} {kept:>5}")
     return "\n".join(lines)
+
+
+def _count_rows(counts: Mapping[str, Any]) -> list[list[str]]:
+    """A row per run of blocks with equal counts: their numbers, and mean, 10th and 90th percentile over the images."""
+    per_block = counts["patches_per_block"]
+    runs = _runs(list(zip(*(per_block[name] for name in ("mean", "p10", "p90")))))
+    return [[numbers, *(f"{number:.4g}" for number in run)] for numbers, run in runs]
+
+
+def _runs(values: Sequence[Any]) -> Iterator[tuple[str, Any]]:
+    """Each run of blocks with equal values: their numbers, such as "4" or "5-7", and the value."""
+    starts = [block for block, value in enumerate(values) if block == 0 or value != values[block - 1]]
+    for start, end in zip(starts, [*starts[1:], len(values)]):
+        yield f"{start + 1}" if end == start + 1 else f"{start + 1}-{end}", values[start]
 
 
 def _giga(count: int) -> str:

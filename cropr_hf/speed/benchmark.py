@@ -25,6 +25,7 @@ from ..tasks import DEFAULT_TASK, TASKS, find_task
 from ..token_reduction import find_token_reducer
 from .alternatives import COMPILED, INT8, SMALLER_IMAGE, SMALLER_MODEL, quantized, smaller_image, smaller_model
 from .cost import head_multiply_adds, multiply_adds, unpruned_config
+from .counts import PATCHES_LEFT, PatchCounts
 from .instruments import (
     compiled,
     graphed,
@@ -272,7 +273,8 @@ def run(args: BenchmarkArguments) -> dict[str, Any]:
         memory = {name: peak_memory(call, device) for name, call in calls.items()}
         operations = {name: operation_times(call, device) for name, call in calls.items()} if args.profile else {}
     counted = [name for name in (*candidates, SMALLER_IMAGE, SMALLER_MODEL) if name in models]
-    costs = {name: _costs(models[name], inputs[name]) for name in counted}
+    patches = {name: PatchCounts(models[name]) for name in counted}
+    costs = {name: _costs(models[name], inputs[name], counts) for name, counts in patches.items()}
     costs |= {name: costs[UNPRUNED] for name in models if name not in costs}  # the same products by other code
     own = config.token_reducer
     assert own is not None  # `pruning_candidates` has seen to it
@@ -284,6 +286,7 @@ def run(args: BenchmarkArguments) -> dict[str, Any]:
         "token_reducer": own,
         "patches": config.num_patches,
         "patches_kept": candidates[own].config.kept_patches(),
+        **{name: left for name, left in patches[own].means().items() if name == PATCHES_LEFT},
         "multiply_adds": costs,
         "multiply_add_bound": bound,
         "linear_bound": costs[UNPRUNED]["linear"] / costs[own]["linear"],
@@ -376,12 +379,18 @@ def sweep(
     return records
 
 
-def _costs(model: Any, inputs: dict[str, Any]) -> dict[str, int]:
-    """Multiply-adds per image: linear layers and attention of the encoder, and the head."""
-    linear = multiply_adds(model.config, attention=False)
-    with torch.no_grad():
+def _costs(model: Any, inputs: dict[str, Any], counts: PatchCounts) -> dict[str, int]:
+    """Multiply-adds per image: linear layers and attention of the encoder, and the head.
+
+    Where numbers of patches follow the image, it is the mean of the inputs, whose `counts` are taken here.
+    """
+    with torch.no_grad(), counts:
         head = head_multiply_adds(model, inputs) // len(inputs["pixel_values"])
-    return {"linear": linear, "attention": multiply_adds(model.config) - linear, "head": head}
+    linear, total = (
+        round(counts.multiply_adds(attention)) if counts.batches else multiply_adds(model.config, attention=attention)
+        for attention in (False, True)
+    )
+    return {"linear": linear, "attention": total - linear, "head": head}
 
 
 def _random_inputs(

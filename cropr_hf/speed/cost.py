@@ -10,6 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..configuration_cropr_vit import CroprViTConfig
 from ..modeling_cropr_vit import CroprViTModel
+from ..token_reduction import find_token_reducer
+from ..token_schedule import pruning_blocks
 
 
 def multiply_adds(
@@ -34,6 +36,48 @@ def multiply_adds(
     plain = pruning if pruning is None or isinstance(pruning, int) else tuple(pruning)
     total, between = _count(stripped.to_json_string(use_diff=False), grid_size or config.grid_size, plain)
     return total if attention else total - between
+
+
+def mean_multiply_adds(
+    config: CroprViTConfig,
+    kept: torch.Tensor,
+    grid_size: tuple[int, int] | None = None,
+    attention: bool = True,
+) -> float:
+    """Multiply-adds of the mean image through the encoder, where each image has numbers of patches of its own.
+
+    What follows a module costs a + b n + c n² for n patches that it leaves: linear layers, and products of tokens with
+    each other. Three numbers of n tell that polynomial, whose mean over the images is that of their costs; the cost of
+    the mean number would be less.
+
+    Args:
+        config, grid_size, attention: see `multiply_adds`; of a method that `counts_vary`.
+        kept: (images, L), patch tokens left after each block, such as `patches_kept` of a model's output.
+
+    Raises:
+        `ValueError`: for a grid of fewer than four patches, on which there are no three numbers below that of all.
+    """
+    rows, columns = grid_size or config.grid_size
+    if rows * columns < 4:
+        raise ValueError(f"The grid has {rows} x {columns} patches; give images of four or more.")
+    # With all of them left, some methods do nothing, and cost nothing.
+    most, some, one = rows * columns - 1, rows * columns // 2, 1
+    blocks = pruning_blocks(config, find_token_reducer(config))
+
+    def cost(block: int, left: int) -> int:
+        """Where the modules leave `most` patches, and those from a block on `left`."""
+        numbers = range(1, config.num_hidden_layers + 1)
+        schedule = [rows * columns if each < blocks[0] else most if each < block else left for each in numbers]
+        return multiply_adds(config, grid_size, attention, schedule)
+
+    unlimited = config.num_hidden_layers + 1
+    total = float(cost(unlimited, most))
+    for block, following in zip(blocks, [*blocks[1:], unlimited]):
+        counts = kept[:, block - 1].double()
+        for left, other in ((some, one), (one, some)):
+            share = (counts - most) * (counts - other) / ((left - most) * (left - other))  # Lagrange's polynomial
+            total += share.mean().item() * (cost(block, left) - cost(following, left))
+    return total
 
 
 @cache  # searches and cards ask again and again

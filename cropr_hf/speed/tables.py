@@ -6,6 +6,7 @@ from typing import Any
 from ..token_reduction import TOKEN_REDUCERS
 from .alternatives import ALTERNATIVES
 from .benchmark import RANDOM, UNPRUNED
+from .counts import PATCHES_LEFT
 
 
 def label(record: dict[str, Any]) -> str:
@@ -43,6 +44,11 @@ def format_table(record: dict[str, Any]) -> str:
     if record["share_of_random"] is not None:
         share, spread = record["share_of_random"]
         lines.append(f"{share:.3f} ± {spread:.3f} of the random pruner's throughput")
+    if PATCHES_LEFT in record:
+        lines.append(
+            f"the images are noise, of which {label(record)} left {record[PATCHES_LEFT]:.4g} patches in the mean; its "
+            f"multiply-adds are by these, and the random pruner left {record['patches_kept'][-1]}, by the schedule"
+        )
     lines.append(
         f"{record['rounds']} rounds; {record['machine']}; torch {record['versions']['torch']}, transformers "
         f"{record['versions']['transformers']}"

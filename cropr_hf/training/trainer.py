@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader
@@ -18,6 +19,7 @@ from ..configuration_cropr_vit import CroprViTConfig
 from ..modeling_cropr_vit import CroprViTModel
 from ..publishing.model_card import class_name, merge_evaluation, model_facts, read_record, write_record
 from ..saving import StrippableModel, is_checkpoint_folder
+from ..speed.counts import PatchCounts
 from .checkpoints import last_whole_checkpoint
 from .diff_pruning import DiffPruning
 from .distillation import Distillation, Distiller
@@ -242,17 +244,20 @@ class CroprTrainer(Trainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """See `Trainer.evaluate`."""
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         # During training, and with another pruning, it is not yet the model that is published.
         base = getattr(self.accelerator.unwrap_model(self.model), "base_model", None)
         is_published = not self.is_in_train and getattr(base, "pruning", None) is None
+        with PatchCounts(self._bare_model() if is_published else None) as counts:
+            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if is_published and not isinstance(dataset, (dict, str)):
             evaluation = dataset_facts(dataset)
             if eval_dataset is None:
                 named = ("dataset", "config", "revision")
                 evaluation |= {name: self.facts[name] for name in named if name in self.facts}
             evaluation |= {"step": self.state.global_step, "metrics": evaluation_metrics(metrics, metric_key_prefix)}
+            counts.batches = gather_object(counts.batches)  # what fills up the last batch of processes counts again
+            evaluation |= {"counts": found} if (found := counts.summary()) else {}
             self._evaluations = merge_evaluation(self._evaluations, evaluation)
         return metrics
 

@@ -6,11 +6,12 @@ that does nothing else.
 """
 
 import copy
+import itertools
 import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from transformers import AutoImageProcessor
 from cropr_hf import CroprViTConfig, CroprViTForImageClassification, evaluate_schedules, find_schedule
 from cropr_hf.modeling_cropr_vit import CroprViTPreTrainedModel
 from cropr_hf.speed.benchmark import UNPRUNED, BenchmarkArguments, pruning_candidates, run
-from cropr_hf.speed.cost import multiply_adds
+from cropr_hf.speed.cost import mean_multiply_adds, multiply_adds
 from cropr_hf.speed.instruments import library_versions, machine_name
 from cropr_hf.speed.timing import compare
 
@@ -252,6 +253,90 @@ def shapes() -> Iterator[dict[str, Any]]:
             model.set_pruning(None)
 
 
+class DrawnGate(torch.nn.Module):
+    """In place of a gate of SViT: computes as much, and lets through what was drawn.
+
+    Args:
+        gate: the gate.
+        takes_part: (images, N), which patches of which image it lets through.
+
+    Attributes:
+        first: the first image of the coming batch.
+    """
+
+    def __init__(self, gate: torch.nn.Module, takes_part: torch.Tensor):
+        super().__init__()
+        self.gate, self.takes_part, self.first = gate, takes_part, 0
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """(B, N, D) -> log-probabilities, as sure as they can be, (B, N, 2)."""
+        log_probabilities = self.gate(patches)
+        chosen = self.takes_part[self.first : self.first + len(patches), :, None]
+        sure = log_probabilities.new_tensor([0.0, -50.0])
+        return torch.where(chosen, sure, sure.flip(0))
+
+
+def drawn_patches(config: CroprViTConfig, images: int, spread: float) -> Iterator[torch.Tensor]:
+    """Which patches of which image take part in the block after each module, (images, N), at random.
+
+    Their number is that of the schedule plus a share of all patches, which is drawn once for each image, as one that
+    shows much has more of them everywhere: from a normal distribution of mean 0 and standard deviation `spread`.
+    """
+    generator, num_patches = torch.Generator().manual_seed(0), config.num_patches
+    more = spread * num_patches * torch.randn(images, 1, generator=generator)
+    kept = config.kept_patches()
+    for block in config.pruning_blocks:
+        counts = (kept[block - 1] + more).round().clamp(1, num_patches)
+        yield torch.rand(images, num_patches, generator=generator).argsort(dim=1) < counts
+
+
+def one_by_one(model: CroprViTPreTrainedModel, images: torch.Tensor) -> None:
+    """Calls a model of drawn gates for each image of a batch alone."""
+    gates = [module for module in model.modules() if isinstance(module, DrawnGate)]
+    for index in range(len(images)):
+        for gate in gates:
+            gate.first = index
+        model(images[index : index + 1])
+    for gate in gates:
+        gate.first = 0
+
+
+# Sizes, pixels and images in a batch
+PACKED = (("small", 224, 8), ("small", 224, 32), ("base", 224, 8))
+
+
+@torch.inference_mode()
+def packed(settings: Sequence[tuple[str, int, int]] = PACKED) -> Iterator[dict[str, Any]]:
+    """Seconds of SViT on images with unlike numbers of patches: in a batch, packed and masked, and one by one."""
+    for (size, pixels, batch_size), spread in itertools.product(settings, (0.0, 0.1, 0.2)):
+        method = {"token_reducer": "svit", "reducer_config": {"eval_mode": "threshold"}}
+        config = CroprViTConfig.from_size(size, image_size=pixels, num_labels=1000, **method)
+        images, models = torch.randn(batch_size, 3, pixels, pixels), pruning_candidates(config)
+        unpruned, packing = (models[name].eval() for name in (UNPRUNED, "svit"))
+        reducers = packing.base_model.token_reducers.values()
+        for reducer, takes_part in zip(reducers, drawn_patches(config, batch_size, spread)):
+            reducer.gate = DrawnGate(reducer.gate, takes_part)
+        masking = copy.deepcopy(packing)
+        for reducer in masking.base_model.token_reducers.values():
+            reducer.packs = False
+        kept, plain = packing.base_model(images, output_pruning=True).patches_kept, multiply_adds(unpruned.config)
+        calls = {
+            UNPRUNED: partial(unpruned, images),
+            "packed": partial(packing, images),
+            "masked": partial(masking, images),
+            "one by one": partial(one_by_one, packing, images),
+        }
+        yield {
+            "setting": f"{size}, {pixels}, {batch_size}",
+            "spread": spread,
+            "patches": config.num_patches,
+            "patches_left": kept[:, -1].tolist(),
+            "bound": plain / mean_multiply_adds(config, kept),
+            "bound_of_longest": plain / mean_multiply_adds(config, kept.amax(dim=0, keepdim=True)),
+            **turns(calls, rounds=(8, 20)),
+        }
+
+
 def turns(
     calls: dict[str, Callable[[], Any]], device: str = "cpu", rounds: tuple[int, int] = (15, 60)
 ) -> dict[str, Any]:
@@ -275,6 +360,7 @@ OTHERS = {
     "aligned": aligned,
     "compiled": compiled,
     "attention": attention,
+    "packed": packed,
     "shapes": shapes,
 }
 
