@@ -35,8 +35,12 @@ VARYING = {
 @pytest.mark.parametrize("fusion", [False, *full(True)])
 @torch.no_grad()
 def test_patches_kept_are_those_of_the_schedule(method, fusion):
-    settings = {"fuse_tokens": False} if method == "evit" else None  # new tokens are no patches
-    config = tiny_config(token_reducer=method, last_layer_fusion=fusion, reducer_config=settings)
+    settings = {
+        "evit": {"fuse_tokens": False},  # new tokens are no patches
+        "asvit": {"eval_mode": "topk"},  # the schedule alone decides
+        "ltp": {"final_threshold": -2.0},
+    }
+    config = tiny_config(token_reducer=method, last_layer_fusion=fusion, reducer_config=settings.get(method))
     outputs = make_model(CroprViTModel, config)(make_images(), output_pruning=True)
     kept = config.kept_patches()
     assert outputs.patches_kept.tolist() == [kept] * 2
@@ -99,8 +103,10 @@ class TestCounts:
         config = svit_config()
         model = fix_gates(make_model(CroprViTForImageClassification, config).eval(), tables)
         with PatchCounts(model) as counts:
-            model(pixels)
-            model(pixels[:3])
+            assert [*model(pixels)] == ["logits"] and [*model.base_model(pixels[:3])] == [
+                "last_hidden_state",
+                "pooler_output",
+            ]
             model.train()(pixels, labels=torch.zeros(4, dtype=torch.long))
         model.eval()(pixels)  # not asked any more
         assert [len(batch.kept) for batch in counts.batches] == [4, 3]

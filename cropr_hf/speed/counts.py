@@ -48,6 +48,7 @@ class PatchCounts:
         self.batches: list[BatchCounts] = []
         self._encoder: Any = None
         self._hooks: list[Any] = []
+        self._is_asked = False
         if isinstance(model, CroprViTPreTrainedModel):
             method = find_token_reducer(model.config)
             if method is not None and method.counts_vary(model.config):
@@ -66,15 +67,22 @@ class PatchCounts:
             hook.remove()
 
     def _ask(self, encoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict]:
+        self._is_asked = bool(kwargs.get("output_pruning"))
         return args, kwargs | {"output_pruning": True}
 
-    def _note(self, encoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> None:
-        if encoder.training:
-            return
-        pixel_values = args[0] if args else kwargs["pixel_values"]
-        rows, columns = (length // encoder.config.patch_size for length in pixel_values.shape[-2:])
-        kept, worked_on = outputs.patches_kept.cpu(), outputs.patches_per_block.cpu()
-        self.batches.append(BatchCounts((rows, columns), kept, worked_on))
+    def _note(self, encoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:
+        if not encoder.training:
+            pixel_values = args[0] if args else kwargs["pixel_values"]
+            rows, columns = (length // encoder.config.patch_size for length in pixel_values.shape[-2:])
+            kept, worked_on = outputs.patches_kept.cpu(), outputs.patches_per_block.cpu()
+            self.batches.append(BatchCounts((rows, columns), kept, worked_on))
+        if self._is_asked:
+            return outputs
+        # Metrics that take all outputs shall find none that nobody asked for.
+        unasked = {"pruned_after_block", "patches_per_block", "patches_kept"}
+        if outputs.exit_logits is None:  # beside which they always are
+            unasked.add("token_indices")
+        return type(outputs)(**{name: value for name, value in outputs.items() if name not in unasked})
 
     def multiply_adds(self, attention: bool = True) -> float:
         """Multiply-adds of the mean image through the encoder, by the numbers of each; see `mean_multiply_adds`."""
