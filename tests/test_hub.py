@@ -1,12 +1,15 @@
 """Folders that work where the package is not installed."""
 
+import ast
 import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
+from PIL import Image
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -31,13 +34,15 @@ from tests.test_import_rules import TRAVELS
 
 
 # Runs in an interpreter that cannot import the package.
-LOADER = """
+WITHOUT_THE_PACKAGE = """
 import sys
 class Block:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] == "cropr_hf":
             raise ModuleNotFoundError("No module named 'cropr_hf'", name="cropr_hf")
 sys.meta_path.insert(0, Block())
+"""
+LOADER = """
 import torch, transformers
 folder, auto_class = sys.argv[1], getattr(transformers, sys.argv[2])
 pixels = torch.load(folder + "/pixels.pt")
@@ -138,11 +143,7 @@ def test_it_runs_without_the_package(auto_class, model_class, fields, processor,
     pixels = torch.randn(2, 3, 32, 32)
     torch.save(pixels, tmp_path / "pixels.pt")
     torch.save(labels, tmp_path / "labels.pt")
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", LOADER, str(tmp_path), auto_class]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr[-3000:]
-    loaded = result.stdout.splitlines()
+    loaded = run_without_the_package(LOADER, tmp_path, tmp_path, auto_class).splitlines()
     assert loaded[0] == type(processor).__name__
     if "Segmentation" in auto_class:
         assert loaded[1] == model_class.__name__ == segmenter.split(".")[1]
@@ -153,6 +154,26 @@ def test_it_runs_without_the_package(auto_class, model_class, fields, processor,
         assert_close_relative(results["base"], model.cropr_vit(pixels).last_hidden_state)
     again = model_class.from_pretrained(tmp_path / "again")
     assert not again.config.use_auxiliary_heads
+
+
+def run_without_the_package(code, folder, *arguments):
+    environment = {**os.environ, "HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", WITHOUT_THE_PACKAGE + code, *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.mark.full
+def test_what_the_card_says_works_for_a_visitor(tmp_path):
+    model = build(CroprViTForImageClassification)
+    model.config.id2label = {0: "cat", 1: "dog", 2: "owl"}
+    save_for_hub(model, tmp_path / "pets", ViTImageProcessor(size={"height": 32, "width": 32}))
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "image.jpg")
+    (usage,) = re.findall(r"```python\n(.*?)```", (tmp_path / "pets" / "README.md").read_text(), flags=re.DOTALL)
+    assert "cropr_hf" not in usage
+    found = ast.literal_eval(run_without_the_package(usage, tmp_path))
+    assert {entry["label"] for entry in found} == {"cat", "dog", "owl"}
 
 
 def test_with_the_package_a_pipeline_asks_nobody_whether_to_run_code(tmp_path, monkeypatch):

@@ -106,8 +106,7 @@ class TestSaving:
         save_for_hub(model, tmp_path / "code")
         assert "trust_remote_code" not in card_of(tmp_path / "code")
         save_for_hub(model, tmp_path / "code", repo_id="me/maps")
-        assert 'AutoBackbone.from_pretrained("me/maps")' in card_of(tmp_path / "code")
-        assert "trust_remote_code=True" in card_of(tmp_path / "code")
+        assert 'AutoBackbone.from_pretrained("me/maps", trust_remote_code=True)' in card_of(tmp_path / "code")
 
     def test_no_path_of_this_machine_is_published(self, tmp_path):
         saved(tmp_path / "private" / "base")

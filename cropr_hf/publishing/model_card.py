@@ -252,7 +252,7 @@ def render_card(record: Mapping[str, Any], folder: str | os.PathLike | None = No
         method=method if is_pruned else None,
         is_stripped=has_auxiliary_heads(model["token_reducer"]) and not model.get("use_auxiliary_heads"),
         usage=usage,
-        has_code=has_code and REGISTERS in usage,
+        has_code=has_code and "trust_remote_code" in usage,
         training=_training_table(training),
         settings=_yaml(training.get("settings")),
     )
@@ -320,14 +320,15 @@ def _usage(class_name: str, name: str, has_code: bool) -> str:
     auto_class, pipeline = ("AutoModel", None) if found is None else (found[1].auto_class, found[1].pipeline)
     if auto_class == "AutoBackbone" and not (has_code and _is_hub_id(name)):  # it takes no folder
         return f"from cropr_hf import {class_name}\n\nmodel = {class_name}.from_pretrained({_literal(name)})"
-    lines = [REGISTERS]
+    # As it works for everybody who finds the folder
+    lines, flag = ([], ", trust_remote_code=True") if has_code else ([REGISTERS], "")
     if found is not None and found[1].has_loss:  # the pipeline of the others has no use for pruned features
         subtask = ', subtask="instance"' if class_name == "CroprViTForInstanceSegmentation" else ""
-        lines += ["from transformers import pipeline", "", f'model = pipeline("{pipeline}", model={_literal(name)})']
+        lines += ["from transformers import pipeline", "", f'model = pipeline("{pipeline}", {_literal(name)}{flag})']
         lines.append(f'print(model("image.jpg"{subtask}))')
     else:
         lines += [f"from transformers import {auto_class}", ""]
-        lines.append(f"model = {auto_class}.from_pretrained({_literal(name)})")
+        lines.append(f"model = {auto_class}.from_pretrained({_literal(name)}{flag})")
     return "\n".join(lines)
 
 
