@@ -302,7 +302,7 @@ def one_by_one(model: CroprViTPreTrainedModel, images: torch.Tensor) -> None:
 
 
 # Sizes, pixels and images in a batch
-PACKED = (("small", 224, 8), ("small", 224, 32), ("base", 224, 8))
+PACKED = (("small", 224, 8), ("small", 224, 32))
 
 
 @torch.inference_mode()
