@@ -284,7 +284,8 @@ class StrippableModel(PreTrainedModel):
         os.makedirs(save_directory, exist_ok=True)
         # Without a model beside them, they were saved there for this one.
         is_replaced = os.path.exists(os.path.join(save_directory, CONFIG_NAME))
-        stale = [*_stale_files(kwargs.get("variant")), *replaced, *(self.code_patterns() if is_replaced else ())]
+        beside_another = (*replaced, *self.code_patterns()) if is_replaced else ()
+        stale = [*_stale_files(kwargs.get("variant")), *beside_another]
         if is_published:
             card = own_card(save_directory)
             stale += [*_stale_facts(card), *([CARD_NAME] if card is None else [])]

@@ -11,7 +11,7 @@ from typing import Any
 from unittest.mock import patch
 
 from transformers.dynamic_module_utils import get_relative_import_files
-from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, logging
+from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, logging
 
 from .. import methods
 from ..configuration_cropr_vit import CroprViTConfig
@@ -79,9 +79,7 @@ def save_for_hub(
             with without:
                 image_processor.save_pretrained(folder)
 
-    # Without a model beside them, they were saved there for this one.
-    stale = BESIDE_A_MODEL if os.path.exists(os.path.join(save_directory, CONFIG_NAME)) else ()
-    model.save_pretrained(save_directory, with_code=with_code, beside=write, replaced=stale, **kwargs)
+    model.save_pretrained(save_directory, with_code=with_code, beside=write, replaced=BESIDE_A_MODEL, **kwargs)
 
 
 def check_travels(model: Any, with_code: bool = True) -> None:
