@@ -6,7 +6,7 @@ The number of images is free; the image size, and with it the number of patches 
 import glob
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,22 @@ from transformers.utils import logging
 from ..configuration_cropr_vit import CroprViTConfig
 from ..files import check_file
 from ..folders import staged
-from ..modeling_cropr_vit import CroprViTBackbone
+from ..modeling_cropr_vit import CroprViTBackbone, CroprViTForImageClassification, CroprViTModel
 from ..modeling_cropr_vit_detection import CroprViTDetector
+from ..modeling_cropr_vit_segmentation import CroprViTForSemanticSegmentation
 from ..saving import StrippableModel
 from ..tasks import RF_DETR, TASKS
 from ..token_reduction import TokenReducer
+from .onnx_operators import operators
 
 
 logger = logging.get_logger(__name__)
 
 ONNX_OPSET = 20
 SUFFIXES = (".pt2", ".onnx")
+PRUNING_MAP = "pruned_after_block"
 EXPORTED = (*TASKS.values(), RF_DETR)
+WITH_PRUNING_MAP = (CroprViTModel, CroprViTForImageClassification, CroprViTForSemanticSegmentation)
 
 Tensors = dict[str, torch.Tensor]
 
@@ -40,6 +44,8 @@ def export_model(
     batch_size: int | None = None,
     tolerance: float | None = None,
     beside: Callable[[str], Any] | None = None,
+    output_pruning: bool = False,
+    for_web: bool = False,
 ) -> float:
     """Writes a stripped model to `path`, and checks the file against the model on random pixels.
 
@@ -61,6 +67,9 @@ def export_model(
         tolerance: largest difference between file and model, as returned; 1e-3 by default, 0.05 in half precision.
         beside: writes into the folder that it is given what appears together with the file, such as
             `image_processor.save_pretrained`.
+        output_pruning: also return `pruned_after_block` (B, patches), as the model does when asked for it.
+        for_web: an `.onnx` file for one image per call, of operators that ONNX Runtime has on WebGPU, so that nothing
+            goes back and forth between GPU and CPU.
 
     Returns:
         The difference: mean absolute difference of an output over its mean magnitude, of the worst output. It is a
@@ -68,8 +77,8 @@ def export_model(
 
     Raises:
         `ValueError`: another suffix, a file that cannot be written, an image size that is not a multiple of the patch
-            size, a batch size below 1, a tolerance below 0 or infinite, a model with auxiliary heads, or one that
-            draws random numbers.
+            size, a batch size below 1 (on the web another than 1), a tolerance below 0 or infinite, a model with
+            auxiliary heads, one that draws random numbers, or one that has no pruning map and should return it.
         `ImportError`: when a library for ONNX is missing.
         `RuntimeError`: when the file does not compute what the model does.
     """
@@ -77,6 +86,15 @@ def export_model(
     if target.suffix not in SUFFIXES:
         raise ValueError(f"{path} ends with {target.suffix!r}; name a file that ends with {' or '.join(SUFFIXES)}.")
     _check_model(model)
+    if output_pruning and not any(isinstance(model, kind) for kind in WITH_PRUNING_MAP):
+        raise ValueError(f"The outputs of a {type(model).__name__} have no pruning map; leave `output_pruning` out.")
+    if for_web and (target.suffix != ".onnx" or batch_size not in (None, 1)):
+        raise ValueError(
+            f"`for_web` is for .onnx files and one image per call, not for {target.suffix} and {batch_size}; leave "
+            "`batch_size` out."
+        )
+    if for_web:
+        batch_size = 1
     dtype = next(model.parameters()).dtype
     if target.suffix == ".onnx":
         _check_onnx(dtype)
@@ -94,7 +112,7 @@ def export_model(
         return torch.randn(count, config.num_channels, height, width, generator=generator).to(model.device)
 
     in_training = [module for module in model.modules() if module.training]
-    graph = _Graph(model).eval()
+    graph = _Graph(model, output_pruning).eval()
     try:
         stale = [glob.escape(f"{target.name}.data")]
         with torch.no_grad(), staged(target.parent, target.name, stale, f".export_{target.name}_") as folder:
@@ -102,21 +120,30 @@ def export_model(
             batches = [pixels(count) for count in ((1, 3) if batch_size is None else (batch_size,))]
             expected = [graph(batch) for batch in batches]
             # A size of 1 would be taken for a constant.
-            run = _write(graph, pixels(batch_size or 2), draft, free_batch=batch_size is None)
-            differences = [_difference(run(batch), outputs) for batch, outputs in zip(batches, expected)]
+            run = _write(graph, pixels(batch_size or 2), draft, batch_size is None, for_web)
+            difference = check_difference(target.name, map(run, batches), expected, tolerance)
             del run  # some systems move no file that is open
-            difference = torch.tensor(differences).max().item()
-            if not difference <= tolerance:
-                raise RuntimeError(
-                    f"{target.name} differs from the model by {difference:.2g} (mean, relative), more than "
-                    f"{tolerance:g}, so that it was not kept; raise `tolerance` if that will do."
-                )
             if beside is not None:
                 beside(folder)
     finally:
         for module in in_training:
             module.training = True
-    logger.info(f"{target.name} differs from the model by {difference:.2g} (mean, relative).")
+    return difference
+
+
+def check_difference(name: str, actual: Iterable[Tensors], expected: Iterable[Tensors], tolerance: float) -> float:
+    """The largest difference between outputs for the same batches, as `export_model` returns it.
+
+    Raises:
+        `RuntimeError`: when it is above the tolerance.
+    """
+    difference = torch.tensor([_difference(*outputs) for outputs in zip(actual, expected)]).max().item()
+    if not difference <= tolerance:
+        raise RuntimeError(
+            f"{name} differs from the model by {difference:.2g} (mean, relative), more than {tolerance:g}, so that it "
+            "was not kept; raise `tolerance` if that will do."
+        )
+    logger.info(f"{name} differs from the model by {difference:.2g} (mean, relative).")
     return difference
 
 
@@ -143,15 +170,16 @@ def input_size(config: CroprViTConfig, image_size: int | Sequence[int] | None) -
 class _Graph(nn.Module):
     """What is exported of a model: pixels in, named float32 tensors out, and no weights besides those it needs."""
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, output_pruning: bool):
         super().__init__()
         self.model = model
+        self.options = {"output_pruning": True} if output_pruning else {}
         self.pyramid = None
         if isinstance(model, CroprViTDetector):
             self.model, self.pyramid = model.cropr_vit, model.pyramid
 
     def forward(self, pixel_values: torch.Tensor) -> Tensors:
-        outputs = self.model(pixel_values)
+        outputs = self.model(pixel_values, **self.options)
         if self.pyramid is not None:
             grid_size = tuple(length // self.model.config.patch_size for length in pixel_values.shape[2:])
             # (B, rows * columns, D) -> (B, D, rows * columns) -> (B, D, rows, columns)
@@ -162,6 +190,8 @@ class _Graph(nn.Module):
         else:
             (task,) = [task for task in EXPORTED if isinstance(self.model, task.model_class)]
             named = {name: outputs[name] for name in task.outputs}
+        if self.options:
+            named |= {PRUNING_MAP: outputs[PRUNING_MAP]}
         return {name: tensor.float() for name, tensor in named.items()}
 
 
@@ -196,31 +226,35 @@ def _check_onnx(dtype: torch.dtype) -> None:
         )
 
 
-def _write(graph: _Graph, pixel_values: torch.Tensor, path: Path, free_batch: bool) -> Callable[..., Tensors]:
+def _write(
+    graph: _Graph, pixel_values: torch.Tensor, path: Path, free_batch: bool, for_web: bool
+) -> Callable[..., Tensors]:
     """Writes the file; returns what runs it."""
     shapes = ({0: torch.export.Dim("batch", min=1)},) if free_batch else None
     program = torch.export.export(graph, (pixel_values,), dynamic_shapes=shapes, strict=False)
     if path.suffix == ".pt2":
         torch.export.save(program, path)
         return torch.export.load(path).module()
-    import onnxruntime
-
-    names = list(graph(pixel_values))
     onnx_program: Any = torch.onnx.export(
         program,
         dynamo=True,
         verbose=False,
         input_names=["pixel_values"],
-        output_names=names,
+        output_names=list(graph(pixel_values)),
         opset_version=ONNX_OPSET,
         dynamic_shapes=shapes,
-        custom_translation_table={
-            torch.ops.aten.sort.stable: _onnx_stable_sort,
-            torch.ops.aten._cdist_forward.default: _onnx_distances,
-        },
+        custom_translation_table=operators(for_web),
     )
     onnx_program.save(path)
+    return onnx_runner(path)
+
+
+def onnx_runner(path: str | os.PathLike) -> Callable[[torch.Tensor], Tensors]:
+    """What runs an `.onnx` file on the CPU: pixels in, named outputs out."""
+    import onnxruntime
+
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
 
     def run(pixel_values: torch.Tensor) -> Tensors:
         outputs = session.run(names, {"pixel_values": pixel_values.cpu().numpy()})
@@ -229,32 +263,11 @@ def _write(graph: _Graph, pixel_values: torch.Tensor, path: Path, free_batch: bo
     return run
 
 
-def _onnx_stable_sort(values: Any, *, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:
-    """Stable sorting: in ONNX the top k of all, which takes the lower index first of equal values."""
-    from onnxscript import opset20
-
-    length = opset20.Shape(values, start=dim) if dim == -1 else opset20.Shape(values, start=dim, end=dim + 1)
-    return opset20.TopK(values, length, axis=dim, largest=descending, sorted=True)
-
-
-def _onnx_distances(left: Any, right: Any, p: float, compute_mode: int | None = None) -> Any:
-    """Euclidean distances, (B, N, D) and (B, M, D) -> (B, N, M), by products, as torch has them for many vectors."""
-    from onnxscript import opset20
-
-    if p != 2:
-        raise ValueError(f"`torch.cdist` with p = {p} has no translation to ONNX; use 2, or a `.pt2` file.")
-    last: Any = [-1]  # the library's annotation allows tensors alone
-    of_left = opset20.ReduceSumSquare(left, last, keepdims=1)
-    of_right = opset20.Transpose(opset20.ReduceSumSquare(right, last, keepdims=1), perm=[0, 2, 1])
-    products = opset20.MatMul(left, opset20.Transpose(right, perm=[0, 2, 1]))
-    return opset20.Sqrt(opset20.Relu(of_left + of_right - (products + products)))
-
-
 def _difference(actual: Tensors, expected: Tensors) -> float:
     """See `export_model`; infinite for another shape, not a number where there is one."""
     worst = torch.zeros(())
     for name, wanted in expected.items():
-        wanted, got = wanted.cpu(), actual[name].cpu()
+        wanted, got = wanted.cpu().float(), actual[name].cpu().float()
         if got.shape != wanted.shape:
             return float("inf")
         worst = torch.maximum(worst, (got - wanted).abs().mean() / wanted.abs().mean().clamp(min=1e-12))
