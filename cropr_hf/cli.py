@@ -42,6 +42,7 @@ from .publishing.model_card import (
     read_record,
     write_record,
 )
+from .publishing.triton import export_for_triton
 from .saving import is_checkpoint_folder, named_damage
 from .speed.benchmark import BenchmarkArguments, sweep
 from .speed.plots import plot_benchmark
@@ -176,8 +177,9 @@ def compare(args: Namespace) -> str:
 
 
 def export(args: Namespace) -> str:
-    """Writes a model to a file that runs without this package: torch.export (.pt2) or ONNX (.onnx)."""
-    folder = check_file(args.file).parent
+    """Writes a model to a file that runs without this package, .pt2 or .onnx, or to a folder for a runtime."""
+    if args.runtime is None:
+        check_file(args.target)
     if _architecture(args.model) == CroprRfDetrForObjectDetection.__name__:
         model: Any = CroprRfDetrForObjectDetection.from_pretrained(args.model)
         encoder = model.model.backbone.backbone
@@ -190,6 +192,13 @@ def export(args: Namespace) -> str:
         encoder.set_pruning(encoder.config.kept_patches(num_patches, args.pruning_rate))
     new_size = None if args.image_size is None else size
     processor = _image_processor(args.model, new_size, isinstance(model, CroprViTDetector))
+    model.to(getattr(torch, args.dtype))
+    difference = RUNTIMES[args.runtime](model, processor, args.target, args)
+    return f"{args.target} holds the model; their outputs differ by {difference:.2g} (mean, relative)."
+
+
+def _export_to_file(model: Any, processor: Any, target: str, args: Namespace) -> float:
+    folder = Path(target).absolute().parent
     has_processor = (folder / IMAGE_PROCESSOR_NAME).exists()
     if processor is not None and has_processor:
         present = _image_processor(str(folder))
@@ -197,10 +206,21 @@ def export(args: Namespace) -> str:
             raise ValueError(
                 f"{folder} has another {IMAGE_PROCESSOR_NAME}, which a model there needs; choose another folder."
             )
-    model.to(getattr(torch, args.dtype))
     beside = None if processor is None or has_processor else processor.save_pretrained
-    difference = export_model(model, args.file, size, args.batch_size, beside=beside)
-    return f"{args.file} holds the model; their outputs differ by {difference:.2g} (mean, relative)."
+    return export_model(model, target, args.image_size, args.batch_size, beside=beside)
+
+
+def _export_for_triton(model: Any, processor: Any, target: str, args: Namespace) -> float:
+    """The folder of the model lies in a model repository. A batch has at most `--batch_size` images."""
+    folder = Path(target).absolute()
+    limit = {} if args.batch_size is None else {"max_batch_size": args.batch_size}
+    return export_for_triton(
+        model, folder.parent, folder.name, image_size=args.image_size, image_processor=processor, **limit
+    )
+
+
+# Each takes a model, its image processor or `None`, where to write, and the arguments; returns the difference.
+RUNTIMES = {None: _export_to_file, "triton": _export_for_triton}
 
 
 @torch.inference_mode()
@@ -513,9 +533,14 @@ def build_parser() -> ArgumentParser:
 
     command = add(export, "export", "outputs/published outputs/onnx/model.onnx")
     command.add_argument("model", help="folder or Hub id")
-    command.add_argument("file", help="file to write, .pt2 or .onnx; the image processor is saved beside it")
+    command.add_argument(
+        "target", help="file to write, .pt2 or .onnx, or folder; the image processor is saved as well"
+    )
+    command.add_argument(
+        "--for", dest="runtime", choices=[*filter(None, RUNTIMES)], help="write a folder that this runtime takes"
+    )
     add_input(command)
-    command.add_argument("--batch_size", type=int, help="images per call (default: any number)")
+    command.add_argument("--batch_size", type=int, help="images per call (default: any number), for Triton at most")
     command.add_argument("--pruning_rate", type=int, help="patches pruned per module (default: that of the model)")
 
     command = add(visualize, "visualize", "outputs/published photo.jpg --output pruning.png")
