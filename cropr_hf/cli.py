@@ -45,9 +45,11 @@ from .publishing.model_card import (
 from .publishing.triton import export_for_triton
 from .saving import is_checkpoint_folder, named_damage
 from .speed.benchmark import BenchmarkArguments, sweep
+from .speed.instruments import cpu_threads
+from .speed.onnx_files import compare_files
 from .speed.plots import plot_benchmark
 from .speed.schedule_search import SHAPES, FoundSchedule, find_schedule
-from .speed.tables import format_sweep, format_table
+from .speed.tables import format_files, format_sweep, format_table
 from .tasks import DEFAULT_TASK, TASKS, find_task
 from .token_reduction import find_token_reducer
 from .training.diff_pruning import diff_metadata, load_diff, save_diff
@@ -118,7 +120,29 @@ def diff(args: Namespace) -> str:
 
 
 def run_benchmark(args: Namespace) -> str:
-    """Times a model against its unpruned twin and a random pruner."""
+    """Times a model against its unpruned twin and a random pruner, or an ONNX file against another."""
+    with cpu_threads(args.threads):
+        return _benchmark_model(args) if args.file is args.reference is None else _benchmark_files(args)
+
+
+def _benchmark_files(args: Namespace) -> str:
+    if args.file is None or args.reference is None:
+        raise ValueError("--file is timed against --reference; give both, each a file that `cropr-hf export` wrote.")
+    timing = ("batch_size", "min_rounds", "max_rounds", "tolerance")
+    models = [field for field in fields(BenchmarkArguments) if field.name not in (*timing, "output")]
+    changed = [field.name for field in models if getattr(args, field.name) != field.default]
+    changed += [name for name in ("update_record", "sweep", "plot") if getattr(args, name)]
+    if changed:
+        raise ValueError(f"--file is timed as it is; leave out --{', --'.join(changed)}.")
+    if args.output is not None:
+        check_file(args.output, [args.file, args.reference])
+    record = compare_files(args.file, args.reference, **{name: getattr(args, name) for name in timing})
+    if args.output is not None:
+        write_json(args.output, record)
+    return format_files(record)
+
+
+def _benchmark_model(args: Namespace) -> str:
     arguments = BenchmarkArguments(**{field.name: getattr(args, field.name) for field in fields(BenchmarkArguments)})
     if args.update_record:
         others = ("size", "task", "pruning_rate", "image_size", "config", "training")
@@ -505,6 +529,9 @@ def build_parser() -> ArgumentParser:
         help="arguments that take several values in turn, such as batch_size=1,8 dtype=float32,bfloat16",
     )
     command.add_argument("--plot", help="picture of speed-ups and bounds to write")
+    command.add_argument("--threads", type=int, help="of the CPU (default: as many as torch uses)")
+    command.add_argument("--file", help="instead of a model, an exported .onnx file as ONNX Runtime runs it")
+    command.add_argument("--reference", help="the .onnx file that --file is timed against, such as the unpruned model")
 
     command = add(compare, "compare", "examples/comparisons/digits_classification.yaml")
     command.add_argument("file", help="YAML file that says what is compared; see docs/methods.md")

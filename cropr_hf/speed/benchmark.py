@@ -296,11 +296,7 @@ def run(args: BenchmarkArguments) -> dict[str, Any]:
         "rounds": len(timings[UNPRUNED].seconds),
         "results": {
             name: {
-                "images_per_second": args.batch_size / timing.median,
-                "speedup": timing.speedup,
-                "spread": timing.spread,
-                "p50_ms": 1000 * timing.median,
-                "p99_ms": None if (p99 := timing.percentile(99)) is None else 1000 * p99,
+                **timing.record(args.batch_size),
                 "peak_memory": memory[name],
                 "parameters": sum(parameter.numel() for parameter in models[name].parameters()),
                 "saved_activations": activations.get(name),

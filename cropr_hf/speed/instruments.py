@@ -4,8 +4,8 @@ import itertools
 import os
 import platform
 import re
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -97,6 +97,23 @@ def library_versions() -> dict[str, str]:
     """What ran, for records."""
     versions = {"cropr_hf": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
     return {**versions, "python": platform.python_version()}
+
+
+@contextmanager
+def cpu_threads(count: int | None) -> Iterator[None]:
+    """Within it torch uses `count` CPU threads, as many as before for `None`.
+
+    Raises:
+        `ValueError`: for a count below 1.
+    """
+    before = torch.get_num_threads()
+    if count is not None and count < 1:
+        raise ValueError(f"`threads` is {count}; give 1 or more, or None for the {before} that torch uses.")
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def compiled(model: torch.nn.Module, is_detector: bool) -> Callable[..., Any]:

@@ -1,12 +1,15 @@
 """Records of the benchmark as Markdown tables."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..token_reduction import TOKEN_REDUCERS
 from .alternatives import ALTERNATIVES
 from .benchmark import RANDOM, UNPRUNED
 from .counts import PATCHES_LEFT
+
+
+TIMING_COLUMNS = ("images/s", "speed-up", "± half IQR", "p50 ms", "p99 ms")
 
 
 def label(record: dict[str, Any]) -> str:
@@ -24,15 +27,13 @@ def giga(record: dict[str, Any], name: str) -> str:
 def format_table(record: dict[str, Any]) -> str:
     """The results of `run` as a Markdown table, and what bounds them."""
     training = record["arguments"]["training"]
-    columns = ["model", "G multiply-adds", "images/s", "speed-up", "± half IQR", "p50 ms", "p99 ms", "peak memory"]
+    columns = ["model", "G multiply-adds", *TIMING_COLUMNS, "peak memory"]
     columns += ["parameters", "saved for backward"] if training else []
     rows = []
     for name, row in record["results"].items():
         what = record.get("alternatives", {}).get(name)
         cells = [name if what is None else f"{name} ({what})", giga(record, name)]
-        cells += [f"{row['images_per_second']:.2f}", f"{row['speedup']:.2f}", f"{row['spread']:.3f}"]
-        cells += [f"{row['p50_ms']:.1f}", "" if row["p99_ms"] is None else f"{row['p99_ms']:.1f}"]
-        cells += [f"{row['peak_memory'] / 2**20:.0f} MiB"]
+        cells += [*_timing_cells(row), f"{row['peak_memory'] / 2**20:.0f} MiB"]
         if training:
             cells += [f"{row['parameters'] / 1e6:.0f} M", f"{row['saved_activations'] / 2**30:.2f} GiB"]
         rows.append(cells)
@@ -56,6 +57,30 @@ def format_table(record: dict[str, Any]) -> str:
     if "operations" in record:
         lines += ["", _format_operations(record)]
     return "\n".join(lines)
+
+
+def format_files(record: dict[str, Any]) -> str:
+    """The results of `compare_files` as a Markdown table."""
+    rows = [
+        [f"{row['name']} ({name})", *_timing_cells(row), f"{row['bytes'] / 1e6:.2f} MB"]
+        for name, row in record["results"].items()
+    ]
+    circumstances = (
+        f"{record['rounds']} rounds of {record['batch_size']} images; {record['machine']}; ONNX Runtime "
+        f"{record['versions']['onnxruntime']}"
+    )
+    return "\n".join([markdown_table(["file", *TIMING_COLUMNS, "size"], rows), "", circumstances])
+
+
+def _timing_cells(row: Mapping[str, Any]) -> list[str]:
+    """What `Timing.record` says, under `TIMING_COLUMNS`."""
+    return [
+        f"{row['images_per_second']:.2f}",
+        f"{row['speedup']:.2f}",
+        f"{row['spread']:.3f}",
+        f"{row['p50_ms']:.1f}",
+        "" if row["p99_ms"] is None else f"{row['p99_ms']:.1f}",
+    ]
 
 
 def format_sweep(records: Sequence[dict[str, Any]], names: Sequence[str]) -> str:

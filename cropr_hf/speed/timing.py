@@ -37,6 +37,17 @@ class Timing:
             return None
         return statistics.quantiles(self.seconds, n=100, method="inclusive")[percent - 1]
 
+    def record(self, batch_size: int) -> dict[str, float | None]:
+        """What records say of calls with that many images each; times are in milliseconds."""
+        p99 = self.percentile(99)
+        return {
+            "images_per_second": batch_size / self.median,
+            "speedup": self.speedup,
+            "spread": self.spread,
+            "p50_ms": 1000 * self.median,
+            "p99_ms": None if p99 is None else 1000 * p99,
+        }
+
 
 def time_call(call: Callable[[], Any], device: torch.device | str = "cpu") -> float:
     """Seconds of one call: by the clock, on a CUDA device by its events."""
