@@ -526,8 +526,9 @@ class TokenState:
 
     def pruning_map(self, num_blocks: int) -> torch.Tensor:
         """Block after which each patch left, `num_blocks` if it never did: (B, patches in raster order)."""
+        batch_size = self.hidden_states.shape[0]  # not `len`, which an export would take for a constant
         # One more than there are places, for tokens that have none.
-        blocks = self.token_indices.new_full((len(self.hidden_states), self.num_places + 1), num_blocks)
+        blocks = self.token_indices.new_full((batch_size, self.num_places + 1), num_blocks)
         for tokens in self.pruned:
             blocks = blocks.scatter(1, tokens.token_indices, tokens.block)
         idles_until = num_blocks  # a token that idles to the end left at the beginning of that time
@@ -545,7 +546,7 @@ class TokenState:
         """
         numbers = torch.arange(1, num_blocks + 1, device=self.token_indices.device)
         patches = self.num_places - self.num_prefix_tokens
-        counts = self.token_indices.new_full((len(self.hidden_states), num_blocks), patches)
+        counts = self.token_indices.new_full((self.hidden_states.shape[0], num_blocks), patches)
         for tokens in self.pruned:
             counts = counts - self._number_of(tokens) * (numbers >= tokens.block)
         for tokens in self.idle:

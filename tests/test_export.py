@@ -151,6 +151,17 @@ def test_of_equal_scores_a_file_keeps_the_earlier_token(suffix, tmp_path):
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_file_says_which_patches_it_prunes(suffix, tmp_path):
+    model = MODELS["classification"]()
+    export_model(model, tmp_path / f"model{suffix}", output_pruning=True)
+    for batch_size in (1, 3):
+        images = make_images(batch_size)
+        actual = run_file(tmp_path / f"model{suffix}", images)[export.PRUNING_MAP]
+        assert torch.equal(actual, model(images, output_pruning=True).pruned_after_block.float())
+
+
+@pytest.mark.full
 @needs_onnx
 def test_files_run_in_a_process_without_this_package(exported, tmp_path):
     model, program = exported("classification", ".pt2")

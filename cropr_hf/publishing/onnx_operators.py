@@ -15,7 +15,7 @@ def operators(for_web: bool) -> dict[Any, Callable[..., Any]]:
     aten = torch.ops.aten
     table: dict[Any, Callable[..., Any]] = {aten._cdist_forward.default: _distances}
     if not for_web:
-        return table | {aten.sort.stable: _stable_sort}
+        return table | {aten.sort.stable: _stable_sort, aten.matmul.default: _product}
     return table | {
         aten.sort.stable: _sort_by_counting,
         aten.sort.default: _sort_by_counting,
@@ -31,6 +31,15 @@ def _stable_sort(values: Any, *, stable: bool = True, dim: int = -1, descending:
 
     length = opset20.Shape(values, start=dim) if dim == -1 else opset20.Shape(values, start=dim, end=dim + 1)
     return opset20.TopK(values, length, axis=dim, largest=descending, sorted=True)
+
+
+def _product(left: Any, right: Any) -> Any:
+    """With a vector (D,) as with a matrix (D, 1): OpenVINO 2026.4 stops at the negative of a product with a vector."""
+    from onnxscript import opset20
+
+    if len(right.shape) != 1:
+        return opset20.MatMul(left, right)
+    return opset20.Squeeze(opset20.MatMul(left, opset20.Unsqueeze(right, [1])), [-1])
 
 
 def _distances(left: Any, right: Any, p: float, compute_mode: int | None = None) -> Any:
@@ -51,9 +60,7 @@ def _distances(left: Any, right: Any, p: float, compute_mode: int | None = None)
 FLOAT, INT32 = 1, 6  # of `onnx.TensorProto`, which only those have who export
 
 
-def _sort_by_counting(
-    values: Any, dim: int = -1, descending: bool = False, *, stable: bool = True
-) -> Any:
+def _sort_by_counting(values: Any, dim: int = -1, descending: bool = False, *, stable: bool = True) -> Any:
     """Stable sorting of (B, N) along N, or along 1: the place of a value is the number of those before it."""
     from onnxscript import opset20
 
@@ -62,7 +69,9 @@ def _sort_by_counting(
     values = opset20.Cast(values, to=FLOAT)
     own, other = opset20.Unsqueeze(values, [2]), opset20.Unsqueeze(values, [1])  # (B, N, 1) and (B, 1, N)
     length = opset20.Squeeze(opset20.Shape(values, start=1, end=2), [0])
-    places = opset20.Cast(opset20.Range(opset20.Constant(value_int=0), length, opset20.Constant(value_int=1)), to=FLOAT)
+    places = opset20.Cast(
+        opset20.Range(opset20.Constant(value_int=0), length, opset20.Constant(value_int=1)), to=FLOAT
+    )
     rows, columns = opset20.Unsqueeze(places, [0, 2]), opset20.Unsqueeze(places, [0, 1])  # (1, N, 1) and (1, 1, N)
     wins = opset20.Greater(other, own) if descending else opset20.Less(other, own)
     ties = opset20.And(opset20.Equal(other, own), opset20.Less(columns, rows))
