@@ -201,7 +201,7 @@ def compare(args: Namespace) -> str:
 
 
 def export(args: Namespace) -> str:
-    """Writes a model to a file that runs without this package, .pt2 or .onnx, or to a folder for a runtime."""
+    """Writes a model to a file that runs without this package, or to a folder for a runtime."""
     if args.runtime is None:
         check_file(args.target)
     if _architecture(args.model) == CroprRfDetrForObjectDetection.__name__:
@@ -561,13 +561,15 @@ def build_parser() -> ArgumentParser:
     command = add(export, "export", "outputs/published outputs/onnx/model.onnx")
     command.add_argument("model", help="folder or Hub id")
     command.add_argument(
-        "target", help="file to write, .pt2 or .onnx, or folder; the image processor is saved as well"
+        "target", help="file to write, .pt2, .onnx or .pte, or folder; the image processor is saved as well"
     )
     command.add_argument(
         "--for", dest="runtime", choices=[*filter(None, RUNTIMES)], help="write a folder that this runtime takes"
     )
     add_input(command)
-    command.add_argument("--batch_size", type=int, help="images per call (default: any number), for Triton at most")
+    command.add_argument(
+        "--batch_size", type=int, help="images per call (default: any number; for .pte 1), for Triton at most"
+    )
     command.add_argument("--pruning_rate", type=int, help="patches pruned per module (default: that of the model)")
 
     command = add(visualize, "visualize", "outputs/published photo.jpg --output pruning.png")

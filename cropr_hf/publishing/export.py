@@ -1,4 +1,4 @@
-"""Models as files that run without this package: `torch.export` programs (`.pt2`) and ONNX (`.onnx`).
+"""Models as files that run without this package: `torch.export` (`.pt2`), ONNX (`.onnx`) and ExecuTorch (`.pte`).
 
 The number of images is free; the image size, and with it the number of patches that each module keeps, is fixed.
 """
@@ -23,13 +23,14 @@ from ..modeling_cropr_vit_segmentation import CroprViTForSemanticSegmentation
 from ..saving import StrippableModel
 from ..tasks import RF_DETR, TASKS
 from ..token_reduction import TokenReducer
+from .executorch_file import check_executorch, write_executorch
 from .onnx_operators import operators
 
 
 logger = logging.get_logger(__name__)
 
 ONNX_OPSET = 20
-SUFFIXES = (".pt2", ".onnx")
+SUFFIXES = (".pt2", ".onnx", ".pte")
 PRUNING_MAP = "pruned_after_block"
 EXPORTED = (*TASKS.values(), RF_DETR)
 WITH_PRUNING_MAP = (CroprViTModel, CroprViTForImageClassification, CroprViTForSemanticSegmentation)
@@ -60,10 +61,10 @@ def export_model(
 
     Args:
         model: of a class in `cropr_hf.tasks`, without auxiliary heads.
-        path: a file that ends with `.pt2` (for `torch.export.load`) or `.onnx` (opset `ONNX_OPSET`; weights beyond
-            2 GB go to a file `.onnx.data` beside it).
+        path: a file that ends with `.pt2` (for `torch.export.load`), `.onnx` (opset `ONNX_OPSET`; weights beyond
+            2 GB go to a file `.onnx.data` beside it) or `.pte` (for ExecuTorch).
         image_size: height and width in pixels, or one number for both; by default those of the configuration.
-        batch_size: images per call; `None` for any number.
+        batch_size: images per call; `None` for any number, and for one in a `.pte` file.
         tolerance: largest difference between file and model, as returned; 1e-3 by default, 0.05 in half precision.
         beside: writes into the folder that it is given what appears together with the file, such as
             `image_processor.save_pretrained`.
@@ -79,7 +80,7 @@ def export_model(
         `ValueError`: another suffix, a file that cannot be written, an image size that is not a multiple of the patch
             size, a batch size below 1 (on the web another than 1), a tolerance below 0 or infinite, a model with
             auxiliary heads, one that draws random numbers, or one that has no pruning map and should return it.
-        `ImportError`: when a library for ONNX is missing.
+        `ImportError`: when a library for ONNX or ExecuTorch is missing.
         `RuntimeError`: when the file does not compute what the model does.
     """
     target = check_file(path)
@@ -98,6 +99,9 @@ def export_model(
     dtype = next(model.parameters()).dtype
     if target.suffix == ".onnx":
         _check_onnx(dtype)
+    if target.suffix == ".pte":
+        check_executorch()
+        batch_size = 1 if batch_size is None else batch_size
     if tolerance is None:
         tolerance = 0.05 if dtype in (torch.bfloat16, torch.float16) else 1e-3
     if not 0 <= tolerance < math.inf:  # NaN fails as well
@@ -235,12 +239,16 @@ def _write(
     if path.suffix == ".pt2":
         torch.export.save(program, path)
         return torch.export.load(path).module()
+    names = list(graph(pixel_values))
+    if path.suffix == ".pte":
+        run = write_executorch(program, path)
+        return lambda pixels: dict(zip(names, run(pixels)))
     onnx_program: Any = torch.onnx.export(
         program,
         dynamo=True,
         verbose=False,
         input_names=["pixel_values"],
-        output_names=list(graph(pixel_values)),
+        output_names=names,
         opset_version=ONNX_OPSET,
         dynamic_shapes=shapes,
         custom_translation_table=operators(for_web),
