@@ -42,6 +42,7 @@ from .publishing.model_card import (
     read_record,
     write_record,
 )
+from .publishing.web import export_for_web
 from .saving import is_checkpoint_folder, named_damage
 from .speed.benchmark import BenchmarkArguments, sweep
 from .speed.plots import plot_benchmark
@@ -176,8 +177,13 @@ def compare(args: Namespace) -> str:
 
 
 def export(args: Namespace) -> str:
-    """Writes a model to a file that runs without this package: torch.export (.pt2) or ONNX (.onnx)."""
-    folder = check_file(args.file).parent
+    """Writes a model to a file that runs without this package: torch.export (.pt2), ONNX (.onnx); or a web folder."""
+    for_web = args.runtime == "transformers.js"
+    folder = Path(args.target) if for_web else check_file(args.target).parent
+    if for_web and (args.dtype != "float32" or args.batch_size not in (None, 1)):
+        raise ValueError(
+            "A folder for transformers.js has all its dtypes, for one image; leave out --dtype, --batch_size."
+        )
     if _architecture(args.model) == CroprRfDetrForObjectDetection.__name__:
         model: Any = CroprRfDetrForObjectDetection.from_pretrained(args.model)
         encoder = model.model.backbone.backbone
@@ -190,6 +196,12 @@ def export(args: Namespace) -> str:
         encoder.set_pruning(encoder.config.kept_patches(num_patches, args.pruning_rate))
     new_size = None if args.image_size is None else size
     processor = _image_processor(args.model, new_size, isinstance(model, CroprViTDetector))
+    if for_web:
+        found = export_for_web(
+            model, folder, processor, size, args.tolerance, None if os.path.exists(args.model) else args.model
+        )
+        listed = ", ".join(f"{difference:.2g} in {dtype}" for dtype, difference in found.items())
+        return f"{folder} holds the model for transformers.js; their outputs differ by {listed} (mean, relative)."
     has_processor = (folder / IMAGE_PROCESSOR_NAME).exists()
     if processor is not None and has_processor:
         present = _image_processor(str(folder))
@@ -199,8 +211,8 @@ def export(args: Namespace) -> str:
             )
     model.to(getattr(torch, args.dtype))
     beside = None if processor is None or has_processor else processor.save_pretrained
-    difference = export_model(model, args.file, size, args.batch_size, beside=beside)
-    return f"{args.file} holds the model; their outputs differ by {difference:.2g} (mean, relative)."
+    difference = export_model(model, args.target, size, args.batch_size, args.tolerance, beside)
+    return f"{args.target} holds the model; their outputs differ by {difference:.2g} (mean, relative)."
 
 
 @torch.inference_mode()
@@ -513,10 +525,16 @@ def build_parser() -> ArgumentParser:
 
     command = add(export, "export", "outputs/published outputs/onnx/model.onnx")
     command.add_argument("model", help="folder or Hub id")
-    command.add_argument("file", help="file to write, .pt2 or .onnx; the image processor is saved beside it")
+    command.add_argument(
+        "target", help="file to write, .pt2 or .onnx, with the image processor beside it; with --for a folder"
+    )
+    command.add_argument("--for", dest="runtime", choices=["transformers.js"], help="what loads the folder")
     add_input(command)
     command.add_argument("--batch_size", type=int, help="images per call (default: any number)")
     command.add_argument("--pruning_rate", type=int, help="patches pruned per module (default: that of the model)")
+    command.add_argument(
+        "--tolerance", type=float, help="difference that is let pass (default: 0.001; float16 0.05, int8 0.5)"
+    )
 
     command = add(visualize, "visualize", "outputs/published photo.jpg --output pruning.png")
     command.add_argument("model", help="folder or Hub id")

@@ -9,8 +9,8 @@ import torch
 def operators(for_web: bool) -> dict[Any, Callable[..., Any]]:
     """The `custom_translation_table` of `torch.onnx.export`.
 
-    With `for_web` indices are float32 numbers until something is gathered by them, and sorting is counting: ONNX Runtime
-    has neither int64 nor `TopK` on WebGPU, and would fetch scores from the GPU in each module.
+    With `for_web` indices are float32 numbers until something is gathered by them, and sorting is counting: ONNX
+    Runtime has neither int64 nor `TopK` on WebGPU, and would fetch scores from the GPU in each module.
     """
     aten = torch.ops.aten
     table: dict[Any, Callable[..., Any]] = {aten._cdist_forward.default: _distances}
@@ -51,9 +51,7 @@ def _distances(left: Any, right: Any, p: float, compute_mode: int | None = None)
 FLOAT, INT32 = 1, 6  # of `onnx.TensorProto`, which only those have who export
 
 
-def _sort_by_counting(
-    values: Any, dim: int = -1, descending: bool = False, *, stable: bool = True
-) -> Any:
+def _sort_by_counting(values: Any, dim: int = -1, descending: bool = False, *, stable: bool = True) -> Any:
     """Stable sorting of (B, N) along N, or along 1: the place of a value is the number of those before it."""
     from onnxscript import opset20
 
@@ -62,7 +60,9 @@ def _sort_by_counting(
     values = opset20.Cast(values, to=FLOAT)
     own, other = opset20.Unsqueeze(values, [2]), opset20.Unsqueeze(values, [1])  # (B, N, 1) and (B, 1, N)
     length = opset20.Squeeze(opset20.Shape(values, start=1, end=2), [0])
-    places = opset20.Cast(opset20.Range(opset20.Constant(value_int=0), length, opset20.Constant(value_int=1)), to=FLOAT)
+    places = opset20.Cast(
+        opset20.Range(opset20.Constant(value_int=0), length, opset20.Constant(value_int=1)), to=FLOAT
+    )
     rows, columns = opset20.Unsqueeze(places, [0, 2]), opset20.Unsqueeze(places, [0, 1])  # (1, N, 1) and (1, 1, N)
     wins = opset20.Greater(other, own) if descending else opset20.Less(other, own)
     ties = opset20.And(opset20.Equal(other, own), opset20.Less(columns, rows))
