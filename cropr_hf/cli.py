@@ -40,6 +40,7 @@ from .publishing.model_card import (
     class_name,
     model_facts,
     read_record,
+    space_link,
     write_record,
 )
 from .publishing.web import export_for_web
@@ -238,6 +239,8 @@ def visualize(args: Namespace) -> str:
 def card(args: Namespace) -> str:
     """Writes the model card of a folder from its record."""
     folder = Path(args.folder)
+    if args.space is not None:
+        space_link(args.space)  # an error for what is no Hub id
     if (folder / RECORD_NAME).exists():
         record = read_record(folder)
     else:
@@ -246,7 +249,7 @@ def card(args: Namespace) -> str:
         record = {"model": model_facts(model.config, class_name(model), folder.absolute().name, num_parameters)}
     if args.name is not None:
         record["model"]["name"] = args.name
-    given = {name: getattr(args, name) for name in ("license", "language", "tags")}
+    given = {name: getattr(args, name) for name in ("license", "language", "tags", "space")}
     metadata = record.get("metadata", {}) | {name: value for name, value in given.items() if value is not None}
     write_record(folder, record | ({"metadata": metadata} if metadata else {}))
     return f"{folder / CARD_NAME} says what {folder / RECORD_NAME} knows."
@@ -547,6 +550,7 @@ def build_parser() -> ArgumentParser:
     command.add_argument("--license", help="licence of the weights, such as apache-2.0")
     command.add_argument("--language", help="for the metadata of the Hub")
     command.add_argument("--tags", nargs="+", help="for the metadata of the Hub")
+    command.add_argument("--space", metavar="OWNER/NAME", help="Hub id of a Space that shows the model")
     return parser
 
 
