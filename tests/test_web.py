@@ -1,9 +1,11 @@
 """Folders for transformers.js and the page in `examples/web`, in Node and in headless Chromium."""
 
+import importlib
 import json
 import re
 import shutil
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -282,18 +284,22 @@ def test_the_snippet_of_the_card_runs(name, folders):
 
 
 @pytest.fixture(scope="module")
-def page(example, tmp_path_factory) -> Iterator[SimpleNamespace]:
+def web_example() -> Iterator[Callable[[str], Any]]:
+    """Imports a script of `examples/web`."""
+    sys.path.insert(0, str(WEB))
+    yield importlib.import_module
+    sys.path.remove(str(WEB))
+
+
+@pytest.fixture(scope="module")
+def page(web_example, tmp_path_factory) -> Iterator[SimpleNamespace]:
     """The page, served, with a tiny classifier that was never trained."""
     root = tmp_path_factory.mktemp("page")
     model, processor = MODELS["classification"]()
     model.save_pretrained(root / "model")
     processor.save_pretrained(root / "model")
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(root / "photo.png")
-    import sys
-
-    sys.path.insert(0, str(WEB))
-    build = example("build")
-    sys.path.remove(str(WEB))
+    build = web_example("build")
     arguments = build.Arguments(str(root / "model"), str(root / "page"), str(root / "photo.png"), tolerance=2)
     folder = build.build(arguments)
     with build.server(folder, 0) as server:
@@ -307,18 +313,10 @@ def page(example, tmp_path_factory) -> Iterator[SimpleNamespace]:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
+def browser(web_example) -> Iterator[Any]:
     """Headless Chromium, whose GPU is a program."""
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=420,1200"):
-        options.add_argument(argument)
-    options.add_argument("--enable-unsafe-webgpu")
-    options.add_argument("--use-webgpu-adapter=swiftshader")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+    gpu = ("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader")
+    driver = web_example("measure").open_browser("--window-size=420,1200", *gpu)
     driver.set_script_timeout(120)
     yield driver
     driver.quit()
@@ -409,3 +407,17 @@ def test_on_webgpu_nothing_runs_on_the_processor(page, browser):
     assert_close(torch.tensor(logits), expected, rtol=1e-3, atol=1e-3)
     log = "".join(entry["message"] for entry in browser.get_log("browser"))
     assert "All nodes placed on [WebGpuExecutionProvider]" in log
+
+
+@needs_onnx
+@needs_node
+@needs_chromium
+@pytest.mark.full
+def test_the_page_is_measured(page, web_example):
+    measure = web_example("measure")
+    record = measure.measure(measure.Arguments(str(page.folder), dtypes=["q8"], rounds=3))
+    assert record["isolated"]
+    unpruned, *others = record["results"]["q8"]
+    assert (unpruned["speedup"], unpruned["spread"]) == (1, 0)
+    assert [entry["published"] for entry in others].count(True) == 1
+    assert all(entry["milliseconds"] > 0 for entry in others)

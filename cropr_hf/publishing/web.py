@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME
 
+from ..configuration_cropr_vit import CroprViTConfig
 from ..files import write_file, write_json
 from ..folders import staged
 from ..modeling_cropr_vit import CroprViTPreTrainedModel
@@ -80,8 +81,8 @@ def export_for_web(
     if (target / CONFIG_NAME).exists() and FACTS not in json.loads((target / CONFIG_NAME).read_text(encoding="utf-8")):
         raise ValueError(f"{folder} has the {CONFIG_NAME} of another model; choose another folder.")
     target.mkdir(parents=True, exist_ok=True)
-    encoder = next(part for part in model.modules() if isinstance(part, CroprViTPreTrainedModel)).base_model
-    config = encoder.config
+    encoder: Any = next(part for part in model.modules() if isinstance(part, CroprViTPreTrainedModel)).base_model
+    config: CroprViTConfig = encoder.config
     size = input_size(config, image_size)
     maps = isinstance(model, WITH_PRUNING_MAP)
     options: dict[str, Any] = {"image_size": size, "tolerance": tolerance, "for_web": True, "output_pruning": maps}
