@@ -536,7 +536,7 @@ def build_parser() -> ArgumentParser:
     command.add_argument("--batch_size", type=int, help="images per call (default: any number)")
     command.add_argument("--pruning_rate", type=int, help="patches pruned per module (default: that of the model)")
     command.add_argument(
-        "--tolerance", type=float, help="difference that is let pass (default: 0.001; float16 0.05, int8 0.5)"
+        "--tolerance", type=float, help="difference that is let pass (default: 0.001; float16 0.05, int8 0.1)"
     )
 
     command = add(visualize, "visualize", "outputs/published photo.jpg --output pruning.png")

@@ -63,8 +63,8 @@ def folders(tmp_path_factory) -> Callable[[str], Path]:
         if not folder.exists():
             torch.manual_seed(0)
             model, processor = MODELS[name]()
-            # Scores of random routers are so close that int8 prunes others, of which there is no telling.
-            export_for_web(model.eval(), folder, processor, tolerance=2)
+            # Scores of random queries are so close that rounding takes others.
+            export_for_web(model.eval(), folder, processor, tolerance=1 if name == "rf_detr" else None)
             height, width = facts(folder)["image_size"]
             noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
             Image.fromarray(noise).save(root / f"{name}.png")
@@ -160,18 +160,10 @@ def test_a_folder_has_a_file_per_dtype_and_a_card(name, folders):
     folder = folders(name)
     assert {path.name for path in (folder / "onnx").iterdir()} == set(FILES.values())
     differences = facts(folder)["differences"]
-    assert differences["fp32"] < 1e-5 < differences["fp16"] < 5e-3
+    assert differences["fp32"] < 1e-5 < differences["fp16"] < 5e-3 < differences["q8"]
     card = (folder / "README.md").read_text()
     assert "library_name: transformers.js" in card
     assert ("pruned_after_block" in card) == (name != "rf_detr")
-
-
-@needs_onnx
-@pytest.mark.full
-def test_int8_weights_change_an_unpruned_model_little(tmp_path):
-    model = TASKS["classification"].build(num_hidden_layers=3, token_reducer=None, pruning_rate=None)
-    differences = export_for_web(model, tmp_path / "web", ViTImageProcessor(size=SIZE))
-    assert 1e-4 < differences["q8"] < 0.05
 
 
 @needs_onnx
@@ -181,7 +173,7 @@ def test_the_command_writes_a_folder_over_an_older_one(tmp_path):
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     folder = tmp_path / "web"
-    command = ["export", str(tmp_path / "model"), str(folder), "--for", "transformers.js", "--tolerance", "2"]
+    command = ["export", str(tmp_path / "model"), str(folder), "--for", "transformers.js"]
     assert main(command) == 0
     (folder / "onnx" / "model_old.onnx").touch()
     (folder / "mine.txt").touch()
@@ -191,7 +183,7 @@ def test_the_command_writes_a_folder_over_an_older_one(tmp_path):
     assert not (folder / "onnx" / "model_old.onnx").exists()
     assert (folder / "mine.txt").exists()
     before = (folder / "config.json").read_text()
-    assert main([*command[:-1], "0"]) == 1  # no file is that exact
+    assert main([*command, "--tolerance", "0"]) == 1  # no file is that exact
     assert (folder / "config.json").read_text() == before
     assert sorted(path.name for path in folder.iterdir()) == [
         "README.md",
@@ -300,7 +292,7 @@ def page(web_example, tmp_path_factory) -> Iterator[SimpleNamespace]:
     processor.save_pretrained(root / "model")
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(root / "photo.png")
     build = web_example("build")
-    arguments = build.Arguments(str(root / "model"), str(root / "page"), str(root / "photo.png"), tolerance=2)
+    arguments = build.Arguments(str(root / "model"), str(root / "page"), str(root / "photo.png"))
     folder = build.build(arguments)
     with build.server(folder, 0) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -32,7 +32,7 @@ FACTS = "cropr_hf"  # in the configuration: what pages want to know of a model
 TEMPLATE = resources.files(__package__) / "templates" / "web_card.md"
 FOLDER = "onnx"  # where transformers.js looks for files, each by the name of its `dtype`
 FILES = {"fp32": "model.onnx", "fp16": "model_fp16.onnx", "q8": "model_quantized.onnx"}
-INT8_TOLERANCE = 0.5  # on noise, where scores are near-equal, rounding prunes other patches; garbage has above 1
+INT8_TOLERANCE = 0.1
 
 
 def export_for_web(
@@ -118,11 +118,11 @@ def _quantize(source: Path, target: Path, pixels: torch.Tensor, tolerance: float
     prepared = target.with_name("prepared.onnx")
     quant_pre_process(source, prepared, skip_optimization=True, skip_symbolic_shape=True)
     graph = onnx.load(prepared, load_external_data=False).graph
-    matrices = {tensor.name for tensor in graph.initializer if len(tensor.dims) == 2}
+    # Not the vectors that score tokens, nor the numbers of places, of which rounding would make others.
+    matrices = {tensor.name for tensor in graph.initializer if len(tensor.dims) == 2 and min(tensor.dims) > 1}
     quantize_dynamic(
         prepared,
         target,
-        # Of products those by the weights of linear layers; vectors that score tokens are no matrices.
         nodes_to_quantize=[node.name for node in graph.node if len(node.input) > 1 and node.input[1] in matrices],
         op_types_to_quantize=["MatMul", "Gemm"],
         per_channel=True,

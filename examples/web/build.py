@@ -42,7 +42,6 @@ class Arguments:
     )
     output_dir: str = field(default="outputs/web", metadata={"help": "Folder for the page."})
     sample: str = field(default="docs/digit.png", metadata={"help": "Picture that visitors can take."})
-    tolerance: float | None = field(default=None, metadata={"help": "Of the exports, see `cropr-hf export --help`."})
     serve: bool = field(default=False, metadata={"help": "Serve the page on this machine."})
     port: int = field(default=8000, metadata={"help": "Port to serve on; 0 for any that is free."})
 
@@ -70,7 +69,7 @@ def build(args: Arguments) -> Path:
     levels = []
     for number, schedule in enumerate(logging.tqdm(schedules(model), desc="Schedules")):
         model.set_pruning(schedule)
-        export_for_web(model, models / str(number), processor, tolerance=args.tolerance)
+        export_for_web(model, models / str(number), processor)
         name = "none" if schedule[-1] == patches else f"{schedule[-1]} of {patches} patches left"
         levels.append({"folder": str(number), "name": name, "published": schedule == published})
     write_json(models / "levels.json", {"levels": levels})
