@@ -9,13 +9,15 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 PYTEST := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m pytest
 IN_PROCESSES := -n logical --maxprocesses 8 --dist worksteal
 
-.PHONY: help demo demo-segmentation demo-detection demo-any-speed test test-all test-common test-slow test-official bench speed gpu-check pages cards style quality clean
+.PHONY: help demo demo-segmentation demo-detection demo-any-speed demo-web demo-space test test-all test-common test-slow test-official bench speed gpu-check pages cards style quality clean
 
 help:
 	@echo "make demo              fine-tune, publish, load and compare pruned models on cluttered digits"
 	@echo "make demo-segmentation the same for label maps"
 	@echo "make demo-detection    the same for boxes and masks of objects"
 	@echo "make demo-any-speed    one checkpoint at any speed, against one checkpoint per speed"
+	@echo "make demo-web          the pruned model of the demo on a page that runs in your browser"
+	@echo "make demo-space        a page in the browser that shows the model of make demo, as a Space on the Hub would"
 	@echo "make test              every feature once: less than five minutes on two cores, without a network"
 	@echo "make test-all          all tests for a CPU, every model in every configuration: half an hour on two cores"
 	@echo "make test-common       the model test suite of the installed Transformers release"
@@ -51,10 +53,26 @@ demo-detection: $(VENV)/.installed-demo
 demo-any-speed: $(VENV)/.installed-demo
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python examples/any_speed.py
 
+# Libraries of the page; their packages run nothing when they are installed.
+WEB := examples/web/node_modules/.installed
+$(WEB): examples/web/package.json
+	npm install --silent --ignore-scripts --no-audit --no-fund --no-package-lock --prefix examples/web
+	@touch $@
+
+demo-web: $(VENV)/.installed-export $(WEB) outputs/demo/cropr/config.json
+	HF_HUB_OFFLINE=1 $(BIN)/python examples/web/build.py --serve
+
+# Minutes, once.
+outputs/demo/cropr/config.json:
+	$(MAKE) demo
+
+demo-space: $(VENV)/.installed-space outputs/demo/cropr/config.json
+	HF_HUB_OFFLINE=1 CROPR_MODELS=outputs/demo/cropr $(BIN)/python examples/space/app.py
+
 test: $(VENV)/.installed-dev
 	$(PYTEST) $(IN_PROCESSES) $(PYTEST_ARGS)
 
-test-all: $(VENV)/.installed-dev
+test-all: $(VENV)/.installed-dev $(if $(shell command -v npm),$(WEB))
 	$(PYTEST) $(IN_PROCESSES) -m "not slow and not gpu and not common" $(PYTEST_ARGS)
 
 test-common: $(VENV)/.installed-dev

@@ -40,9 +40,11 @@ from .publishing.model_card import (
     class_name,
     model_facts,
     read_record,
+    space_link,
     write_record,
 )
 from .publishing.triton import export_for_triton
+from .publishing.web import export_for_web
 from .saving import is_checkpoint_folder, named_damage
 from .speed.benchmark import BenchmarkArguments, sweep
 from .speed.instruments import cpu_threads
@@ -217,12 +219,12 @@ def export(args: Namespace) -> str:
     new_size = None if args.image_size is None else size
     processor = _image_processor(args.model, new_size, isinstance(model, CroprViTDetector))
     model.to(getattr(torch, args.dtype))
-    difference = RUNTIMES[args.runtime](model, processor, args.target, args)
-    return f"{args.target} holds the model; their outputs differ by {difference:.2g} (mean, relative)."
+    differs = RUNTIMES[args.runtime](model, processor, args)
+    return f"{args.target} holds the model; their outputs differ by {differs} (mean, relative)."
 
 
-def _export_to_file(model: Any, processor: Any, target: str, args: Namespace) -> float:
-    folder = Path(target).absolute().parent
+def _export_to_file(model: Any, processor: Any, args: Namespace) -> str:
+    folder = Path(args.target).absolute().parent
     has_processor = (folder / IMAGE_PROCESSOR_NAME).exists()
     if processor is not None and has_processor:
         present = _image_processor(str(folder))
@@ -231,20 +233,30 @@ def _export_to_file(model: Any, processor: Any, target: str, args: Namespace) ->
                 f"{folder} has another {IMAGE_PROCESSOR_NAME}, which a model there needs; choose another folder."
             )
     beside = None if processor is None or has_processor else processor.save_pretrained
-    return export_model(model, target, args.image_size, args.batch_size, beside=beside)
+    difference = export_model(model, args.target, args.image_size, args.batch_size, args.tolerance, beside)
+    return f"{difference:.2g}"
 
 
-def _export_for_triton(model: Any, processor: Any, target: str, args: Namespace) -> float:
-    """The folder of the model lies in a model repository. A batch has at most `--batch_size` images."""
-    folder = Path(target).absolute()
+def _export_for_web(model: Any, processor: Any, args: Namespace) -> str:
+    if args.dtype != "float32" or args.batch_size not in (None, 1):
+        raise ValueError(
+            "A folder for transformers.js has all its dtypes, for one image; leave out --dtype, --batch_size."
+        )
+    name = None if os.path.exists(args.model) else args.model
+    found = export_for_web(model, args.target, processor, args.image_size, args.tolerance, name)
+    return ", ".join(f"{difference:.2g} in {dtype}" for dtype, difference in found.items())
+
+
+def _export_for_triton(model: Any, processor: Any, args: Namespace) -> str:
+    """The folder of the model lies in a model repository; a batch has at most `--batch_size` images."""
+    folder = Path(args.target).absolute()
     limit = {} if args.batch_size is None else {"max_batch_size": args.batch_size}
-    return export_for_triton(
-        model, folder.parent, folder.name, image_size=args.image_size, image_processor=processor, **limit
-    )
+    options = {"image_size": args.image_size, "image_processor": processor, "tolerance": args.tolerance, **limit}
+    return f"{export_for_triton(model, folder.parent, folder.name, **options):.2g}"
 
 
-# Each takes a model, its image processor or `None`, where to write, and the arguments; returns the difference.
-RUNTIMES = {None: _export_to_file, "triton": _export_for_triton}
+# Each takes a model, its image processor or `None`, and the arguments; says how much what it wrote differs from it.
+RUNTIMES = {None: _export_to_file, "transformers.js": _export_for_web, "triton": _export_for_triton}
 
 
 @torch.inference_mode()
@@ -270,6 +282,8 @@ def visualize(args: Namespace) -> str:
 def card(args: Namespace) -> str:
     """Writes the model card of a folder from its record."""
     folder = Path(args.folder)
+    if args.space is not None:
+        space_link(args.space)  # an error for what is no Hub id
     if (folder / RECORD_NAME).exists():
         record = read_record(folder)
     else:
@@ -278,7 +292,7 @@ def card(args: Namespace) -> str:
         record = {"model": model_facts(model.config, class_name(model), folder.absolute().name, num_parameters)}
     if args.name is not None:
         record["model"]["name"] = args.name
-    given = {name: getattr(args, name) for name in ("license", "language", "tags")}
+    given = {name: getattr(args, name) for name in ("license", "language", "tags", "space")}
     metadata = record.get("metadata", {}) | {name: value for name, value in given.items() if value is not None}
     write_record(folder, record | ({"metadata": metadata} if metadata else {}))
     return f"{folder / CARD_NAME} says what {folder / RECORD_NAME} knows."
@@ -561,16 +575,19 @@ def build_parser() -> ArgumentParser:
     command = add(export, "export", "outputs/published outputs/onnx/model.onnx")
     command.add_argument("model", help="folder or Hub id")
     command.add_argument(
-        "target", help="file to write, .pt2, .onnx or .pte, or folder; the image processor is saved as well"
+        "target", help="file to write, .pt2, .onnx or .pte, with the image processor beside it; with --for a folder"
     )
     command.add_argument(
-        "--for", dest="runtime", choices=[*filter(None, RUNTIMES)], help="write a folder that this runtime takes"
+        "--for", dest="runtime", choices=[*filter(None, RUNTIMES)], help="what loads the folder; see docs/deploy.md"
     )
     add_input(command)
     command.add_argument(
         "--batch_size", type=int, help="images per call (default: any number; for .pte 1), for Triton at most"
     )
     command.add_argument("--pruning_rate", type=int, help="patches pruned per module (default: that of the model)")
+    command.add_argument(
+        "--tolerance", type=float, help="difference that is let pass (default: 0.001; float16 0.05, int8 0.1)"
+    )
 
     command = add(visualize, "visualize", "outputs/published photo.jpg --output pruning.png")
     command.add_argument("model", help="folder or Hub id")
@@ -583,6 +600,7 @@ def build_parser() -> ArgumentParser:
     command.add_argument("--license", help="licence of the weights, such as apache-2.0")
     command.add_argument("--language", help="for the metadata of the Hub")
     command.add_argument("--tags", nargs="+", help="for the metadata of the Hub")
+    command.add_argument("--space", metavar="OWNER/NAME", help="Hub id of a Space that shows the model")
     return parser
 
 

@@ -7,7 +7,49 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+
+# Of strangers' files; none of them is of a format whose decoder starts another program, such as EPS.
+UPLOAD_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+MAX_SCANS = 100  # of a progressive JPEG, which has about ten; each costs the time of a whole image
+
+
+class NotAnImage(ValueError):
+    """A stranger's file is not an image that is read."""
+
+
+class ImageTooLarge(ValueError):
+    """A stranger's image has too many pixels."""
+
+
+def open_upload(body: bytes | bytearray, max_megapixels: float) -> Image.Image:
+    """The image in a file that a stranger sent, of which nothing is trusted; see `open_image`.
+
+    Raises:
+        `NotAnImage`: of another format than `UPLOAD_FORMATS`, or with floating-point pixels.
+        `ImageTooLarge`: with more pixels than that, by its header, so that they are not decoded.
+        `ValueError`: an empty or broken file.
+    """
+    if not body:
+        raise ValueError("The file is empty; send an image.")
+    try:
+        image = Image.open(BytesIO(body), formats=UPLOAD_FORMATS)  # reads the header
+        if image.width * image.height > max_megapixels * 1e6:
+            raise Image.DecompressionBombError
+        if image.mode == "F":  # of an unknown range
+            raise UnidentifiedImageError
+        if image.format in ("JPEG", "MPO") and body.count(b"\xff\xda") > MAX_SCANS:
+            raise ValueError(f"it has more than {MAX_SCANS} scans")
+        image.load()
+        return to_rgb(image)
+    except UnidentifiedImageError:
+        formats = ", ".join(UPLOAD_FORMATS)
+        raise NotAnImage(f"The file is not an image with integer pixels; send one as {formats}.") from None
+    except Image.DecompressionBombError:
+        raise ImageTooLarge(f"The image has more than {max_megapixels:g} megapixels; send a smaller one.") from None
+    except Exception as error:  # decoders meet broken files with errors of any kind
+        raise ValueError(f"The image is broken: {error}") from None
 
 
 def open_image(source: "str | PathLike | BinaryIO | Image.Image", name: str | None = None) -> Image.Image:

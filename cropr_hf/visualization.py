@@ -157,6 +157,7 @@ def _draw_objects(axis: Any, objects: Mapping[str, Any], names: Mapping[int, str
 
     arrays = {name: np.asarray(torch.as_tensor(values).cpu()) for name, values in objects.items()}
     scores = arrays.get("scores")
+    limits = axis.axis()  # those of the picture; a mask leaves its padding out, and would become the limit
     for index, (box, label) in enumerate(zip(arrays["boxes"], arrays["labels"].tolist())):
         if scores is not None and scores[index] < threshold:
             continue
@@ -172,6 +173,7 @@ def _draw_objects(axis: Any, objects: Mapping[str, Any], names: Mapping[int, str
         axis.add_patch(Rectangle(corner, right - left, bottom - top, fill=False, edgecolor=colour, linewidth=1.2))
         text = names.get(label, str(label)) + ("" if scores is None else f" {scores[index]:.2f}")
         axis.text(left, top, text, fontsize=5, color="white", va="bottom", bbox={"color": colour, "pad": 0.6})
+    axis.axis(limits)
 
 
 def _titled_panels(

@@ -53,6 +53,7 @@ from cropr_hf import CroprViTConfig, CroprViTImageProcessor
 from cropr_hf.arguments import parse_config
 from cropr_hf.detection_heads import training_memory
 from cropr_hf.images import to_rgb
+from cropr_hf.publishing.published import detections
 from cropr_hf.training import CroprTrainer, layer_decay_optimizer
 
 
@@ -334,18 +335,6 @@ def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
     """Examples -> `pixel_values` (B, channels, height, width), `pixel_mask` (B, height, width) and a list `labels`."""
     batch = {name: torch.stack([example[name] for example in examples]) for name in ("pixel_values", "pixel_mask")}
     return {**batch, "labels": [example["labels"] for example in examples]}
-
-
-def detections(outputs: Any, processor: Any, sizes: list[tuple[int, int]]) -> list[dict[str, torch.Tensor]]:
-    """What `CocoMetrics.add` takes, for each image of a batch, in pixels of images of `sizes` (height, width)."""
-    found = processor.post_process_object_detection(outputs, threshold=0.0, target_sizes=sizes)
-    if outputs.get("pred_masks") is None:
-        return found
-    scores = outputs.logits.softmax(dim=-1)[..., :-1].amax(dim=-1)
-    for image, masks, kept, size in zip(found, outputs.pred_masks, scores > 0, sizes):
-        probabilities = F.interpolate(masks[kept, None].float().sigmoid(), size, mode="bilinear")[:, 0]
-        image["masks"] = probabilities > 0.5
-    return found
 
 
 class DetectionTrainer(CroprTrainer):

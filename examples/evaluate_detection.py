@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from coco import CocoMetrics, annotations, label_names
 from datasets import Dataset
-from detection import DIGITS, FILES, DataArguments, detections, load_source, picture_of, prepare_split
+from detection import DIGITS, FILES, DataArguments, load_source, picture_of, prepare_split
 from evaluation import CommonArguments, KeptPatches, check_says_pruning, picture_patches
 from shared import record_evaluation
 from torchvision.ops import box_convert
@@ -47,6 +47,7 @@ from cropr_hf import CroprViTConfig
 from cropr_hf.arguments import parse_config
 from cropr_hf.conversion.convert import FURTHER_ARGUMENTS, check_names
 from cropr_hf.files import finite
+from cropr_hf.publishing.published import detections
 from cropr_hf.speed.counts import PatchCounts
 from cropr_hf.visualization import plot_detections
 

@@ -9,7 +9,7 @@
     python examples/serve.py --model outputs/demo/cropr --port 8000 --max_batch_size 8 --max_delay_ms 5
     curl --data-binary @docs/digit.png localhost:8000/predict
 
-The way of a request: `read_body` and `decode_image` refuse what is not a good image, `Predictor.prepare` makes the
+The way of a request: `read_body` and `decode_image` refuse what is not a good image, `Predictor.read` makes the
 input of the model in one of several threads, `Batcher` gathers inputs and runs `Predictor.forward` in a thread of its
 own, and `Predictor.answer` turns the outputs for one image into the response, again in one of several threads.
 """
@@ -30,25 +30,21 @@ from typing import Annotated, Any, Literal
 import anyio
 import numpy as np
 import torch
-import transformers
 import uvicorn
 from fastapi import FastAPI, HTTPException, Query, Request, Response
 from fastapi.responses import JSONResponse
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from starlette.requests import ClientDisconnect
-from transformers import AutoConfig, AutoImageProcessor, BatchFeature, HfArgumentParser
+from transformers import BatchFeature, HfArgumentParser
 from transformers.hf_argparser import HfArg
 
-import cropr_hf  # noqa: F401 (with it come the Auto classes of its models)
-from cropr_hf.images import to_rgb
+from cropr_hf.images import ImageTooLarge, NotAnImage, open_upload
+from cropr_hf.publishing.published import PublishedModel, misfit
 
 
 logger = logging.getLogger("uvicorn.error")
 
-# No format whose decoder starts another program, such as EPS.
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-TASKS = ("ImageClassification", "SemanticSegmentation", "ObjectDetection", "InstanceSegmentation")
-MAX_SCANS = 100  # of a progressive JPEG, which has about ten; each costs the time of a whole image
+STATUS = {NotAnImage: 415, ImageTooLarge: 413}  # of an image that is refused; 400 for other reasons
 MAX_FAILURES = 3  # batches in a row, after which the server reports unhealthy
 MAX_MAP_VALUES = 2**27  # 0.5 GB of maps per image while labels of pixels are found
 # What the connections may do before a request is known. The parser is named, since not every one bounds headers; the
@@ -122,68 +118,24 @@ async def read_body(request: Request, settings: Settings, receiving: dict[anyio.
 
 def decode_image(body: bytes | bytearray, max_megapixels: float) -> Image.Image:
     """The first frame, upright and in RGB, or an `HTTPException` that says why there is none."""
-    if not body:
-        raise HTTPException(400, "The body is empty; send the bytes of an image.")
     try:
-        image = Image.open(BytesIO(body), formats=IMAGE_FORMATS)  # reads the header
-        if image.width * image.height > max_megapixels * 1e6:
-            raise Image.DecompressionBombError
-        if image.mode == "F":  # of an unknown range
-            raise UnidentifiedImageError
-        if image.format in ("JPEG", "MPO") and body.count(b"\xff\xda") > MAX_SCANS:
-            raise ValueError(f"it has more than {MAX_SCANS} scans")
-        image.load()
-        return to_rgb(image)
-    except UnidentifiedImageError:
-        formats = ", ".join(IMAGE_FORMATS)
-        raise HTTPException(415, f"The body is not an image with integer pixels; send one as {formats}.") from None
-    except Image.DecompressionBombError:
-        raise HTTPException(413, f"The image has more than {max_megapixels:g} megapixels.") from None
-    except Exception as error:  # decoders meet broken files with errors of any kind
-        raise HTTPException(400, f"The image is broken: {error}") from None
+        return open_upload(body, max_megapixels)
+    except ValueError as error:
+        raise HTTPException(STATUS.get(type(error), 400), str(error)) from None
 
 
-def misfit(size: tuple[int, int], error: Exception | str) -> HTTPException:
-    """What a client hears whose image of (height, width) `size` is good, but not for this model."""
-    return HTTPException(422, f"The image of {size[1]} x {size[0]} pixels does not fit the model: {error}")
-
-
-def resized_size(processor: Any, size: tuple[int, int]) -> tuple[int, int]:
-    """What an image of (height, width) `size` is enlarged to, if that depends on its shape; else its own size.
-
-    With `shortest_edge` alone, as before a crop, the long side of a strip grows without bounds; all other kinds of
-    sizes bound both sides.
-    """
-    edges = processor.size
-    if not processor.do_resize or not edges.get("shortest_edge") or edges.get("longest_edge"):
-        return size
-    scale = edges["shortest_edge"] / min(size)
-    return round(scale * size[0]), round(scale * size[1])
-
-
-class Predictor:
+class Predictor(PublishedModel):
     """A model with what comes before and after it. All methods run outside the event loop, and keep no state."""
 
     def __init__(self, settings: Settings):
         self.settings, self.dtype = settings, getattr(torch, settings.dtype)
-        architecture = (
-            AutoConfig.from_pretrained(settings.model, trust_remote_code=False).architectures or ["no model class"]
-        )[0]
-        self.task = architecture.rpartition("For")[2]
-        if self.task not in TASKS:
-            raise ValueError(f"{settings.model} holds {architecture}; this serves {', '.join(TASKS)}.")
-        self.processor = AutoImageProcessor.from_pretrained(settings.model, trust_remote_code=False)
-        auto_class = getattr(transformers, f"AutoModelFor{self.task}")
-        loaded = auto_class.from_pretrained(settings.model, dtype=self.dtype, trust_remote_code=False)
-        self.model = loaded.to(settings.device).eval()
-        self.labels = [self.model.config.id2label[label] for label in range(self.model.config.num_labels)]
+        super().__init__(settings.model, self.dtype)
+        self.model.to(settings.device)
         if settings.pruning_rate is not None:
-            prunable = [part for part in self.model.modules() if hasattr(part, "set_pruning")]
-            if not prunable:
-                raise ValueError(
-                    f"--pruning_rate is given, but {settings.model} holds {architecture}, without pruning."
-                )
-            prunable[0].set_pruning(settings.pruning_rate)  # the model, or its backbone
+            if self.prunable is None:
+                name = type(self.model).__name__
+                raise ValueError(f"--pruning_rate is given, but {settings.model} holds {name}, without pruning.")
+            self.prunable.set_pruning(settings.pruning_rate)
         if settings.compile:
             self.model.base_model.compile(dynamic=True)
         use_threads(settings.threads)
@@ -191,19 +143,13 @@ class Predictor:
         for batch_size in (1, 2, settings.max_batch_size):  # compiles; and what cannot work fails here
             self.forward([blank] * batch_size)
 
-    def prepare(self, body: bytes | bytearray) -> tuple[BatchFeature, tuple[int, int]]:
+    def read(self, body: bytes | bytearray) -> tuple[BatchFeature, tuple[int, int]]:
         """A file -> the model's input, whose tensors start with a dimension of 1, and (height, width) of the image."""
         image = decode_image(body, self.settings.max_megapixels)
-        size = (image.height, image.width)
-        height, width = resized_size(self.processor, size)
-        if height * width > self.settings.max_megapixels * 1e6:  # of a strip, which is cropped only afterwards
-            raise misfit(
-                size, f"resized to {width} x {height} it has more than {self.settings.max_megapixels:g} megapixels"
-            )
         try:
-            return self.processor(images=image, return_tensors="pt"), size
-        except (ValueError, RuntimeError) as error:  # a strip that would be resized to nothing, for example
-            raise misfit(size, error) from None
+            return self.prepare(image, self.settings.max_megapixels), (image.height, image.width)
+        except ValueError as error:
+            raise HTTPException(422, str(error)) from None
 
     @torch.inference_mode()
     def forward(self, inputs: Sequence[BatchFeature]) -> list[SimpleNamespace]:
@@ -229,10 +175,8 @@ class Predictor:
     def answer(self, outputs: SimpleNamespace, size: tuple[int, int], top_k: int, threshold: float) -> Response:
         """Outputs for one image of (height, width) `size` -> the response."""
         if self.task == "ImageClassification":
-            several = self.model.config.problem_type == "multi_label_classification" or len(self.labels) == 1
-            probabilities = outputs.logits[0].sigmoid() if several else outputs.logits[0].softmax(dim=-1)
-            scores, best = (column.tolist() for column in probabilities.topk(min(top_k, len(self.labels))))
-            return JSONResponse([{"label": self.labels[i], "score": score} for i, score in zip(best, scores)])
+            likeliest = self.likeliest(outputs.logits[0], top_k)
+            return JSONResponse([{"label": label, "score": score} for label, score in likeliest])
         if self.task == "SemanticSegmentation":
             target = affordable(size, len(self.labels))
             (label_map,) = self.processor.post_process_semantic_segmentation(outputs, target_sizes=[target])
@@ -403,11 +347,11 @@ def build_app(predictor: Predictor) -> FastAPI:
             raise HTTPException(503, "The server is shutting down.", {"Retry-After": "1"}) from None
 
     async def respond(request: Request, body: bytearray, top_k: int, threshold: float) -> Response:
-        inputs, size = await in_thread(predictor.prepare, body)
+        inputs, size = await in_thread(predictor.read, body)
         try:
             outputs = await unless_left(request, app.state.batcher(inputs))
         except ValueError as error:  # too few patches for the schedule, for example
-            raise misfit(size, error) from None
+            raise HTTPException(422, str(misfit(size, error))) from None
         except Exception:
             raise HTTPException(500, "The model failed on this image; the server's log has the reason.") from None
         try:

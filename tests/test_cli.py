@@ -285,6 +285,21 @@ def test_card_adds_metadata_and_makes_records_for_old_folders(checkpoint, tmp_pa
     assert "license: mit" in card and "language: en" in card
 
 
+def test_card_links_a_space(checkpoint, tmp_path, capsys):
+    run("strip", checkpoint, tmp_path / "out")
+    link = "Try it: [me/try](https://huggingface.co/spaces/me/try)"
+    card = tmp_path / "out" / "README.md"
+    assert "Try it" not in card.read_text(encoding="utf-8")
+    assert run("card", tmp_path / "out", "--space", "me/try") == 0
+    assert link in card.read_text(encoding="utf-8").splitlines()
+    assert run("card", tmp_path / "out", "--license", "mit") == 0  # it stays
+    before = card.read_text(encoding="utf-8")
+    assert link in before
+    assert run("card", tmp_path / "out", "--space", "https://me.hf.space") == 1
+    assert "The Space is 'https://me.hf.space'; give its Hub id" in capsys.readouterr().err
+    assert card.read_text(encoding="utf-8") == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [

@@ -74,6 +74,15 @@ class TestSaving:
         card = card_of(tmp_path)
         assert "█" not in card and "drops" not in card and "cropr" not in ModelCard(card).data.tags
 
+    def test_a_space_is_linked_where_one_is_named(self, tmp_path):
+        model = tiny_model()
+        model.record = {"metadata": {"space": "owner/try"}}
+        save_for_hub(model, tmp_path)
+        assert "\nTry it: [owner/try](https://huggingface.co/spaces/owner/try)\n\n## What it computes\n" in card_of(
+            tmp_path
+        )
+        assert read_record(tmp_path)["metadata"] == {"space": "owner/try"}
+
     def test_a_card_by_hand_stays(self, tmp_path):
         model = saved(tmp_path)
         taken_over = card_of(tmp_path).replace("<!-- Written by cropr_hf", "<!-- Once written by cropr_hf")

@@ -38,6 +38,7 @@ from cropr_hf import (
     CroprViTModel,
 )
 from cropr_hf.image_processing_cropr_vit import CroprViTImageProcessor
+from cropr_hf.publishing.published import resized_size
 from tests.common import DETECTOR, TINY
 
 
@@ -64,8 +65,7 @@ def serve(example):
     return example("serve")
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> dict[str, str]:
+def save_models(tmp_path_factory) -> dict[str, str]:
     """A folder of each kind of model."""
     paths = {}
     for name, (model_class, fields, processor) in MODELS.items():
@@ -79,6 +79,11 @@ def folders(tmp_path_factory) -> dict[str, str]:
         model.save_pretrained(paths[name])
         processor.save_pretrained(paths[name])
     return paths
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, str]:
+    return save_models(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -365,12 +370,12 @@ class TestBadRequests:
         assert good.status_code == panorama.status_code == 200
 
     @pytest.mark.parametrize("name", MODELS)
-    def test_what_an_image_is_resized_to(self, serve, folders, name):
+    def test_what_an_image_is_resized_to(self, folders, name):
         """The bound is what the image processor makes, as far as that can be larger than its configuration."""
         processor = AutoImageProcessor.from_pretrained(folders[name])
         for size in ((20, 800), (300, 40), (36, 36)):
             pixels = torch.zeros(3, *size, dtype=torch.uint8)
-            made, bound = processor.resize(pixels, processor.size).shape[1:], serve.resized_size(processor, size)
+            made, bound = processor.resize(pixels, processor.size).shape[1:], resized_size(processor, size)
             assert max(made) <= 36 or np.abs(np.subtract(made, bound)).max() <= 1
 
     def test_what_the_model_refuses(self, build):

@@ -168,6 +168,14 @@ def test_detections_are_drawn_where_they_are():
     assert [text.get_text() for text in everything.axes[1].texts] == ["3 0.90", "1 0.40"]
 
 
+def test_masks_may_leave_padding_out():
+    """Those of the upper half: the panel still shows the whole image."""
+    found = {"boxes": torch.tensor([[2.0, 2.0, 6.0, 6.0]]), "labels": torch.tensor([3]), "scores": torch.tensor([0.9])}
+    image = np.zeros((20, 30, 3), np.uint8)
+    figure = plot_detections([image], [{**found, "masks": torch.ones(1, 10, 30)}])
+    assert figure.axes[1].axis() == figure.axes[0].axis() == (-0.5, 29.5, 19.5, -0.5)
+
+
 def test_detections_that_do_not_fit_are_an_error():
     image, nothing = np.zeros((8, 8, 3), np.uint8), {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0)}
     with pytest.raises(ValueError, match="1 images, 2 detections; give one of each"):

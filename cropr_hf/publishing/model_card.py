@@ -7,7 +7,7 @@ A record is the JSON file `record.json` beside the weights:
 - `evaluations`: one entry per data set and split, with its metrics, and where they follow the image the `counts` of
   patches,
 - `throughput`: a record of `cropr_hf.speed.benchmark`,
-- `metadata`: `language`, `license` and `tags` for the Hub.
+- `metadata`: `language`, `license` and `tags` for the Hub, and the Hub id of a `space` that shows the model.
 
 The card says what the record says, and nothing else.
 """
@@ -193,6 +193,17 @@ def merge_evaluation(evaluations: list[dict[str, Any]], evaluation: dict[str, An
     return [entry for entry in evaluations if key(entry) != key(evaluation)] + [evaluation]
 
 
+def space_link(name: str) -> str:
+    """A link to a Space by its Hub id.
+
+    Raises:
+        `ValueError`: for what is no Hub id.
+    """
+    if not _is_hub_id(name):
+        raise ValueError(f"The Space is {name!r}; give its Hub id, OWNER/NAME.")
+    return f"[{name}](https://huggingface.co/spaces/{name})"
+
+
 def render_card(record: Mapping[str, Any], folder: str | os.PathLike | None = None) -> ModelCard:
     """The model card of a record.
 
@@ -238,6 +249,7 @@ def render_card(record: Mapping[str, Any], folder: str | os.PathLike | None = No
         fenced=_fenced,
         name=name,
         summary=_summary(model, is_pruned, is_trained=bool(training)),
+        space=space_link(metadata["space"]) if metadata.get("space") else None,
         base_model=f"[{base}](https://huggingface.co/{base})" if on_hub else base and _code(base),
         base_licence=training.get("base_licence"),
         model=model,
