@@ -96,8 +96,8 @@ def _labels(model: Any) -> list[str]:
     """Of a classifier the names of its classes, each in one line."""
     if not isinstance(model, CroprViTForImageClassification):
         return []
-    names = model.config.id2label
-    return [" ".join(str(names[index]).split()) for index in range(model.config.num_labels)]
+    config: Any = model.config
+    return [" ".join(str(config.id2label[index]).split()) for index in range(config.num_labels)]
 
 
 def _config(file: Path, name: str, max_batch_size: int, has_labels: bool) -> str:
