@@ -38,7 +38,14 @@ def parsed(folder: Path) -> Any:
 @needs_triton
 @pytest.mark.parametrize(
     "name",
-    full("classification", "segmentation-eva02", "model-no_fusion", "backbone-rope_registers", "rf_detr"),
+    full(
+        "classification",
+        "segmentation-eva02",
+        "model-no_fusion",
+        "backbone-rope_registers",
+        "detection-windows",
+        "rf_detr",
+    ),
 )
 def test_the_configuration_fits_the_schema_and_the_file(name, tmp_path):
     from tritonclient.grpc import model_config_pb2
