@@ -60,7 +60,7 @@ $(WEB): examples/web/package.json
 	@touch $@
 
 demo-web: $(VENV)/.installed-export $(WEB) outputs/demo/cropr/config.json
-	HF_HUB_OFFLINE=1 $(BIN)/python examples/web/build.py --serve
+	HF_HUB_OFFLINE=1 $(BIN)/python examples/web/build_page.py --serve
 
 # Minutes, once.
 outputs/demo/cropr/config.json:

@@ -130,9 +130,10 @@ def test_nothing_of_the_auxiliary_heads_is_in_a_file(suffix, exported, tmp_path)
 
     weights, num_nodes = parts(once)
     assert (weights, num_nodes) == parts(never)
-    assert [name for name in weights if "token_reducers" in name] == [
-        "model.cropr_vit.token_reducers.1.router.scorer.folded_query"
-    ]
+    if suffix == ".pt2":  # in ONNX the vector has another form, and no name
+        assert [name for name in weights if "token_reducers" in name] == [
+            "model.cropr_vit.token_reducers.1.router.scorer.folded_query"
+        ]
     assert not [name for name in weights if "auxiliary" in name or "aggregator" in name or "queries" in name]
 
 

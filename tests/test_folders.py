@@ -314,7 +314,7 @@ def test_a_killed_export_leaves_the_old_file_or_the_new_one(models, tmp_path, mo
     model = classifier(NEW)
     model.remove_auxiliary_heads()
 
-    def write(graph: Any, pixels: torch.Tensor, path: Path, free_batch: bool) -> Callable:
+    def write(graph: Any, pixels: torch.Tensor, path: Path, *options: bool) -> Callable:
         fill(path.parent, written)
         return graph
 

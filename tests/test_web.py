@@ -291,7 +291,7 @@ def page(web_example, tmp_path_factory) -> Iterator[SimpleNamespace]:
     model.save_pretrained(root / "model")
     processor.save_pretrained(root / "model")
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(root / "photo.png")
-    build = web_example("build")
+    build = web_example("build_page")
     arguments = build.Arguments(str(root / "model"), str(root / "page"), str(root / "photo.png"))
     folder = build.build(arguments)
     with build.server(folder, 0) as server:
@@ -308,7 +308,7 @@ def page(web_example, tmp_path_factory) -> Iterator[SimpleNamespace]:
 def browser(web_example) -> Iterator[Any]:
     """Headless Chromium, whose GPU is a program."""
     gpu = ("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader")
-    driver = web_example("measure").open_browser("--window-size=420,1200", *gpu)
+    driver = web_example("time_page").open_browser("--window-size=420,1200", *gpu)
     driver.set_script_timeout(120)
     yield driver
     driver.quit()
@@ -406,7 +406,7 @@ def test_on_webgpu_nothing_runs_on_the_processor(page, browser):
 @needs_chromium
 @pytest.mark.full
 def test_the_page_is_measured(page, web_example):
-    measure = web_example("measure")
+    measure = web_example("time_page")
     record = measure.measure(measure.Arguments(str(page.folder), dtypes=["q8"], rounds=3))
     assert record["isolated"]
     unpruned, *others = record["results"]["q8"]

@@ -1,6 +1,6 @@
 """A page that runs a published classifier in the browser, with a slider for the amount of pruning.
 
-    python examples/web/build.py --model_name_or_path outputs/demo/cropr --serve
+    python examples/web/build_page.py --model_name_or_path outputs/demo/cropr --serve
 
 exports one checkpoint with several schedules, and puts page, models and libraries into a folder that any web server
 can serve. It takes what `npm install --prefix examples/web` puts there. `docs/deploy.md` says more.

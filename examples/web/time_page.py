@@ -1,8 +1,8 @@
 """How fast the models of a page are in headless Chromium: each against the first, which is not pruned.
 
-    python examples/web/measure.py --page outputs/web --rounds 15
+    python examples/web/time_page.py --page outputs/web --rounds 15
 
-takes the folder that `build.py` wrote, selenium, Chromium and its driver. The models take turns within a round; the
+takes the folder that `build_page.py` wrote, selenium, Chromium and its driver. The models take turns within a round; the
 last line is the record as JSON.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from build import server
+from build_page import server
 from selenium import webdriver
 from transformers import HfArgumentParser
 from transformers.utils import logging
@@ -56,7 +56,7 @@ logger = logging.get_logger("cropr_hf.examples.web")
 class Arguments:
     """Of the command line."""
 
-    page: str = field(default="outputs/web", metadata={"help": "Folder that build.py wrote."})
+    page: str = field(default="outputs/web", metadata={"help": "Folder that build_page.py wrote."})
     device: str = field(default="wasm", metadata={"help": "wasm or webgpu."})
     dtypes: list[str] = field(default_factory=lambda: ["fp32", "q8"], metadata={"help": "Of fp32, fp16 and q8."})
     rounds: int = field(default=15, metadata={"help": "Rounds, in each of which every model runs once."})
