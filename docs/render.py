@@ -377,7 +377,23 @@ def five_tasks_table(record: dict[str, Any]) -> str:
     return f"{five_tasks.table(record)}\n\n{circumstances(record, record)}"
 
 
-def results_table(targets: list[dict[str, Any]], photographs: dict[str, Any], *demos: dict[str, Any]) -> str:
+def photographs_row(record: dict[str, Any]) -> list[str]:
+    """Speed with the largest batch, and quality, of a comparison on photographs."""
+    (name,) = (name for name in record["models"] if name.startswith("cropr, "))
+    unpruned, cropr = (record["models"][each] for each in ("unpruned", name))
+    metric = record["comparison"]["metrics"][0]
+    cells = [f"DINOv2-small, garments on photographs, {metric.replace('_', ' ').replace('iou', 'IoU')}"]
+    cells += [f"{cropr['patches_left']} of {cropr['patches']}"]
+    cells += [f"{unpruned['multiply_adds'] / cropr['multiply_adds']:.2f}", ratio(record["speed"][-1]["results"][name])]
+    for method in ("unpruned", "cropr", "random"):
+        runs = [run for run in record["runs"] if run["method"] == method and run["trained"]]
+        cells.append(f"{mean_and_deviation([run['metrics'][metric] for run in runs])} %")
+    return cells
+
+
+def results_table(
+    targets: list[dict[str, Any]], classified: dict[str, Any], segmented: dict[str, Any], *demos: dict[str, Any]
+) -> str:
     """What the README shows: the speed of ViT-L, and speed and quality of DINOv2 on photographs and of demos."""
     columns = ["", "patches left", "multiply-adds fall by", "speed-up", "quality, unpruned", "Cropr", "random"]
     rows = []
@@ -392,15 +408,7 @@ def results_table(targets: list[dict[str, Any]], photographs: dict[str, Any], *d
         name += "" if fusion else ", without last layer fusion"
         left = f"{record['patches_kept'][-1]} of {record['patches']}"
         rows.append([name, left, f"{record['multiply_add_bound']:.2f}", ratio(record["results"]["cropr"])] + 3 * ["–"])
-    (name,) = (name for name in photographs["models"] if name.startswith("cropr, "))
-    unpruned, cropr = (photographs["models"][each] for each in ("unpruned", name))
-    cells = ["DINOv2-small, garments on photographs, accuracy", f"{cropr['patches_left']} of {cropr['patches']}"]
-    cells.append(f"{unpruned['multiply_adds'] / cropr['multiply_adds']:.2f}")
-    cells.append(ratio(photographs["speed"][-1]["results"][name]))
-    for method in ("unpruned", "cropr", "random"):
-        runs = [run for run in photographs["runs"] if run["method"] == method and run["trained"]]
-        cells.append(f"{mean_and_deviation([run['metrics']['accuracy'] for run in runs])} %")
-    rows.append(cells)
+    rows += [photographs_row(classified), photographs_row(segmented)]
     for record in demos:
         task = record["arguments"]["task"]
         (metric, title), *_ = demo.TASKS[task].metrics.items()
@@ -420,6 +428,7 @@ PAGES: dict[str, dict[str, tuple[Callable[..., str], list[str]]]] = {
             [
                 "speed/targets",
                 "comparisons/garments_classification",
+                "comparisons/garments_segmentation",
                 "demos/image_classification",
                 "demos/semantic_segmentation",
             ],
@@ -467,6 +476,7 @@ PAGES: dict[str, dict[str, tuple[Callable[..., str], list[str]]]] = {
         ),
         "digits_classification": (comparison_table, ["comparisons/digits_classification"]),
         "garments_classification": (comparison_table, ["comparisons/garments_classification"]),
+        "garments_segmentation": (comparison_table, ["comparisons/garments_segmentation"]),
     },
     "docs/schedules.md": {"budgets": (budgets_table, ["speed/budgets"]), "shapes": (shapes_table, ["speed/shapes"])},
 }

@@ -2,8 +2,8 @@
 
     python examples/web/time_page.py --page outputs/web --rounds 15
 
-takes the folder that `build_page.py` wrote, selenium, Chromium and its driver. The models take turns within a round; the
-last line is the record as JSON.
+takes the folder that `build_page.py` wrote, selenium, Chromium and its driver. The models take turns within a round;
+the last line is the record as JSON.
 """
 
 import json
