@@ -284,7 +284,7 @@ def test_a_file_that_fails_its_check_is_not_kept(difference, tmp_path, monkeypat
     (tmp_path / "model.pt2").write_text("an older file")
     differences = iter([0.0, difference])  # of a batch of 1, and of 3
     monkeypatch.setattr(export, "_difference", lambda *_: next(differences))
-    monkeypatch.setattr(export, "_write", lambda graph, pixels, path, **_: path.touch() or (lambda images: {}))
+    monkeypatch.setattr(export, "_write", lambda graph, pixels, path, *_: path.touch() or (lambda images: {}))
     model = MODELS["classification"]().train()
     with pytest.raises(RuntimeError, match=rf"by {difference}.*more than 0\.001, so that it was not kept"):
         export_model(model, tmp_path / "model.pt2")
