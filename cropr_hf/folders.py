@@ -41,12 +41,14 @@ def staged(
     there next finds the old files restored.
 
     Args:
-        folder: where the files go; it exists.
+        folder: where the files go; made if it is not there, and removed again after an error.
         key: the file through which readers find the others. Without it among the new files nothing is stale.
         stale: patterns of files, relative to `folder`, that belong to the old ones and go if there are no new ones.
         prefix: of the names of what is there meanwhile.
     """
     folder = os.fspath(folder)
+    is_new = not os.path.isdir(folder)
+    os.makedirs(folder, exist_ok=True)
     for name in fnmatch.filter(os.listdir(folder), f"{glob.escape(prefix)}*"):
         _settle(folder, name)
     place = f"{prefix}{uuid.uuid4().hex[:8]}"
@@ -67,6 +69,8 @@ def staged(
             os.replace(os.path.join(folder, place, "next"), os.path.join(folder, place, "now"))  # the step
     finally:
         _settle(folder, place)
+        if is_new and not os.listdir(folder):
+            os.rmdir(folder)
 
 
 def _files_in(folder: str) -> set[str]:

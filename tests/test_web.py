@@ -314,6 +314,14 @@ def browser(web_example) -> Iterator[Any]:
     driver.quit()
 
 
+@pytest.fixture
+def visitor(page, browser) -> Any:
+    """The browser, which has opened the page."""
+    browser.get(page.address)
+    wait_for(browser, "Choose a picture")
+    return browser
+
+
 def wait_for(browser: Any, text: str) -> str:
     from selenium.webdriver.support.ui import WebDriverWait
 
@@ -328,27 +336,25 @@ def wait_for(browser: Any, text: str) -> str:
 @needs_node
 @needs_chromium
 @pytest.mark.full
-def test_a_visitor_sees_class_and_dropped_patches(page, browser):
-    browser.get(page.address)
-    wait_for(browser, "Choose a picture")
-    browser.find_element("id", "file").send_keys(str(page.root / "photo.png"))
+def test_a_visitor_sees_class_and_dropped_patches(page, visitor):
+    visitor.find_element("id", "file").send_keys(str(page.root / "photo.png"))
     published = page.folder / "models" / page.published
     kept = facts(published)["patches_kept"][-1]
-    wait_for(browser, f"^{kept} patches reach the last block")
-    assert "times as fast" in browser.find_element("id", "time").text
-    assert browser.find_element("id", "picture").get_attribute("aria-label").startswith(f"The picture; {kept} of 16")
+    wait_for(visitor, f"^{kept} patches reach the last block")
+    assert "times as fast" in visitor.find_element("id", "time").text
+    assert visitor.find_element("id", "picture").get_attribute("aria-label").startswith(f"The picture; {kept} of 16")
     file = published / "onnx" / FILES["fp32"]
     scores = onnx_runner(file)(pixels_of(page.root / "photo.png"))["logits"][0].softmax(dim=0)
     labels = json.loads((published / "config.json").read_text())["id2label"]
-    shown = browser.find_element("id", "classes").text.splitlines()[0]
+    shown = visitor.find_element("id", "classes").text.splitlines()[0]
     assert shown == labels[str(scores.argmax().item())]
     # The slider's first place is the model without pruning.
     script = "const s = document.getElementById('amount'); s.value = 0; s.dispatchEvent(new Event('input'));"
-    browser.execute_script(script)
-    wait_for(browser, "^16 patches reach the last block")
-    assert browser.find_element("id", "time").text.endswith("ms, unpruned")
-    assert browser.find_element("id", "legend").text == "none"
-    width = browser.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
+    visitor.execute_script(script)
+    wait_for(visitor, "^16 patches reach the last block")
+    assert visitor.find_element("id", "time").text.endswith("ms, unpruned")
+    assert visitor.find_element("id", "legend").text == "none"
+    width = visitor.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
     assert width <= 0  # nothing is cut off on a phone
 
 
@@ -356,27 +362,23 @@ def test_a_visitor_sees_class_and_dropped_patches(page, browser):
 @needs_node
 @needs_chromium
 @pytest.mark.full
-def test_a_file_that_is_no_picture_and_a_huge_one_are_errors(page, browser):
-    browser.get(page.address)
-    wait_for(browser, "Choose a picture")
+def test_a_file_that_is_no_picture_and_a_huge_one_are_errors(page, visitor):
     (page.root / "notes.png").write_text("no picture")
-    browser.find_element("id", "file").send_keys(str(page.root / "notes.png"))
-    wait_for(browser, "notes.png is no picture")
+    visitor.find_element("id", "file").send_keys(str(page.root / "notes.png"))
+    wait_for(visitor, "notes.png is no picture")
     Image.new("1", (10_000, 6_000)).save(page.root / "huge.png")
-    browser.find_element("id", "file").send_keys(str(page.root / "huge.png"))
-    wait_for(browser, "10000 x 6000 pixels, more than 50 million")
-    assert not browser.find_element("id", "result").is_displayed()
-    browser.find_element("id", "sample").click()  # it goes on
-    wait_for(browser, "patches reach the last block")
+    visitor.find_element("id", "file").send_keys(str(page.root / "huge.png"))
+    wait_for(visitor, "10000 x 6000 pixels, more than 50 million")
+    assert not visitor.find_element("id", "result").is_displayed()
+    visitor.find_element("id", "sample").click()  # it goes on
+    wait_for(visitor, "patches reach the last block")
 
 
 @needs_onnx
 @needs_node
 @needs_chromium
 @pytest.mark.full
-def test_on_webgpu_nothing_runs_on_the_processor(page, browser):
-    browser.get(page.address)
-    wait_for(browser, "Choose a picture")
+def test_on_webgpu_nothing_runs_on_the_processor(page, visitor):
     code = """
         const [folder, done] = arguments;
         (async () => {
@@ -390,14 +392,14 @@ def test_on_webgpu_nothing_runs_on_the_processor(page, browser):
             return Array.from((await model({ pixel_values })).logits.data);
         })().then(done, (error) => done(String(error)));
     """
-    logits = browser.execute_async_script(code, page.published)
+    logits = visitor.execute_async_script(code, page.published)
     if logits is None:
         pytest.skip("this Chromium has no WebGPU")
     file = page.folder / "models" / page.published / "onnx" / FILES["fp32"]
     expected = onnx_runner(file)(pixels_of(page.root / "photo.png"))["logits"][0]
     assert isinstance(logits, list), logits
     assert_close(torch.tensor(logits), expected, rtol=1e-3, atol=1e-3)
-    log = "".join(entry["message"] for entry in browser.get_log("browser"))
+    log = "".join(entry["message"] for entry in visitor.get_log("browser"))
     assert "All nodes placed on [WebGpuExecutionProvider]" in log
 
 

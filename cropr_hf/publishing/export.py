@@ -17,9 +17,8 @@ from transformers.utils import logging
 from ..configuration_cropr_vit import CroprViTConfig
 from ..files import check_file
 from ..folders import staged
-from ..modeling_cropr_vit import CroprViTBackbone, CroprViTForImageClassification, CroprViTModel
+from ..modeling_cropr_vit import CroprViTBackbone
 from ..modeling_cropr_vit_detection import CroprViTDetector
-from ..modeling_cropr_vit_segmentation import CroprViTForSemanticSegmentation
 from ..saving import StrippableModel
 from ..tasks import RF_DETR, TASKS
 from ..token_reduction import TokenReducer
@@ -33,7 +32,7 @@ ONNX_OPSET = 20
 SUFFIXES = (".pt2", ".onnx", ".pte")
 PRUNING_MAP = "pruned_after_block"
 EXPORTED = (*TASKS.values(), RF_DETR)
-WITH_PRUNING_MAP = (CroprViTModel, CroprViTForImageClassification, CroprViTForSemanticSegmentation)
+WITH_PRUNING_MAP = tuple(task.model_class for task in TASKS.values() if task.outputs)
 
 Tensors = dict[str, torch.Tensor]
 
@@ -87,21 +86,20 @@ def export_model(
     if target.suffix not in SUFFIXES:
         raise ValueError(f"{path} ends with {target.suffix!r}; name a file that ends with {' or '.join(SUFFIXES)}.")
     _check_model(model)
-    if output_pruning and not any(isinstance(model, kind) for kind in WITH_PRUNING_MAP):
+    if output_pruning and not isinstance(model, WITH_PRUNING_MAP):
         raise ValueError(f"The outputs of a {type(model).__name__} have no pruning map; leave `output_pruning` out.")
     if for_web and (target.suffix != ".onnx" or batch_size not in (None, 1)):
         raise ValueError(
             f"`for_web` is for .onnx files and one image per call, not for {target.suffix} and {batch_size}; leave "
             "`batch_size` out."
         )
-    if for_web:
+    if batch_size is None and (for_web or target.suffix == ".pte"):
         batch_size = 1
     dtype = next(model.parameters()).dtype
     if target.suffix == ".onnx":
         _check_onnx(dtype)
     if target.suffix == ".pte":
         check_executorch()
-        batch_size = 1 if batch_size is None else batch_size
     if tolerance is None:
         tolerance = 0.05 if dtype in (torch.bfloat16, torch.float16) else 1e-3
     if not 0 <= tolerance < math.inf:  # NaN fails as well
@@ -128,7 +126,7 @@ def export_model(
             except Exception as error:  # of other libraries: some methods compute with indices
                 if not for_web:
                     raise
-                reason = str(error).splitlines()[0]
+                reason = str(error).partition("\n")[0]
                 logger.warning(f"{target.name} has no form for WebGPU alone ({reason}); it will use the CPU as well.")
                 run = _write(graph, sample, draft, batch_size is None, for_web=False)
             difference = check_difference(target.name, map(run, batches), expected, tolerance)

@@ -55,24 +55,17 @@ def export_for_triton(
         raise ValueError(f"`max_batch_size` is {max_batch_size}; give 1 or more.")
     folder = Path(repository, name)
     _check_folder(folder)
-    is_new = not folder.exists()
-    folder.mkdir(exist_ok=True)
-    try:
-        # Triton ignores folders in that of a model whose names are not numbers.
-        with staged(folder, CONFIG, STALE, DRAFTS) as draft:
-            file = Path(draft, VERSION, MODEL)
-            file.parent.mkdir()
-            difference = export_model(model, file, image_size, tolerance=tolerance)
-            labels = _labels(model)
-            Path(draft, CONFIG).write_text(_config(file, name, max_batch_size, bool(labels)), encoding="utf-8")
-            if labels:
-                Path(draft, LABELS).write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
-            if image_processor is not None:
-                image_processor.save_pretrained(draft)
-    except BaseException:
-        if is_new:
-            folder.rmdir()
-        raise
+    # Triton ignores folders in that of a model whose names are not numbers.
+    with staged(folder, CONFIG, STALE, DRAFTS) as draft:
+        file = Path(draft, VERSION, MODEL)
+        file.parent.mkdir()
+        difference = export_model(model, file, image_size, tolerance=tolerance)
+        labels = _labels(model)
+        Path(draft, CONFIG).write_text(_config(file, name, max_batch_size, bool(labels)), encoding="utf-8")
+        if labels:
+            Path(draft, LABELS).write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
+        if image_processor is not None:
+            image_processor.save_pretrained(draft)
     return difference
 
 

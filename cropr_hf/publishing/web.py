@@ -80,7 +80,6 @@ def export_for_web(
     target = Path(folder)
     if (target / CONFIG_NAME).exists() and FACTS not in json.loads((target / CONFIG_NAME).read_text(encoding="utf-8")):
         raise ValueError(f"{folder} has the {CONFIG_NAME} of another model; choose another folder.")
-    target.mkdir(parents=True, exist_ok=True)
     encoder: Any = next(part for part in model.modules() if isinstance(part, CroprViTPreTrainedModel)).base_model
     config: CroprViTConfig = encoder.config
     size = input_size(config, image_size)
